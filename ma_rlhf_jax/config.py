@@ -1,0 +1,300 @@
+"""Every field of a run, with meaning, unit and source; validation; arguments.
+
+A recipe is a file with
+
+    from ma_rlhf_jax.config import apply_arguments, base
+
+    def get_config(arguments: str = ''):
+      config = base()
+      config.ppo.kl_coef = 0.1
+      return apply_arguments(config, arguments)
+
+Sources: `paper` is arXiv 2410.02743, `authors` is ernie-research/MA-RLHF.
+Validation lives in `validation.py`.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import ml_collections
+from ml_collections import ConfigDict
+
+
+def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
+  """AdamW with the authors' betas, decay and clipping."""
+  c = ConfigDict()
+  c.lr = lr  # peak learning rate
+  c.schedule = 'cosine'  # cosine | linear | constant, after the warm-up
+  c.warmup_ratio = warmup_ratio  # of all updates of the stage
+  c.final_lr_ratio = 0.0  # of lr, reached at the last update
+  c.b1 = 0.9  # authors
+  c.b2 = 0.95  # authors
+  c.eps = 1e-8
+  c.weight_decay = 0.1  # authors; norm weights are never decayed
+  c.clip_norm = 1.0  # global gradient norm, authors; 0 = no clipping
+  return c
+
+
+def _model() -> ConfigDict:
+  """The shape of a model that starts from random weights, and dtypes."""
+  c = ConfigDict()
+  # The shape fields count only where `sft.init` is empty; otherwise the
+  # config.json of that folder decides.
+  c.vocab_size = 0  # rows of the embedding; 0 = as many as the tokenizer has
+  c.num_layers = 2
+  c.embed_dim = 128
+  c.mlp_dim = 512
+  c.num_heads = 4
+  c.num_kv_heads = 1
+  c.head_dim = 32
+  c.rope_theta = 10_000.0
+  c.norm_eps = 1e-6
+  c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16
+  c.param_dtype = 'float32'  # of the trained weights and Adam moments
+  c.remat = True  # recompute layers in the backward pass
+  c.logprob_chunk = 4096  # tokens whose logits exist at once in a chunked pass
+  return c
+
+
+def _data() -> ConfigDict:
+  """Where rows come from and how long they may be."""
+  c = ConfigDict()
+  c.task = 'synthetic'  # synthetic | hh | columns
+  c.path = ''  # hub name, or .jsonl[.gz] / .json / .parquet file or folder
+  c.subset = ''  # the data set's configuration on the hub
+  c.split = 'train'  # the data set's split to train on
+  c.eval_path = ''  # rows to evaluate on; '' with eval_split '' = held out
+  c.eval_split = ''  # a split of eval_path, or of path where that is ''
+  c.eval_rows = 256  # rows held out for evaluation
+  c.max_rows = 0  # use only the first rows; 0 = all
+  c.prompt_column = 'prompt'  # task=columns
+  c.chosen_column = 'chosen'  # task=columns
+  c.rejected_column = 'rejected'  # task=columns
+  c.parts = (2, 4, 4)  # SFT : reward model : PPO, authors
+  c.split_seed = 1234  # authors
+  c.max_prompt_len = 0  # tokens, BOS included; 0 = the task's own
+  c.max_response_len = 0  # tokens, EOS included; 0 = the task's own
+  c.drop_truncated = True  # keep responses cut at the limit out of SFT
+  c.cache_dir = ''  # tokenised rows; '' = <workdir>/data
+  c.synthetic_rows = 8000  # task=synthetic: rows to generate
+  c.label_noise = 0.1  # task=synthetic: probability of a swapped pair
+  c.shuffle_labels = False  # control: reward-model labels by coin toss
+  return c
+
+
+def _stages(c: ConfigDict) -> None:
+  """Adds the fields of the training stages and of the comparison."""
+  c.sft = ConfigDict()
+  c.sft.init = ''  # Hugging Face folder or id, or a workdir; '' = random
+  c.sft.epochs = 1.0  # passes over the SFT part
+  c.sft.steps = 0  # updates; 0 = from epochs
+  c.sft.batch_size = 64  # sequences per update
+  c.sft.micro_batch_size = 0  # sequences per gradient pass; 0 = batch_size
+  c.sft.loss_on = 'response'  # response | text | everything (authors: + pads)
+  c.sft.eval_every = 50  # updates
+  c.sft.optim = _optim(2e-5)
+
+  c.reward_model = ConfigDict()
+  c.reward_model.init = ''  # folder, id or workdir; '' = this run's SFT
+  c.reward_model.epochs = 1.0
+  c.reward_model.steps = 0
+  c.reward_model.batch_size = 64  # pairs per update
+  c.reward_model.micro_batch_size = 0  # pairs per gradient pass
+  c.reward_model.loss = 'per_token'  # per_token | last_token | authors
+  c.reward_model.num_padding_at_beginning = 0  # loss=authors; Gemma needs 0
+  c.reward_model.eval_every = 50
+  c.reward_model.optim = _optim(1e-5)
+
+  c.ppo = ConfigDict()
+  c.ppo.policy_init = ''  # folder, id or workdir; '' = this run's SFT
+  c.ppo.reward_model = ''  # folder, id or workdir; '' = this run's own
+  c.ppo.critic_init = ''  # folder, id or workdir; '' = the reward model
+  c.ppo.from_run = ''  # a workdir whose SFT and reward model are reused; also
+  # spelt --config.ppo.from=DIR (`from` is a Python keyword)
+  c.ppo.epochs = 1.0  # passes over the PPO prompts
+  c.ppo.steps = 0  # updates of the whole batch; 0 = from epochs
+  c.ppo.batch_size = 256  # prompts per step, paper
+  c.ppo.samples_per_prompt = 1
+  c.ppo.ppo_epochs = 1  # passes over one batch of rollouts, paper
+  c.ppo.minibatches = 1  # optimizer updates per such pass, paper
+  c.ppo.micro_batch_size = 0  # sequences per forward pass; 0 = all
+  c.ppo.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
+  c.ppo.score_clip = 2.5  # reward-model units, authors; 0 = no clipping
+  c.ppo.clip_eps = 0.2  # paper
+  c.ppo.gamma = 1.0  # per macro action, paper
+  c.ppo.gae_lambda = 0.95  # per macro action, paper
+  c.ppo.whiten_advantages = False
+  c.ppo.loss_reduction = 'sequence'  # sequence | token
+  c.ppo.logprob_temperature = 0.0  # of log-probs in ratio and KL;
+  # 0 = rollout.temperature
+  c.ppo.critic_warmup_updates = 0  # steps in which only the critic learns
+  c.ppo.max_kl = 30.0  # nats per response; bound of the best checkpoint
+  c.ppo.eval_every = 10  # steps
+  c.ppo.optim = _optim(1.5e-5)
+
+  c.critic = ConfigDict()
+  c.critic.target = 'token'  # token | macro (paper) | starts
+  c.critic.clip_eps = 0.2  # reward-model units, authors; 0 = no clipping
+  c.critic.optim = _optim(1.5e-5)
+
+  c.macro = ConfigDict()
+  c.macro.termination = 'fixed'  # fixed | randomised | ppl | ppl_adjacent
+  c.macro.ngram = 5  # tokens, paper; 0 = infinity (one macro action)
+  c.macro.random_lengths = (2, 3, 5, 10)  # tokens, paper
+  c.macro.random_repeats = 3  # of each length, paper
+  c.macro.reward = 'sum'  # sum (paper) | mean (authors)
+  c.macro.value = 'start'  # start (SMDP) | equal (paper) | unit | position
+
+  c.rollout = ConfigDict()
+  c.rollout.temperature = 1.0
+  c.rollout.top_k = 0  # 0 = off
+  c.rollout.top_p = 1.0  # 1 = off
+  c.rollout.min_new_tokens = 1  # tokens before EOS may be drawn
+  c.rollout.batch_size = 0  # sequences decoded at once; 0 = all
+
+  c.evaluate = ConfigDict()
+  c.evaluate.prompts = 256  # held-out prompts in the final comparison
+  c.evaluate.temperature = 1.0
+
+
+def base() -> ConfigDict:
+  """A config with every field; recipes change what differs."""
+  c = ConfigDict()
+  c.seed = 0
+  c.stages = ('sft', 'reward_model', 'ppo', 'evaluate')
+  c.model = _model()
+  c.tokenizer = ConfigDict()
+  c.tokenizer.path = ''  # folder or id; '' = that of sft.init, else trained
+  c.tokenizer.vocab_size = 512  # of a tokenizer trained on the SFT part
+  c.data = _data()
+  _stages(c)
+  c.mesh = ConfigDict()
+  c.mesh.data = -1  # devices along each axis; -1 = all that are left
+  c.mesh.fsdp = 1
+  c.mesh.tensor = 1
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 100  # updates between checkpoints
+  c.checkpoint.keep = 1  # newest checkpoints kept, beside the best
+  c.checkpoint.best_metric = ''  # '' = sft -eval/loss, reward_model
+  # eval/accuracy, ppo eval/score where eval/kl <= ppo.max_kl; '-' = minimise
+  c.export = ConfigDict()
+  c.export.which = 'last'  # last | best
+  c.log = ConfigDict()
+  c.log.every = 1  # updates between metric lines
+  c.log.sinks = ('jsonl', 'tensorboard')  # and 'wandb'
+  c.log.samples = 4  # rows in the table of sample responses; 0 = no table
+  c.profile = ConfigDict()
+  c.profile.steps = ()  # (first, last) update of a profiler trace
+  c.profile.stage = 'ppo'
+  c.lock()
+  return c
+
+
+# Fields that may differ when a run is started again in its own workdir.
+RESUMABLE = (
+    'stages',
+    'log.',
+    'profile.',
+    'checkpoint.',
+    'export.',
+    'evaluate.',
+    'mesh.',
+    'model.remat',
+    'model.logprob_chunk',
+    'data.cache_dir',
+)
+
+# What follows the colon in --config=recipe.py:name=value,name=value.
+ARGUMENTS = {
+    'ngram': ('macro.ngram', int),
+    'seed': ('seed', int),
+    'termination': ('macro.termination', str),
+}
+
+
+def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
+  """`config` after the recipe arguments `name=value,name=value`.
+
+  Args:
+    config: what `base()` and the recipe made.
+    arguments: the text after the colon of --config; may be empty.
+
+  Raises:
+    ValueError: on an unknown name or a value of the wrong type.
+  """
+  for item in filter(None, (arguments or '').split(',')):
+    name, _, text = item.partition('=')
+    if name not in ARGUMENTS:
+      raise ValueError(
+          f'recipe argument {name!r} is unknown; known are '
+          f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5'
+      )
+    field, parse = ARGUMENTS[name]
+    try:
+      value = parse(text)
+    except ValueError:
+      raise ValueError(
+          f'recipe argument {item!r}: {text!r} is not of type '
+          f'{parse.__name__}; write for example {name}=5'
+      ) from None
+    config.update_from_flattened_dict({field: value})
+  return config
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """`{'ppo.kl_coef': 0.05, ...}` in a fixed order, tuples as lists."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      flat.update({f'{name}.{k}': v for k, v in flatten(value).items()})
+    else:
+      flat[name] = list(value) if isinstance(value, (tuple, list)) else value
+  return dict(sorted(flat.items()))
+
+
+def fingerprint(config: ConfigDict) -> str:
+  """SHA-256 (hex) of the resolved config."""
+  return hashlib.sha256(json.dumps(flatten(config)).encode()).hexdigest()
+
+
+def differences(stored: dict[str, Any], config: ConfigDict) -> list[str]:
+  """Fields, not marked resumable, in which `config` differs from `stored`.
+
+  Args:
+    stored: `flatten` of the config that a workdir was started with.
+    config: the config of this start.
+
+  Returns:
+    One line a field: its name, the stored value and the new one.
+  """
+  now = flatten(config)
+  return [
+      f'{name}: stored {stored.get(name)!r}, now {now.get(name)!r}'
+      for name in sorted(stored.keys() | now.keys())
+      if stored.get(name) != now.get(name)
+      and not any(
+          name == mark or (mark.endswith('.') and name.startswith(mark))
+          for mark in RESUMABLE
+      )
+  ]
+
+
+def num_steps(stage: ConfigDict, num_rows: int) -> int:
+  """Updates of a stage: `steps`, or as many as `epochs` gives; at least 1."""
+  if stage.steps:
+    return stage.steps
+  return max(1, int(stage.epochs * num_rows) // stage.batch_size)
+
+
+# Prompt and response limits (tokens) of each task where the config gives 0.
+TASK_LENGTHS = {'synthetic': (48, 24), 'hh': (384, 256), 'columns': (512, 512)}
+
+
+def lengths(config: ConfigDict) -> tuple[int, int]:
+  """(prompt columns P, response columns T) in tokens."""
+  prompt, response = TASK_LENGTHS[config.data.task]
+  return (
+      config.data.max_prompt_len or prompt,
+      config.data.max_response_len or response,
+  )
