@@ -150,7 +150,7 @@ def _stages(c: ConfigDict) -> None:
   c.rollout.temperature = 1.0
   c.rollout.top_k = 0  # 0 = off
   c.rollout.top_p = 1.0  # 1 = off
-  c.rollout.min_new_tokens = 1  # tokens before EOS may be drawn
+  c.rollout.min_new_tokens = 0  # tokens before EOS may be drawn
   c.rollout.batch_size = 0  # sequences decoded at once; 0 = all
 
   c.evaluate = ConfigDict()

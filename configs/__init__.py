@@ -1,0 +1,1 @@
+"""Recipes; installed as `ma_rlhf_jax.configs`."""

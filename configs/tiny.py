@@ -1,0 +1,21 @@
+"""The whole job on a laptop: a 0.5M-parameter Gemma on a synthetic task.
+
+Command:   python -m ma_rlhf_jax.train --config=configs/tiny.py
+Hardware:  2 CPU cores, no downloads
+"""
+
+from ma_rlhf_jax.config import apply_arguments, base
+
+
+def get_config(arguments: str = ''):
+  config = base()
+  config.sft.steps = 150
+  config.sft.optim.lr = 2e-3
+  config.reward_model.steps = 120
+  config.reward_model.optim.lr = 1e-3
+  config.ppo.steps = 60
+  config.ppo.batch_size = 64
+  config.ppo.optim.lr = 5e-4
+  config.ppo.eval_every = 20
+  config.critic.optim.lr = 1e-3
+  return apply_arguments(config, arguments)

@@ -1,0 +1,111 @@
+"""Compares policies on held-out prompts.
+
+`python -m ma_rlhf_jax.evaluate --workdir=DIR` compares the SFT policy of a
+finished run with its MA-PPO policy. `train` ends with the same comparison.
+"""
+
+import json
+
+import numpy as np
+
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.training import judge, sources
+from ma_rlhf_jax.training.run import Run
+
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+def interval(x_N: np.ndarray) -> tuple[float, float, float]:
+  """(mean, low, high): the mean and its normal 95 % interval."""
+  mean = float(np.mean(x_N))
+  half = _Z * float(np.std(x_N, ddof=1)) / np.sqrt(len(x_N))
+  return mean, mean - half, mean + half
+
+
+def wins(ours_N: np.ndarray, theirs_N: np.ndarray) -> np.ndarray:
+  """1 where ours is larger, 0 where theirs is, 0.5 on a tie."""
+  return 0.5 + 0.5 * np.sign(ours_N - theirs_N)
+
+
+def summarise(sft: judge.Judged, ppo: judge.Judged) -> dict[str, dict]:
+  """Means, intervals and paired differences of every number.
+
+  Returns:
+    name -> {'sft': (mean, low, high), 'ppo': ..., 'difference': ...} for every
+    number of both, and 'win rate by <judge>' -> {'ppo': ...}. Differences are
+    paired by prompt.
+  """
+  rows = {
+      name: {
+          'sft': interval(sft.numbers[name]),
+          'ppo': interval(ppo.numbers[name]),
+          'difference': interval(ppo.numbers[name] - sft.numbers[name]),
+      }
+      for name in ppo.numbers
+  }
+  judged_by = 'gold' if 'gold' in ppo.numbers else 'score'
+  won = wins(ppo.numbers[judged_by], sft.numbers[judged_by])
+  rows[f'win rate by {judged_by}'] = {'ppo': interval(won)}
+  return rows
+
+
+_UNITS = {
+    'score': 'reward-model units',
+    'gold': 'true quality, -1 to 1',
+    'length': 'tokens',
+    'kl': 'nats per response, from SFT',
+    'ended': 'share that ended with EOS',
+}
+
+
+def describe(rows: dict[str, dict], num_prompts: int) -> str:
+  """The table of `summarise` as text."""
+  cell = lambda x: '' if x is None else '{:.3f} [{:.3f}, {:.3f}]'.format(*x)
+  titles = ('', 'SFT', 'MA-PPO', 'difference', '')
+  lines = [titles] + [
+      (
+          name,
+          cell(row.get('sft')),
+          cell(row.get('ppo')),
+          cell(row.get('difference')),
+          _UNITS.get(name, ''),
+      )
+      for name, row in rows.items()
+  ]
+  widths = [max(len(line[i]) for line in lines) for i in range(5)]
+  body = '\n'.join(
+      '  '.join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
+      for line in lines
+  )
+  return (
+      f'{num_prompts} held-out prompts, mean [95 % interval], differences '
+      f'paired by prompt\n{body}'
+  )
+
+
+def compare(run: Run) -> None:
+  """Compares SFT with MA-PPO, prints the table and keeps it in `evaluate/`."""
+  c = run.config
+  policy = sources.policy_source(c, run.workdir)
+  trained = sources.Source('', sources.product(run.workdir, 'ppo'))
+  load = lambda source, kind: judge.Model(*sources.load(run, source, kind))
+  sft = load(policy, 'policy')
+  scorer = load(sources.reward_model_source(c, run.workdir), 'scalar')
+  judged = {
+      name: judge.judge(
+          run,
+          model,
+          num_prompts=c.evaluate.prompts,
+          stream=f'compare_{name}',
+          temperature=c.evaluate.temperature,
+          ref_policy=sft,
+          reward_model=scorer,
+      )
+      for name, model in (('sft', sft), ('ppo', load(trained, 'policy')))
+  }
+  rows = summarise(judged['sft'], judged['ppo'])
+  print(describe(rows, len(judged['ppo'].prompts)), flush=True)
+  folder = run.workdir / 'evaluate'
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'comparison.json').write_text(json.dumps(rows, indent=2) + '\n')
+  workdir_lib.mark_done(run.workdir, 'evaluate', {'comparison': rows})

@@ -1,0 +1,116 @@
+"""Reward model and critic: a Gemma with a linear scalar head without bias."""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from ma_rlhf_jax import masking
+from ma_rlhf_jax.models.gemma import Gemma, dummy_inputs
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.parallel.partition import logical_shardings
+from ma_rlhf_jax.structs import Array, Params
+
+
+def _head_initializer(config: GemmaConfig) -> nn.initializers.Initializer:
+  """Scores of order one: std 1 / sqrt(D + 1) (arXiv 2009.01325, B.1)."""
+  return nn.initializers.normal((config.embed_dim + 1) ** -0.5)
+
+
+class ScalarGemma(nn.Module):
+  """One number a token: `backbone(tokens) @ head`.
+
+  The parameters are {'backbone': those of a policy, 'head': [D]}, so that a
+  reward model starts from a policy and a critic from a reward model.
+  """
+
+  config: GemmaConfig
+
+  @nn.compact
+  def __call__(
+      self, tokens_BL: Array, positions_BL: Array, mask_BLS: Array
+  ) -> Array:
+    hidden_BLD, _ = Gemma(self.config, name='backbone')(
+        tokens_BL, positions_BL, mask_BLS
+    )
+    init = _head_initializer(self.config)
+    head_D = self.param(
+        'head',
+        nn.with_logical_partitioning(init, ('embed',)),
+        (self.config.embed_dim,),
+        jnp.dtype(self.config.param_dtype),
+    )
+    dtype = masking.wide(hidden_BLD.dtype)
+    return jnp.einsum(
+        'bld,d->bl', hidden_BLD.astype(dtype), head_D.astype(dtype)
+    )
+
+
+def token_scores(
+    config: GemmaConfig, params: Params, tokens_BL: Array, mask_BL: Array
+) -> Array:
+  """float [B, L]: what a reward model or critic says at each token."""
+  return ScalarGemma(config).apply(
+      {'params': params},
+      tokens_BL,
+      masking.positions(mask_BL),
+      masking.causal_mask(mask_BL),
+  )
+
+
+def end_scores(scores_BL: Array, mask_BL: Array) -> Array:
+  """float [B]: the score at the last real token of each row."""
+  return masking.at_index(scores_BL, masking.last_real(mask_BL))
+
+
+# How to create the parameters of each kind of model.
+MODELS: dict[str, Callable[[GemmaConfig], nn.Module]] = {
+    'policy': Gemma,
+    'scalar': ScalarGemma,
+}
+
+
+def abstract_params(kind: str, config: GemmaConfig) -> Params:
+  """Shapes, dtypes and (under a mesh) shardings, without allocating.
+
+  Args:
+    kind: 'policy' or 'scalar', a key of `MODELS`.
+    config: the shape.
+
+  Returns:
+    A tree of `jax.ShapeDtypeStruct`.
+  """
+  boxed = jax.eval_shape(
+      lambda: MODELS[kind](config).init(jax.random.key(0), *dummy_inputs())
+  )['params']
+  shardings = logical_shardings(boxed)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      nn.unbox(boxed),
+      shardings,
+  )
+
+
+def init_params(kind: str, config: GemmaConfig, key: Array) -> Params:
+  """Random parameters, created in their shardings.
+
+  Args:
+    kind: 'policy' or 'scalar'.
+    config: the shape.
+    key: random key, used once.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_params(kind, config))
+  init = lambda key: nn.unbox(
+      MODELS[kind](config).init(key, *dummy_inputs())['params']
+  )
+  return jax.jit(init, out_shardings=shardings)(key)
+
+
+def init_head(config: GemmaConfig, key: Array) -> Array:
+  """A random scalar head [D] for a backbone that exists."""
+  sharding = abstract_params('scalar', config)['head'].sharding
+  init = _head_initializer(config)
+  shape, dtype = (config.embed_dim,), jnp.dtype(config.param_dtype)
+  create = lambda key: init(key, shape, dtype)
+  return jax.jit(create, out_shardings=sharding)(key)

@@ -1,0 +1,85 @@
+"""Token rewards: the KL penalty, and the score on the last token."""
+
+import chex
+import jax.numpy as jnp
+
+from ma_rlhf_jax import masking
+from ma_rlhf_jax.structs import Array
+
+# nats; exp(20) is finite in every dtype, and no useful ratio comes near it.
+MAX_LOG_RATIO = 20.0
+
+
+def log_ratio(logprobs: Array, other_logprobs: Array, mask: Array) -> Array:
+  """`logprobs - other_logprobs`, 0 on padding, at least float32."""
+  chex.assert_equal_shape([logprobs, other_logprobs, mask])
+  chex.assert_type(mask, bool)
+  dtype = masking.wide(jnp.result_type(logprobs, other_logprobs))
+  logprobs = jnp.where(mask, logprobs, 0).astype(dtype)
+  return logprobs - jnp.where(mask, other_logprobs, 0).astype(dtype)
+
+
+def bounded(log_ratio: Array) -> Array:
+  """The log-ratio held within +-20 nats, so that its exp stays finite."""
+  return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def token_rewards(
+    logprobs_BT: Array,
+    ref_logprobs_BT: Array,
+    score_B: Array,
+    mask_BT: Array,
+    *,
+    kl_coef: float,
+    score_clip: float,
+) -> Array:
+  """`-kl_coef * (logprobs - ref_logprobs)`, plus the score on the last token.
+
+  Args:
+    logprobs_BT: float, nats, under the policy that sampled.
+    ref_logprobs_BT: float, nats, under the reference policy.
+    score_B: float, reward-model units.
+    mask_BT: bool, true on real response tokens; the rest may hold anything.
+    kl_coef: reward-model units per nat.
+    score_clip: the score is held within +- this; 0 = no clipping.
+
+  Returns:
+    float [B, T], reward-model units; 0 on padding. A row without a token gets
+    nothing, its score neither.
+
+  Source: arXiv 2410.02743, section 2.2. The authors' code puts the score on the
+  first padding token where there is one, and loses it.
+  """
+  chex.assert_rank(mask_BT, 2)
+  chex.assert_shape(score_B, (mask_BT.shape[0],))
+  kl_BT = log_ratio(logprobs_BT, ref_logprobs_BT, mask_BT)
+  score_B = score_B.astype(jnp.result_type(score_B, kl_BT))
+  if score_clip:
+    score_B = jnp.clip(score_B, -score_clip, score_clip)
+  column_1T = jnp.arange(mask_BT.shape[1], dtype=jnp.int32)[None]
+  last_BT = mask_BT & (column_1T == masking.last_real(mask_BT)[:, None])
+  return -kl_coef * kl_BT + jnp.where(last_BT, score_B[:, None], 0)
+
+
+def kl_estimates(
+    logprobs_BT: Array, ref_logprobs_BT: Array, mask_BT: Array
+) -> tuple[Array, Array]:
+  """Two sampled estimates of the KL from the reference policy, for logging.
+
+  k1 = sum_t log_ratio_t; k3 = mean_t (exp(-log_ratio_t) - 1 + log_ratio_t)
+
+  Args:
+    logprobs_BT: float, nats, under the policy that sampled.
+    ref_logprobs_BT: float, nats, under the reference policy.
+    mask_BT: bool, true on real response tokens; the rest may hold anything.
+
+  Returns:
+    k1_B: nats per response, unbiased, may be negative.
+    k3: nats per token, scalar >= 0, mean over all real tokens.
+
+  Source: http://joschu.net/blog/kl-approx.html
+  """
+  log_ratio_BT = log_ratio(logprobs_BT, ref_logprobs_BT, mask_BT)
+  bounded_BT = bounded(log_ratio_BT)
+  k3_BT = jnp.expm1(-bounded_BT) + bounded_BT
+  return jnp.sum(log_ratio_BT, axis=1), masking.masked_mean(k3_BT, mask_BT)

@@ -1,0 +1,224 @@
+"""Trains: `python -m ma_rlhf_jax.train --config=configs/tiny.py`.
+
+Runs the stages that the config lists, skips those that are done, and goes on
+from the newest checkpoint of the one that is not.
+"""
+
+from collections.abc import Callable
+import pathlib
+import re
+import sys
+import time
+
+from absl import app, flags
+from etils import epath
+import jax
+from ml_collections import ConfigDict, config_flags
+
+from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import validation
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.data import batches, tasks
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.evaluate import compare
+from ma_rlhf_jax.models import huggingface
+from ma_rlhf_jax.parallel.mesh import make_mesh, mesh_shape
+from ma_rlhf_jax.training import checkpoint, sources
+from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.training.loop import run_stage
+from ma_rlhf_jax.training.metrics import NonFiniteError
+from ma_rlhf_jax.training.ppo import PPO
+from ma_rlhf_jax.training.reward_model import RewardModel
+from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.sft import SFT
+
+
+def default_recipe() -> str:
+  """configs/tiny.py of the checkout, or its copy in an installed package."""
+  package = pathlib.Path(__file__).parent
+  for folder in (package.parent / 'configs', package / 'configs'):
+    if (folder / 'tiny.py').is_file():
+      return str(folder / 'tiny.py')
+  return 'configs/tiny.py'
+
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', default_recipe(), 'The recipe, and its arguments after a colon.'
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'Where everything is written; the same again resumes. Default: '
+    'runs/<config name and arguments>-<first 8 of its hash>.',
+)
+
+
+def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
+  """Data, tokenizer and devices of a run; raises what a user can mend."""
+  path = sources.tokenizer_path(config)
+  tokenizer = None
+  if path:
+    tokenizer = tokenizer_lib.load_tokenizer(str(huggingface.resolve(path)))
+  data, tokenizer = batches.prepare(config, tokenizer, workdir)
+  prompt_len, response_len = config_lib.lengths(config)
+  return Run(
+      config=config,
+      workdir=workdir,
+      mesh=make_mesh(config.mesh),
+      data=data,
+      tokenizer=tokenizer,
+      prompt_len=prompt_len,
+      response_len=response_len,
+      gold=tasks.GOLD.get(config.data.task),
+  )
+
+
+def _finish(run: Run, name: str, step: int, exports: dict) -> None:
+  """Writes the Hugging Face folders of a stage, then its marker."""
+  hashes = {}
+  for stage, (kind, shape, params) in exports.items():
+    folder = sources.product(run.workdir, stage)
+    huggingface.save(folder, params, shape, kind, run.tokenizer)
+    hashes[stage] = workdir_lib.params_sha256(params)
+  workdir_lib.mark_done(
+      run.workdir, name, {'step': step, 'params_sha256': hashes}
+  )
+
+
+def train_sft(run: Run) -> None:
+  """SFT, from `sft.init` or random weights to `sft/hf`."""
+  shape, params = sources.initial_policy(run)
+  states, step = run_stage(SFT(run, shape, params))
+  _finish(run, 'sft', step, {'sft': ('policy', shape, states['policy'].params)})
+
+
+def train_reward_model(run: Run) -> None:
+  """The reward model, from the SFT policy to `reward_model/hf`."""
+  shape, params = sources.initial_reward_model(run)
+  states, step = run_stage(RewardModel(run, shape, params))
+  trained = ('scalar', shape, states['reward_model'].params)
+  _finish(run, 'reward_model', step, {'reward_model': trained})
+
+
+def train_ppo(run: Run) -> None:
+  """MA-PPO, from SFT policy and reward model to `ppo/hf`."""
+  policy = sources.policy_source(run.config, run.workdir)
+  reward_model = sources.reward_model_source(run.config, run.workdir)
+  critic = sources.critic_source(run.config, run.workdir)
+  loaded = Models(
+      policy=sources.load(run, policy, 'policy'),
+      ref_policy=sources.load(run, policy, 'policy'),
+      critic=sources.load(run, critic, 'scalar'),
+      reward_model=sources.load(run, reward_model, 'scalar'),
+  )
+  shapes = Models(*(shape for shape, _ in loaded))
+  stage = PPO(run, shapes, Models(*(params for _, params in loaded)))
+  states, step = run_stage(stage)
+  _finish(
+      run,
+      'ppo',
+      step,
+      {
+          'ppo': ('policy', shapes.policy, states['policy'].params),
+          'critic': ('scalar', shapes.critic, states['critic'].params),
+      },
+  )
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    'sft': train_sft,
+    'reward_model': train_reward_model,
+    'ppo': train_ppo,
+    'evaluate': compare,
+}
+
+
+def check_products(config: ConfigDict, workdir: epath.Path) -> None:
+  """Raises if a stage needs a product that is neither given nor to be made."""
+  have = set(sources.given_stages(config, workdir)) | set(config.stages)
+  have |= {s for s in STAGES if workdir_lib.read_done(workdir, s)}
+  needs = {
+      'reward_model': () if config.reward_model.init else ('sft',),
+      'ppo': ('sft', 'reward_model'),
+      'evaluate': ('sft', 'reward_model', 'ppo'),
+  }
+  missing = [
+      f'stage {stage!r} needs the product of {need!r}: list it in stages, or '
+      'give ppo.from, ppo.policy_init or ppo.reward_model'
+      for stage in config.stages
+      for need in needs.get(stage, ())
+      if need not in have
+  ]
+  if missing:
+    raise validation.ConfigError('\n'.join(missing))
+
+
+def train(run: Run) -> None:
+  """Runs the stages of a run that are not done."""
+  given = sources.given_stages(run.config, run.workdir)
+  for name in run.config.stages:
+    if name in given:
+      print(f'{name}: skipped, {given[name]}')
+    elif workdir_lib.read_done(run.workdir, name) and name != 'evaluate':
+      print(f'{name}: done before, in {run.workdir / name}')
+    else:
+      start = time.monotonic()
+      STAGES[name](run)
+      print(f'{name}: done in {time.monotonic() - start:.0f} s', flush=True)
+
+
+def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
+  """Everything that can be checked at the start is checked here."""
+  validation.validate(config)
+  shape = mesh_shape(config.mesh, jax.device_count())
+  validation.validate(config, shape[0] * shape[1])
+  path = workdir_lib.open_workdir(
+      workdir or workdir_lib.default_workdir(recipe, config), config
+  )
+  check_products(config, path)
+  print(f'workdir: {path}')
+  for warning in validation.warnings(config):
+    print(f'warning: {warning}')
+  run = load_run(config, path)
+  print(batches.describe_counts(run.data.counts), flush=True)
+  return run
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  checkpoint.quiet_logging()
+  recipe = config_flags.get_config_filename(flags.FLAGS['config'])
+  try:
+    run = set_up(_CONFIG.value, recipe, _WORKDIR.value)
+  except (ValueError, OSError, ImportError) as error:
+    sys.exit(f'error: {error}')
+  with jax.set_mesh(run.mesh):
+    try:
+      train(run)
+    except (
+        NonFiniteError,
+        checkpoint.CheckpointError,
+        sources.SourceError,
+    ) as error:
+      sys.exit(f'error: {error}')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags; `--config.ppo.from=` is spelt `from_run` inside.
+
+  `from` is a Python keyword, which a config field cannot be named.
+  """
+  spelt = [
+      re.sub(r'^(--?config\.ppo\.from)(?==|$)', r'\1_run', a) for a in argv
+  ]
+  return flags.FLAGS(spelt)
+
+
+def entry_point() -> None:
+  """What `python -m ma_rlhf_jax.train` runs."""
+  app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == '__main__':
+  entry_point()

@@ -1,0 +1,321 @@
+"""Checkpoints of one stage: the newest few and the best, saved in background.
+
+A step is one folder with two items, committed together:
+
+  <folder>/<step>/state   a dict of pytrees, {'policy': TrainState, ...}
+  <folder>/<step>/meta    JSON: step, position in the data, root key, metric
+
+An interrupted save leaves a folder `<step>.orbax-checkpoint-tmp...`, which is
+never read and is removed at the next start. A folder that cannot be restored is
+renamed to `damaged-<step>` once an older one could be, so that its step can be
+saved again. Orbax notices missing, cut and unreadable files; it does not notice
+a flipped bit in the data.
+"""
+
+from collections.abc import Sequence
+import logging
+import math
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
+
+State = dict[str, Any]
+
+# What Orbax raises for a damaged step: a missing file; a missing item; broken
+# JSON, manifests and text, and other shapes, dtypes or trees than asked for.
+_DAMAGE = (FileNotFoundError, KeyError, ValueError)
+
+
+class CheckpointError(RuntimeError):
+  """No checkpoint could be restored although there are some."""
+
+
+class Restored(NamedTuple):
+  """One restored checkpoint: its step, the dict of pytrees, the JSON meta."""
+
+  step: int
+  state: State
+  meta: dict[str, Any]
+
+
+class Checkpoints:
+  """Saves and restores the state of one stage; a context manager."""
+
+  def __init__(
+      self, folder: epath.PathLike, *, keep: int, best_metric: str
+  ) -> None:
+    """Opens the folder and creates it where it is missing.
+
+    Args:
+      folder: absolute path, may be gs://.
+      keep: how many of the newest checkpoints stay on disk, beside the best;
+        >= 1. With 1, nothing but the best is left to fall back on.
+      best_metric: name of the metric that decides which is best; a leading '-'
+        means that less is better. Values saved under another name count for
+        nothing.
+
+    Raises:
+      ValueError: if `keep` is below 1.
+    """
+    if keep < 1:
+      raise ValueError(f'checkpoint.keep is {keep}; at least 1 must be kept')
+    self.folder = epath.Path(folder)
+    self._sign = -1.0 if best_metric.startswith('-') else 1.0
+    self._metric = best_metric.removeprefix('-')
+    self._quality: dict[int, float] = {}
+    self._manager = ocp.CheckpointManager(
+        self.folder,
+        item_handlers={
+            'state': ocp.StandardCheckpointHandler(),
+            'meta': ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(keep, self._quality),
+            cleanup_tmp_directories=True,
+        ),
+    )
+    for step in self.steps():
+      self._read_quality(step)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """Steps on disk and the one being saved, oldest first."""
+    return list(self._manager.all_steps())
+
+  def best_step(self) -> int | None:
+    """The step with the best metric, the newest of equals; None if none."""
+    return _best(self.steps(), self._quality)
+
+  def describe_latest(self) -> str:
+    """Words for messages: where the newest checkpoint lies, or that none is."""
+    steps = self.steps()
+    if not steps:
+      return 'none yet'
+    return f'step {steps[-1]} in {self.folder / str(steps[-1])}'
+
+  def save(
+      self,
+      step: int,
+      state: State,
+      meta: dict[str, Any],
+      *,
+      metric: float | None,
+  ) -> None:
+    """Starts saving; returns when `state` may be donated or changed.
+
+    Args:
+      step: updates done; larger than every step saved before.
+      state: a dict of pytrees of arrays.
+      meta: JSON values; `step`, `metric_name` and `metric` are added.
+      metric: value of `best_metric` at this step; None where it was not
+        evaluated. None, nan and infinities are never best.
+
+    Raises:
+      ValueError: if this step or a later one is there already.
+      Exception: what went wrong with the save before this one.
+    """
+    steps = self.steps()
+    if steps and step <= steps[-1]:
+      raise ValueError(
+          f'cannot save step {step} in {self.folder}: step {steps[-1]} is there'
+          ' already; steps must grow'
+      )
+    if metric is not None:
+      metric = float(metric) if math.isfinite(metric) else None
+    meta = meta | {'step': step, 'metric_name': self._metric, 'metric': metric}
+    if metric is not None:
+      self._quality[step] = self._sign * metric
+    self._manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        ),
+        force=True,
+    )
+
+  def restore_latest(self, abstract: State) -> Restored | None:
+    """The newest checkpoint that can be restored, or None if there is none.
+
+    Args:
+      abstract: the tree to restore, of `jax.ShapeDtypeStruct` with shardings;
+        see `abstract_of`.
+
+    Raises:
+      CheckpointError: if there are checkpoints but none fits and is whole.
+    """
+    self.finish()
+    failures: dict[int, str] = {}
+    for step in reversed(self.steps()):
+      restored = self._try(step, abstract, failures)
+      if restored is not None:
+        self._set_aside(list(failures))
+        return restored
+      logging.warning(
+          'checkpoint %s cannot be restored (%s); trying the one before',
+          self.folder / str(step),
+          failures[step],
+      )
+    if failures:
+      raise CheckpointError(self._all_failed(failures))
+    return None
+
+  def restore_best(self, abstract: State) -> Restored | None:
+    """The checkpoint with the best metric, or None where none has a metric.
+
+    Args:
+      abstract: as for `restore_latest`.
+
+    Raises:
+      CheckpointError: if that checkpoint is damaged or does not fit.
+    """
+    self.finish()
+    step = self.best_step()
+    if step is None:
+      return None
+    failures: dict[int, str] = {}
+    restored = self._try(step, abstract, failures)
+    if restored is None:
+      raise CheckpointError(
+          f'{self._all_failed(failures)}; or export the last one instead:'
+          " export.which='last'"
+      )
+    return restored
+
+  def finish(self) -> None:
+    """Waits until the running save is committed; raises what it failed with."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the running save and releases threads."""
+    self._manager.close()
+
+  def _read_quality(self, step: int) -> None:
+    try:
+      meta = self._manager.restore(
+          step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+      ).meta
+      name, value = meta['metric_name'], meta['metric']
+    except _DAMAGE as error:
+      logging.warning(
+          'checkpoint %s has no readable meta and cannot be the best: %s',
+          self.folder / str(step),
+          _reason(error),
+      )
+      return
+    if name == self._metric and value is not None:
+      self._quality[step] = self._sign * value
+
+  def _try(
+      self, step: int, abstract: State, failures: dict[int, str]
+  ) -> Restored | None:
+    """The checkpoint of `step`; None, with the reason in `failures`."""
+    try:
+      _check_dtypes(abstract, self._manager.item_metadata(step)['state'])
+      items = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardRestore(abstract),
+              meta=ocp.args.JsonRestore(),
+          ),
+      )
+    # Orbax 0.12.8 raises a bare Exception where data cannot be read; every
+    # other type than that and _DAMAGE goes on its way.
+    except Exception as error:
+      if type(error) is not Exception and not isinstance(error, _DAMAGE):
+        raise
+      failures[step] = _reason(error)
+      return None
+    return Restored(step, items.state, items.meta)
+
+  def _set_aside(self, steps: Sequence[int]) -> None:
+    for step in steps:
+      self._quality.pop(step, None)
+      target, n = self.folder / f'damaged-{step}', 1
+      while target.exists():
+        target, n = self.folder / f'damaged-{step}-{n}', n + 1
+      if jax.process_index() == 0:
+        (self.folder / str(step)).rename(target)
+      multihost_utils.sync_global_devices(f'checkpoint {step} set aside')
+    if steps:
+      self._manager.reload()
+
+  def _all_failed(self, failures: dict[int, str]) -> str:
+    reasons = '; '.join(f'step {s}: {why}' for s, why in failures.items())
+    return (
+        f'{len(failures)} checkpoint(s) tried in {self.folder}, none could be'
+        f' restored ({reasons}). Run with the config, the tokenizer and the'
+        ' versions that saved them, or delete the folder to start this stage'
+        ' again'
+    )
+
+
+class _NewestAndBest:
+  """Orbax preservation policy: the `keep` newest steps and the best one."""
+
+  def __init__(self, keep: int, quality: dict[int, float]) -> None:
+    self._keep = keep
+    self._quality = quality
+
+  def should_preserve(
+      self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    """Whether each of `checkpoints`, oldest first, stays on disk."""
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*steps[-self._keep :], _best(steps, self._quality)}
+    return [step in kept for step in steps]
+
+
+def abstract_of(state: State) -> State:
+  """Shapes, dtypes and shardings of `state`, to restore onto."""
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      state,
+  )
+
+
+def quiet_logging() -> None:
+  """Hides what Orbax logs below WARNING; entry points call it once."""
+  logging.getLogger('absl').addFilter(_is_no_chatter)
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+  return record.levelno >= logging.WARNING or 'orbax' not in record.pathname
+
+
+def _best(steps: Sequence[int], quality: dict[int, float]) -> int | None:
+  rated = [step for step in steps if step in quality]
+  return max(rated, key=lambda s: (quality[s], s), default=None)
+
+
+def _check_dtypes(abstract: State, stored: Any) -> None:
+  """Raises where Orbax would cast; it compares shapes and names itself."""
+  have, want = _dtypes(stored), _dtypes(abstract)
+  for path in have.keys() & want.keys():
+    if have[path] != want[path]:
+      raise ValueError(
+          f'{path} was saved as {have[path]} and is wanted as {want[path]}'
+      )
+
+
+def _dtypes(tree: Any) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf.dtype
+      for path, leaf in leaves
+      if hasattr(leaf, 'dtype')
+  }
+
+
+def _reason(error: Exception) -> str:
+  """The first 200 characters of an error, on one line, with its type."""
+  text = ' '.join(str(error).split())
+  return f'{type(error).__name__}: {text[:200]}'

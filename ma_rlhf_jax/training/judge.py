@@ -1,0 +1,221 @@
+"""How good the responses of a policy to held-out prompts are."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ma_rlhf_jax.data import batches
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.objective import rewards
+from ma_rlhf_jax.parallel.mesh import place
+from ma_rlhf_jax.rollout import decode, sampling, scoring
+from ma_rlhf_jax.structs import Array, Params, PromptBatch, Rollout
+from ma_rlhf_jax.training import console
+from ma_rlhf_jax.training.run import Run
+
+
+class Model(NamedTuple):
+  """A model: its shape and its parameters."""
+
+  shape: GemmaConfig
+  params: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """One response to each of N prompts.
+
+  Attributes:
+    prompts: texts.
+    responses: texts.
+    numbers: name -> float64 [N]: `score` (reward-model units), `length`
+      (tokens, EOS included), `kl` (nats, from the reference, k1 estimate),
+      `ended` (1 where EOS came), and `gold` where the task knows it.
+  """
+
+  prompts: list[str]
+  responses: list[str]
+  numbers: dict[str, np.ndarray]
+
+  def means(self) -> dict[str, float]:
+    """The mean of every number."""
+    return {name: float(np.mean(x)) for name, x in self.numbers.items()}
+
+  def table(self, count: int) -> str:
+    """The first `count` rows as text."""
+    unscored = np.full(len(self.prompts), np.nan)
+    shown = {
+        name: self.numbers[name][:count].tolist()
+        for name in ('gold', 'kl', 'length')
+        if name in self.numbers
+    }
+    return console.samples_table(
+        self.prompts[:count],
+        self.responses[:count],
+        self.numbers.get('score', unscored)[:count].tolist(),
+        shown,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=('shape', 'settings', 'num_rollouts')
+)
+def sample_responses(
+    params: Params,
+    prompts: PromptBatch,
+    stream_key: Array,
+    step: Array | int,
+    *,
+    shape: GemmaConfig,
+    settings: decode.SamplingSettings,
+    num_rollouts: int = 1,
+) -> Rollout:
+  """One response a row, decoded in `num_rollouts` batches one by one."""
+  with jax.named_scope('rollout'):
+    keys_B = sampling.row_keys(
+        stream_key, step, prompts.prompt_ids_B, prompts.sample_ids_B
+    )
+    return scoring.in_micro_batches(
+        lambda rows: decode.generate(shape, params, *rows, settings),
+        (prompts, keys_B),
+        num_rollouts,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=('shapes', 'temperature', 'chunk_tokens')
+)
+def _measure(
+    params: tuple[Params, Params, Params],
+    rollout: Rollout,
+    *,
+    shapes: tuple[GemmaConfig, GemmaConfig, GemmaConfig],
+    temperature: float,
+    chunk_tokens: int,
+) -> dict[str, Array]:
+  """score [B] and kl [B] of finished responses."""
+  rows = rollout.sequences
+  logprobs_BT, ref_logprobs_BT = (
+      scoring.response_logprobs(
+          shape, p, rows, temperature=temperature, chunk_tokens=chunk_tokens
+      )[0]
+      for shape, p in zip(shapes[:2], params[:2], strict=True)
+  )
+  kl_B, _ = rewards.kl_estimates(
+      logprobs_BT, ref_logprobs_BT, rows.response_mask_BT
+  )
+  return {
+      'score': scoring.sequence_scores(shapes[2], params[2], rows),
+      'kl': kl_B,
+  }
+
+
+def prompt_batch(
+    run: Run, data: batches.EncodedSet, rows: Sequence[int], samples: int = 1
+) -> PromptBatch:
+  """Prompts on the devices, each `samples` times in a row."""
+  made = batches.prompt_batch(
+      data,
+      np.repeat(rows, samples),
+      prompt_len=run.prompt_len,
+      pad_id=run.tokenizer.pad_token_id,
+      sample_ids=np.tile(np.arange(samples), len(rows)),
+  )
+  return place(made, run.mesh)
+
+
+def _texts(run: Run, rollout: Rollout) -> tuple[list[str], list[str]]:
+  """The prompts and the responses of a rollout."""
+  rows = rollout.sequences
+  tokens, mask = np.asarray(rows.tokens_BL), np.asarray(rows.mask_BL)
+  width = tokens.shape[1] - rows.response_mask_BT.shape[1]
+  text = lambda columns: [
+      run.text(t[m])
+      for t, m in zip(tokens[:, columns], mask[:, columns], strict=True)
+  ]
+  return text(slice(None, width)), text(slice(width, None))
+
+
+def judge(
+    run: Run,
+    policy: Model,
+    *,
+    num_prompts: int,
+    stream: str,
+    temperature: float,
+    ref_policy: Model | None = None,
+    reward_model: Model | None = None,
+) -> Judged:
+  """Samples a response to each of the first held-out prompts and scores it.
+
+  The random keys are those of step 0 of `stream`, whenever it is called, so
+  that two evaluations of one run differ by the policy alone.
+
+  Args:
+    run: what the stages share.
+    policy: draws the responses.
+    num_prompts: at most this many; fewer where fewer are held out.
+    stream: of the random keys, see `Run.key`.
+    temperature: of the sampling.
+    ref_policy: for the KL; None = no KL and no score.
+    reward_model: gives the score.
+  """
+  count = min(num_prompts, len(run.data.eval))
+  size, parts = run.config.ppo.batch_size, []
+  for start in range(0, count, size):
+    rows = np.arange(start, start + size) % len(run.data.eval)
+    rollout = sample_responses(
+        policy.params,
+        prompt_batch(run, run.data.eval, rows),
+        run.key(stream),
+        0,
+        shape=policy.shape,
+        settings=run.sampling(temperature),
+    )
+    parts.append(_judge_batch(run, rollout, policy, ref_policy, reward_model))
+  join = lambda lists: [x for part in lists for x in part][:count]
+  names = parts[0].numbers
+  return Judged(
+      prompts=join([part.prompts for part in parts]),
+      responses=join([part.responses for part in parts]),
+      numbers={
+          name: np.concatenate([p.numbers[name] for p in parts])[:count]
+          for name in names
+      },
+  )
+
+
+def _judge_batch(
+    run: Run,
+    rollout: Rollout,
+    policy: Model,
+    ref_policy: Model | None,
+    reward_model: Model | None,
+) -> Judged:
+  prompts, responses = _texts(run, rollout)
+  numbers: dict[str, Any] = {}
+  if ref_policy is not None and reward_model is not None:
+    models = (policy, ref_policy, reward_model)
+    numbers |= _measure(
+        tuple(model.params for model in models),
+        rollout,
+        shapes=tuple(model.shape for model in models),
+        temperature=run.logprob_temperature,
+        chunk_tokens=run.config.model.logprob_chunk,
+    )
+  if run.gold is not None:
+    numbers['gold'] = [
+        run.gold(p, r) for p, r in zip(prompts, responses, strict=True)
+    ]
+  tokens_BT = rollout.sequences.tokens_BL
+  numbers['length'] = rollout.sequences.response_mask_BT.sum(axis=1)
+  numbers['ended'] = (tokens_BT == run.tokenizer.eos_token_id).any(axis=1)
+  return Judged(
+      prompts,
+      responses,
+      {name: np.asarray(x, np.float64) for name, x in numbers.items()},
+  )

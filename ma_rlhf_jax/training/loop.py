@@ -1,0 +1,241 @@
+"""The loop around every stage: resume, log, evaluate, save, profile."""
+
+import abc
+import time
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax.data import batches
+from ma_rlhf_jax.structs import TrainState
+from ma_rlhf_jax.training import checkpoint, console
+from ma_rlhf_jax.training import metrics as metrics_lib
+from ma_rlhf_jax.training.run import Run
+
+States = dict[str, TrainState]
+
+
+class Stage(abc.ABC):
+  """What differs between SFT, reward model and PPO.
+
+  Attributes:
+    run: what the stages share.
+    name: of the stage and of its folder in the workdir.
+    config: the stage's block of the config.
+    data: the rows it trains on.
+    num_steps: updates in all.
+    best_metric: decides the best checkpoint; '-' = less is better.
+    shown: metrics on the progress bar.
+    states: what is trained, before the first update.
+  """
+
+  best_metric: str
+  shown: tuple[str, ...]
+  states: States
+
+  def __init__(
+      self, run: Run, name: str, config: ConfigDict, data: batches.EncodedSet
+  ):
+    self.run, self.name, self.config, self.data = run, name, config, data
+    self.num_steps = config_lib.num_steps(config, len(data))
+
+  def rows(self, index: int) -> np.ndarray:
+    """The rows of the update number `index`, a function of it and the seed."""
+    return batches.rows_of_step(
+        self.run.config.seed,
+        index,
+        size=len(self.data),
+        batch_size=self.config.batch_size,
+    )
+
+  @abc.abstractmethod
+  def step(self, states: States, index: int) -> tuple[States, dict[str, Any]]:
+    """The states after update number `index`, and its metrics.
+
+    One metric is `tokens`, the real tokens that the update has seen.
+    """
+
+  @abc.abstractmethod
+  def evaluate(self, states: States) -> dict[str, float]:
+    """Metrics on held-out rows."""
+
+  @abc.abstractmethod
+  def samples(self, states: States) -> str:
+    """A small table of what the models do; '' for none."""
+
+  def best_value(self, metrics: dict[str, float]) -> float | None:
+    """The value of `best_metric`, or None where this step may not be best."""
+    return metrics.get(self.best_metric.lstrip('-'))
+
+
+class _Trace:
+  """Writes a profiler trace of the updates first..last of one stage."""
+
+  def __init__(self, stage: Stage, folder: epath.Path):
+    profile = stage.run.config.profile
+    steps = tuple(profile.steps) if profile.stage == stage.name else ()
+    self._first, self._last = steps or (-1, -1)
+    self._folder = str(folder / 'profile')
+
+  def before(self, index: int) -> None:
+    if index == self._first:
+      jax.profiler.start_trace(self._folder)
+
+  def after(self, index: int, states: States) -> None:
+    if index == self._last:
+      jax.block_until_ready(states)
+      jax.profiler.stop_trace()
+
+
+class _Log:
+  """Brings metrics to the host one update late, so the device never waits."""
+
+  def __init__(
+      self,
+      stage: Stage,
+      writer: metrics_lib.MetricsWriter,
+      progress: console.Progress,
+      checkpoints: checkpoint.Checkpoints,
+  ):
+    self._stage, self._writer = stage, writer
+    self._progress, self._checkpoints = progress, checkpoints
+    self._pending: tuple[int, dict[str, Any]] | None = None
+    self._last = time.monotonic()
+
+  def add(self, step: int, metrics: dict[str, Any]) -> None:
+    """Takes the metrics of an update and writes those of the one before."""
+    self.flush()
+    self._pending = step, metrics
+
+  def flush(self) -> None:
+    """Writes what is pending; stops the run on a value that is not finite."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    metrics_lib.check_finite(
+        step,
+        metrics,
+        stage=self._stage.name,
+        last_checkpoint=self._checkpoints.describe_latest(),
+    )
+    tokens = int(metrics.pop('tokens'))
+    now = time.monotonic()
+    seconds, self._last = now - self._last, now
+    shown = {name: metrics[name] for name in self._stage.shown}
+    self._progress.update(step, tokens, shown)
+    if step % self._stage.run.config.log.every == 0:
+      speed = {
+          'time/seconds': seconds,
+          'time/tokens_per_second': tokens / seconds,
+      }
+      self._writer.write(step, {**metrics, **speed})
+
+
+def _meta(stage: Stage, step: int) -> dict[str, Any]:
+  """What a checkpoint says beside its arrays."""
+  epoch, row = divmod(step * stage.config.batch_size, len(stage.data))
+  root = jax.random.key_data(jax.random.key(stage.run.config.seed))
+  return {
+      'stage': stage.name,
+      'data_position': {'epoch': epoch, 'row': row},
+      'root_key': np.asarray(root).tolist(),
+      'config': config_lib.fingerprint(stage.run.config),
+  }
+
+
+def _due(step: int, every: int, last: int) -> bool:
+  return step == last or bool(every) and step % every == 0
+
+
+def run_stage(stage: Stage) -> tuple[States, int]:
+  """Trains a stage from its newest checkpoint, or from the start, to its end.
+
+  A step is the number of updates done: line k of the metrics tells of update k
+  (1, 2, ...) and of the evaluation after it; step 0 is the evaluation before.
+
+  Returns:
+    The states to go on with (of the last or of the best checkpoint, as
+    `export.which` says) and their step.
+
+  Raises:
+    NonFiniteError: on a metric that is not finite.
+  """
+  c = stage.run.config
+  folder = stage.run.workdir / stage.name
+  abstract = checkpoint.abstract_of(stage.states)
+  with checkpoint.Checkpoints(
+      folder / 'checkpoints',
+      keep=c.checkpoint.keep,
+      best_metric=c.checkpoint.best_metric or stage.best_metric,
+  ) as checkpoints:
+    restored = checkpoints.restore_latest(abstract)
+    first, states = (restored.step, restored.state) if restored else (0, None)
+    if states is None:
+      states = stage.states
+    stage.states = {}  # donated by the first update
+    states = _train(stage, states, first, checkpoints)
+    step = stage.num_steps
+    if c.export.which == 'best' and (
+        best := checkpoints.restore_best(abstract)
+    ):
+      states, step = best.state, best.step
+  return states, step
+
+
+def _train(
+    stage: Stage,
+    states: States,
+    first: int,
+    checkpoints: checkpoint.Checkpoints,
+) -> States:
+  """The updates first + 1 .. num_steps."""
+  c = stage.run.config
+  folder = stage.run.workdir / stage.name
+  trace = _Trace(stage, folder)
+  with (
+      metrics_lib.MetricsWriter(
+          folder, stage.name, sinks=c.log.sinks, first_step=first + 1
+      ) as writer,
+      console.Progress(stage.name, stage.num_steps, first) as progress,
+  ):
+    log = _Log(stage, writer, progress, checkpoints)
+
+    def evaluate(step: int) -> dict[str, float]:
+      log.flush()
+      metrics = stage.evaluate(states)
+      writer.write(step, metrics)
+      progress.message(f'{stage.name} step {step}: {_words(metrics)}')
+      if c.log.samples:
+        progress.message(stage.samples(states))
+      return metrics
+
+    if first == 0:
+      evaluate(0)
+    for index in range(first, stage.num_steps):
+      trace.before(index)
+      states, metrics = stage.step(states, index)
+      trace.after(index, states)
+      step = index + 1
+      log.add(step, metrics)
+      save = _due(step, c.checkpoint.every, stage.num_steps)
+      if save or _due(step, stage.config.eval_every, stage.num_steps):
+        metrics = evaluate(step)
+      if save:
+        writer.seal()
+        checkpoints.save(
+            step,
+            states,
+            _meta(stage, step),
+            metric=stage.best_value(metrics),
+        )
+  return states
+
+
+def _words(metrics: dict[str, float]) -> str:
+  return ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())

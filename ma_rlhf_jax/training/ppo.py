@@ -1,0 +1,277 @@
+"""MA-PPO: rollouts, experience, and the updates of policy and critic."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.objective import advantage, losses
+from ma_rlhf_jax.rollout import sampling, scoring
+from ma_rlhf_jax.structs import (
+    Array,
+    Experience,
+    Params,
+    PromptBatch,
+    Rollout,
+    TrainState,
+)
+from ma_rlhf_jax.training import judge, optim, update
+from ma_rlhf_jax.training.experience import Models, make_experience
+from ma_rlhf_jax.training.loop import Stage
+from ma_rlhf_jax.training.run import Run
+
+Batch = tuple[Experience, Array]  # with the loss weights of its tokens
+
+
+def policy_loss_fn(
+    params: Params,
+    batch: Batch,
+    *,
+    shape: GemmaConfig,
+    clip_eps: float,
+    temperature: float,
+    chunk_tokens: int,
+) -> tuple[Array, dict[str, Array]]:
+  """The clipped surrogate on a (micro-)batch, and its metrics."""
+  experience, weights_BT = batch
+  logprobs_BT, _ = scoring.response_logprobs(
+      shape,
+      params,
+      experience.sequences,
+      temperature=temperature,
+      chunk_tokens=chunk_tokens,
+  )
+  return losses.policy_loss(
+      logprobs_BT,
+      experience.scored.logprobs_BT,
+      experience.targets.advantages_BT,
+      weights_BT,
+      experience.macro.mask_BT,
+      clip_eps=clip_eps,
+  )
+
+
+def value_loss_fn(
+    params: Params, batch: Batch, *, shape: GemmaConfig, config: ConfigDict
+) -> tuple[Array, dict[str, Array]]:
+  """The critic's loss on a (micro-)batch, and its metrics."""
+  experience, weights_BT = batch
+  return losses.value_loss(
+      scoring.response_values(shape, params, experience.sequences),
+      experience.scored.values_BT,
+      experience.targets.returns_BT,
+      weights_BT,
+      advantage.critic_mask(experience.macro, critic_target=config.target),
+      clip_eps=config.clip_eps,
+  )
+
+
+def update_on(
+    state: TrainState,
+    experience: Experience,
+    key: Array,
+    *,
+    loss_fn: update.LossFn,
+    weigh: Callable[[Experience], Array],
+    optimizer: optax.GradientTransformation,
+    ppo: ConfigDict,
+) -> tuple[TrainState, dict[str, Array]]:
+  """`ppo_epochs` passes over the experience, in `minibatches` updates each.
+
+  Args:
+    state: of the policy or of the critic.
+    experience: all rows of the step.
+    key: orders the rows of each pass; used only with several minibatches.
+    loss_fn: takes (params, (experience, weights)).
+    weigh: the loss weights [B, T] of the tokens of one minibatch.
+    optimizer: of this model.
+    ppo: `config.ppo`.
+
+  Returns:
+    The new state, and metrics averaged over the updates.
+  """
+  rows = experience.macro.ids_BT.shape[0]
+  size = rows // ppo.minibatches
+
+  def one(state: TrainState, batch: Experience) -> tuple[TrainState, dict]:
+    return update.train_step(
+        state,
+        (batch, weigh(batch)),
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        num_micro=update.num_micro(size, ppo.micro_batch_size),
+    )
+
+  if ppo.ppo_epochs * ppo.minibatches == 1:
+    return one(state, experience)
+  orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(
+      jax.random.split(key, ppo.ppo_epochs)
+  ).reshape(-1, size)
+  take = lambda order: jax.tree.map(lambda x: x[order], experience)
+  state, metrics = jax.lax.scan(
+      lambda state, order: one(state, take(order)), state, orders
+  )
+  return state, jax.tree.map(jnp.mean, metrics)
+
+
+class PPO(Stage):
+  """The third stage: policy and critic against a reward model."""
+
+  def __init__(self, run: Run, shapes: Models, params: Models):
+    super().__init__(run, 'ppo', run.config.ppo, run.data.ppo)
+    config, c = run.config, self.config
+    self.best_metric = 'eval/score'
+    self.shown = ('objective/score', 'objective/kl', 'response/length')
+    self.shapes = shapes
+    self.frozen = {
+        'ref_policy': params.ref_policy,
+        'reward_model': params.reward_model,
+    }
+    updates = self.num_steps * c.ppo_epochs * c.minibatches
+    policy_updates = updates * (
+        1 - min(c.critic_warmup_updates, self.num_steps - 1) / self.num_steps
+    )
+    policy_optimizer = optim.make_optimizer(c.optim, round(policy_updates))
+    critic_optimizer = optim.make_optimizer(config.critic.optim, updates)
+    self.states = {
+        'policy': update.init_state(params.policy, policy_optimizer),
+        'critic': update.init_state(params.critic, critic_optimizer),
+    }
+    self._make_programs(policy_optimizer, critic_optimizer)
+
+  def _make_programs(
+      self,
+      policy_optimizer: optax.GradientTransformation,
+      critic_optimizer: optax.GradientTransformation,
+  ) -> None:
+    run, c, shapes = self.run, self.config, self.shapes
+    temperature = run.logprob_temperature
+    num_rows = c.batch_size * c.samples_per_prompt
+    self.experience = jax.jit(
+        functools.partial(
+            make_experience,
+            shapes=shapes,
+            config=run.config,
+            temperature=temperature,
+            num_micro=update.num_micro(num_rows, c.micro_batch_size),
+        )
+    )
+    self._update_policy = jax.jit(
+        functools.partial(
+            update_on,
+            loss_fn=functools.partial(
+                policy_loss_fn,
+                shape=shapes.policy,
+                clip_eps=c.clip_eps,
+                temperature=temperature,
+                chunk_tokens=run.config.model.logprob_chunk,
+            ),
+            weigh=lambda batch: losses.loss_weights(
+                batch.macro.mask_BT, reduction=c.loss_reduction
+            ),
+            optimizer=policy_optimizer,
+            ppo=c,
+        ),
+        donate_argnums=0,
+    )
+    critic = run.config.critic
+    self._update_critic = jax.jit(
+        functools.partial(
+            update_on,
+            loss_fn=functools.partial(
+                value_loss_fn, shape=shapes.critic, config=critic
+            ),
+            weigh=lambda batch: losses.loss_weights(
+                advantage.critic_mask(batch.macro, critic_target=critic.target),
+                reduction=c.loss_reduction,
+            ),
+            optimizer=critic_optimizer,
+            ppo=c,
+        ),
+        donate_argnums=0,
+    )
+
+  def params(self, states: dict) -> Models:
+    """The parameters of the four models."""
+    return Models(
+        policy=states['policy'].params,
+        critic=states['critic'].params,
+        **self.frozen,
+    )
+
+  def _rollout(
+      self, params: Params, prompts: PromptBatch, index: int
+  ) -> Rollout:
+    return judge.sample_responses(
+        params,
+        prompts,
+        self.run.key('rollout'),
+        index,
+        shape=self.shapes.policy,
+        settings=self.run.sampling(),
+        num_rollouts=update.num_micro(
+            prompts.prompt_ids_B.shape[0], self.run.config.rollout.batch_size
+        ),
+    )
+
+  def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
+    run = self.run
+    prompts = judge.prompt_batch(
+        run, self.data, self.rows(index), self.config.samples_per_prompt
+    )
+    with jax.profiler.TraceAnnotation('rollout'):
+      rollout = self._rollout(states['policy'].params, prompts, index)
+    macro_keys_B = sampling.row_keys(
+        run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
+    )
+    with jax.profiler.TraceAnnotation('score'):
+      experience, metrics = self.experience(
+          self.params(states), rollout, macro_keys_B
+      )
+    key = jax.random.fold_in(run.key('minibatches'), index)
+    with jax.profiler.TraceAnnotation('update'):
+      new, learned = {'policy': states['policy']}, {}
+      if index >= self.config.critic_warmup_updates:
+        new['policy'], learned['policy'] = self._update_policy(
+            states['policy'], experience, key
+        )
+      new['critic'], learned['critic'] = self._update_critic(
+          states['critic'], experience, key
+      )
+    for model, found in learned.items():
+      metrics[f'loss/{model}'] = found.pop('loss')
+      metrics |= {f'{model}/{name}': value for name, value in found.items()}
+    return new, metrics
+
+  def _judge(self, states: dict, num_prompts: int) -> judge.Judged:
+    model = lambda name: judge.Model(
+        getattr(self.shapes, name), getattr(self.params(states), name)
+    )
+    return judge.judge(
+        self.run,
+        model('policy'),
+        num_prompts=num_prompts,
+        stream='evaluate',
+        temperature=self.run.config.rollout.temperature,
+        ref_policy=model('ref_policy'),
+        reward_model=model('reward_model'),
+    )
+
+  def evaluate(self, states: dict) -> dict[str, float]:
+    self._judged = self._judge(states, self.config.batch_size)
+    means = self._judged.means()
+    return {f'eval/{name}': value for name, value in means.items()}
+
+  def samples(self, states: dict) -> str:
+    del states  # those of the evaluation just before
+    return self._judged.table(self.run.config.log.samples)
+
+  def best_value(self, metrics: dict[str, float]) -> float | None:
+    if metrics['eval/kl'] > self.config.max_kl:
+      return None
+    return super().best_value(metrics)

@@ -1,0 +1,122 @@
+"""What every stage of a run shares."""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.data.batches import Datasets, EncodedSet
+from ma_rlhf_jax.parallel.mesh import place
+from ma_rlhf_jax.rollout.decode import SamplingSettings
+from ma_rlhf_jax.structs import Array
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+  from transformers import PreTrainedTokenizerBase
+
+# Each purpose draws from a stream of its own; see `Run.key`.
+_STREAMS = (
+    'init_sft',
+    'init_reward_model',
+    'rollout',
+    'macro',
+    'minibatches',
+    'evaluate',
+    'compare_sft',
+    'compare_ppo',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A workdir with its config, data and devices.
+
+  Attributes:
+    config: the resolved config.
+    workdir: where everything is written.
+    mesh: the devices.
+    data: tokenised rows of each stage and of the evaluation.
+    tokenizer: of policy and reward model.
+    prompt_len: P, prompt columns.
+    response_len: T, response columns.
+    gold: true quality of (prompt, response), for tasks that know it.
+  """
+
+  config: ConfigDict
+  workdir: epath.Path
+  mesh: Mesh
+  data: Datasets
+  tokenizer: 'PreTrainedTokenizerBase'
+  prompt_len: int
+  response_len: int
+  gold: Callable[[str, str], float] | None
+
+  def key(self, stream: str) -> Array:
+    """The random key of one stream; folded with a step before use."""
+    root = jax.random.key(self.config.seed)
+    return jax.random.fold_in(root, _STREAMS.index(stream))
+
+  @property
+  def logprob_temperature(self) -> float:
+    """Temperature of log-probs in ratio, KL and perplexity."""
+    c = self.config
+    return c.ppo.logprob_temperature or c.rollout.temperature
+
+  def batch(
+      self,
+      make: Callable[..., Any],
+      data: EncodedSet,
+      rows: Sequence[int],
+      size: int | None = None,
+  ) -> Any:
+    """`make` (a batch maker of `data.batches`) of rows, on the devices.
+
+    Args:
+      make: `sft_batch` or `pair_batch`.
+      data: where the rows are.
+      rows: their indices.
+      size: rows of the result; what is missing is filled with empty rows.
+    """
+    made = make(
+        data,
+        rows,
+        prompt_len=self.prompt_len,
+        response_len=self.response_len,
+        pad_id=self.tokenizer.pad_token_id,
+    )
+    missing = (size or len(rows)) - len(rows)
+    fill = lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    return place(jax.tree.map(fill, made), self.mesh)
+
+  def held_out(self, make: Callable[..., Any], size: int) -> Iterator[Any]:
+    """The held-out rows in batches of `size`, the last one filled up."""
+    total = len(self.data.eval)
+    for start in range(0, total, size):
+      rows = range(start, min(start + size, total))
+      yield self.batch(make, self.data.eval, rows, size)
+
+  def text(self, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of token ids, special tokens left out."""
+    special = set(self.tokenizer.all_special_ids)
+    plain = [
+        token for token in np.asarray(ids).tolist() if token not in special
+    ]
+    return tokenizer_lib.decode(self.tokenizer, plain)
+
+  def sampling(self, temperature: float | None = None) -> SamplingSettings:
+    """How responses are drawn, at the rollout's temperature or another."""
+    r = self.config.rollout
+    return SamplingSettings(
+        max_new_tokens=self.response_len,
+        temperature=r.temperature if temperature is None else temperature,
+        top_k=r.top_k,
+        top_p=r.top_p,
+        min_new_tokens=r.min_new_tokens,
+        eos_id=self.tokenizer.eos_token_id,
+        pad_id=self.tokenizer.pad_token_id,
+    )

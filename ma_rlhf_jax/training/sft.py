@@ -1,0 +1,173 @@
+"""Supervised fine-tuning on the chosen responses."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ma_rlhf_jax import masking
+from ma_rlhf_jax.data import batches
+from ma_rlhf_jax.models.gemma import hidden_states
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.objective.losses import loss_weights, sft_loss
+from ma_rlhf_jax.rollout.logprobs import token_logprobs
+from ma_rlhf_jax.structs import Array, Params, SequenceBatch, TrainState
+from ma_rlhf_jax.training import judge, optim, update
+from ma_rlhf_jax.training.loop import Stage
+from ma_rlhf_jax.training.run import Run
+
+
+def _response(sequences: SequenceBatch) -> tuple[Array, Array, Array]:
+  """The response, EOS included."""
+  return sequences.tokens_BL, sequences.mask_BL, sequences.response_mask_BT
+
+
+def _text(sequences: SequenceBatch) -> tuple[Array, Array, Array]:
+  """Prompt and response: every real token after BOS."""
+  mask_BL = sequences.mask_BL
+  return sequences.tokens_BL, mask_BL, mask_BL[:, 1:] & mask_BL[:, :-1]
+
+
+def _everything(sequences: SequenceBatch) -> tuple[Array, Array, Array]:
+  """All columns of right-padded rows, pads too, as the authors do."""
+  mask_BL = sequences.mask_BL
+  tokens_BL = masking.left_align(sequences.tokens_BL, mask_BL)
+  mask_BL = masking.left_align(mask_BL, mask_BL)
+  return tokens_BL, mask_BL, jnp.ones_like(mask_BL[:, 1:])
+
+
+# config.sft.loss_on -> tokens_BL, mask_BL and learned_BW: which of the last W
+# columns are learned. Only those reach the vocabulary head.
+LOSS_ON: dict[str, Callable[[SequenceBatch], tuple[Array, Array, Array]]] = {
+    'response': _response,
+    'text': _text,
+    'everything': _everything,
+}
+
+
+def learned_logprobs(
+    params: Params,
+    sequences: SequenceBatch,
+    *,
+    shape: GemmaConfig,
+    loss_on: str,
+    chunk_tokens: int,
+) -> tuple[Array, Array]:
+  """(logprobs_BW, learned_BW): nats at temperature 1, and what is learned."""
+  tokens_BL, mask_BL, learned_BW = LOSS_ON[loss_on](sequences)
+  width = learned_BW.shape[1]
+  logprobs_BW, _ = token_logprobs(
+      masking.predictors(
+          hidden_states(shape, params, tokens_BL, mask_BL), width
+      ),
+      params['embedding'],
+      tokens_BL[:, -width:],
+      temperature=1.0,
+      chunk_tokens=chunk_tokens,
+  )
+  return logprobs_BW, learned_BW
+
+
+def _step(
+    state: TrainState,
+    sequences: SequenceBatch,
+    *,
+    logprobs: Callable[..., tuple[Array, Array]],
+    loss_on: str,
+    optimizer: optax.GradientTransformation,
+    num_micro: int,
+) -> tuple[TrainState, dict[str, Array]]:
+  """One update; the loss is a mean over the learned tokens of the batch."""
+
+  def loss_fn(params: Params, batch: Any) -> tuple[Array, dict[str, Array]]:
+    sequences, weights_BW = batch
+    return sft_loss(logprobs(params, sequences)[0], weights_BW), {}
+
+  _, _, learned_BW = LOSS_ON[loss_on](sequences)
+  state, metrics = update.train_step(
+      state,
+      (sequences, loss_weights(learned_BW, reduction='token')),
+      loss_fn=loss_fn,
+      optimizer=optimizer,
+      num_micro=num_micro,
+  )
+  return state, {
+      'loss/sft': metrics['loss'],
+      'policy/grad_norm': metrics['grad_norm'],
+      'tokens': jnp.sum(sequences.mask_BL, dtype=jnp.int32),
+  }
+
+
+def _held_out_sums(
+    params: Params,
+    sequences: SequenceBatch,
+    *,
+    logprobs: Callable[..., tuple[Array, Array]],
+) -> tuple[Array, Array]:
+  """Negative log-likelihood (nats) and number of the learned tokens."""
+  logprobs_BW, learned_BW = logprobs(params, sequences)
+  count = jnp.sum(learned_BW, dtype=jnp.int32)
+  return -masking.masked_sum(logprobs_BW, learned_BW), count
+
+
+class SFT(Stage):
+  """The first stage: a policy that imitates the chosen responses."""
+
+  def __init__(self, run: Run, shape: GemmaConfig, params: Params):
+    super().__init__(run, 'sft', run.config.sft, run.data.sft)
+    c = self.config
+    self.best_metric = '-eval/loss'
+    self.shown = ('loss/sft',)
+    optimizer = optim.make_optimizer(c.optim, self.num_steps)
+    self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
+    self.shape = shape
+    self.states = {'policy': update.init_state(params, optimizer)}
+    logprobs = functools.partial(
+        learned_logprobs,
+        shape=shape,
+        loss_on=c.loss_on,
+        chunk_tokens=run.config.model.logprob_chunk,
+    )
+    self._step = jax.jit(
+        functools.partial(
+            _step,
+            logprobs=logprobs,
+            loss_on=c.loss_on,
+            optimizer=optimizer,
+            num_micro=update.num_micro(c.batch_size, c.micro_batch_size),
+        ),
+        donate_argnums=0,
+    )
+    self._held_out_sums = jax.jit(
+        functools.partial(_held_out_sums, logprobs=logprobs)
+    )
+
+  def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
+    batch = self.run.batch(batches.sft_batch, self.data, self.rows(index))
+    policy, metrics = self._step(states['policy'], batch)
+    metrics['policy/lr'] = self.learning_rate(index)
+    return {'policy': policy}, metrics
+
+  def evaluate(self, states: dict) -> dict[str, float]:
+    sums = [
+        self._held_out_sums(states['policy'].params, batch)
+        for batch in self.run.held_out(
+            batches.sft_batch, self.config.batch_size
+        )
+    ]
+    nll, count = (float(sum(column)) for column in zip(*sums, strict=True))
+    return {'eval/loss': nll / count}
+
+  def samples(self, states: dict) -> str:
+    count = self.run.config.log.samples
+    judged = judge.judge(
+        self.run,
+        judge.Model(self.shape, states['policy'].params),
+        num_prompts=count,
+        stream='evaluate',
+        temperature=self.run.config.rollout.temperature,
+    )
+    return judged.table(count)

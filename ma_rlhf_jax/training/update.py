@@ -1,0 +1,91 @@
+"""One optimizer update: accumulated gradients, then the optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.structs import Array, Params, TrainState
+
+# loss_fn(params, batch) -> (loss, metrics), both SUMS over the rows of the
+# batch whose weights were fixed for the whole minibatch, so that the sums of
+# micro-batches are those of the minibatch.
+LossFn = Callable[[Params, Any], tuple[Array, dict[str, Array]]]
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """The state before the first update; moments lie where their params lie."""
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=jax.jit(optimizer.init)(params),
+  )
+
+
+def accumulate_gradients(
+    loss_fn: LossFn, params: Params, batch: Any, num_micro: int
+) -> tuple[Params, dict[str, Array]]:
+  """The gradient and metrics of the whole batch, one micro-batch at a time.
+
+  Args:
+    loss_fn: a sum over rows, see `LossFn`.
+    params: the parameters to differentiate by.
+    batch: arrays [B, ...].
+    num_micro: micro-batches; divides B.
+
+  Returns:
+    Gradients and metrics (with 'loss'), equal to those of one large batch up
+    to the order of float sums.
+  """
+
+  def one(micro: Any) -> tuple[Params, dict[str, Array]]:
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, metrics), grads = grad_fn(params, micro)
+    return grads, {'loss': loss, **metrics}
+
+  if num_micro == 1:
+    return one(batch)
+  micro = partition.micro_batches(batch, num_micro)
+  first = jax.tree.map(lambda x: x[0], micro)
+  zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
+  )
+  add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)
+  return jax.lax.scan(add, zeros, micro)[0]
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Array]]:
+  """The state after one update, and its `grad_norm` (before clipping)."""
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  new_state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+  )
+  return new_state, {'grad_norm': optax.global_norm(grads)}
+
+
+def train_step(
+    state: TrainState,
+    batch: Any,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    num_micro: int,
+) -> tuple[TrainState, dict[str, Array]]:
+  """One update on one minibatch."""
+  grads, metrics = accumulate_gradients(loss_fn, state.params, batch, num_micro)
+  state, norms = apply_gradients(state, grads, optimizer)
+  return state, {**metrics, **norms}
+
+
+def num_micro(batch_size: int, micro_batch_size: int) -> int:
+  """Micro-batches of a batch; a micro-batch size of 0 is the whole batch."""
+  return batch_size // (micro_batch_size or batch_size)

@@ -1,0 +1,210 @@
+"""Checks of a config before any device work: every problem in one message."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ma_rlhf_jax import config as config_lib
+
+_STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
+_OPTIMS = ('sft.optim', 'reward_model.optim', 'ppo.optim', 'critic.optim')
+
+# Field -> the values it may have.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    'model.dtype': ('float32', 'bfloat16', 'float64'),
+    'model.param_dtype': ('float32', 'bfloat16', 'float64'),
+    'data.task': tuple(config_lib.TASK_LENGTHS),
+    'sft.loss_on': ('response', 'text', 'everything'),
+    'reward_model.loss': ('per_token', 'last_token', 'authors'),
+    'ppo.loss_reduction': ('sequence', 'token'),
+    'critic.target': ('token', 'macro', 'starts'),
+    'macro.termination': ('fixed', 'randomised', 'ppl', 'ppl_adjacent'),
+    'macro.reward': ('sum', 'mean'),
+    'macro.value': ('start', 'equal', 'unit', 'position'),
+    'export.which': ('last', 'best'),
+    'profile.stage': _STAGES[:3],
+    **{f'{o}.schedule': ('cosine', 'linear', 'constant') for o in _OPTIMS},
+}
+
+_AT_LEAST_1 = (
+    'model.num_layers model.embed_dim model.mlp_dim model.num_heads'
+    ' model.num_kv_heads model.head_dim model.logprob_chunk data.eval_rows'
+    ' data.synthetic_rows sft.batch_size reward_model.batch_size'
+    ' ppo.batch_size ppo.samples_per_prompt ppo.ppo_epochs ppo.minibatches'
+    ' macro.random_repeats checkpoint.keep log.every evaluate.prompts'
+).split()
+_AT_LEAST_0 = (
+    'seed model.vocab_size data.max_rows data.max_prompt_len'
+    ' data.max_response_len sft.steps sft.micro_batch_size sft.eval_every'
+    ' reward_model.steps reward_model.micro_batch_size reward_model.eval_every'
+    ' reward_model.num_padding_at_beginning ppo.steps ppo.micro_batch_size'
+    ' ppo.kl_coef ppo.score_clip ppo.logprob_temperature'
+    ' ppo.critic_warmup_updates ppo.eval_every critic.clip_eps macro.ngram'
+    ' rollout.temperature rollout.top_k rollout.min_new_tokens'
+    ' rollout.batch_size checkpoint.every log.samples evaluate.temperature'
+).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('weight_decay', 'clip_norm')]
+_ABOVE_0 = (
+    'model.rope_theta model.norm_eps ppo.clip_eps rollout.top_p ppo.max_kl'
+    ' sft.epochs reward_model.epochs ppo.epochs'
+).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('lr', 'eps')]
+_UP_TO_1 = (
+    'ppo.gamma ppo.gae_lambda rollout.top_p data.label_noise'
+).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('warmup_ratio', 'b1', 'b2')]
+
+# Fields, the bound they keep, and its name.
+RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
+    (_AT_LEAST_1, lambda v: v >= 1, 'at least 1'),
+    (_AT_LEAST_0, lambda v: v >= 0, 'at least 0'),
+    (_ABOVE_0, lambda v: v > 0, 'above 0'),
+    (_UP_TO_1, lambda v: 0 <= v <= 1, 'between 0 and 1'),
+)
+
+
+class ConfigError(ValueError):
+  """The config asks for something that cannot be done."""
+
+
+def _of_values(flat: dict[str, Any]) -> Iterator[str]:
+  """Fields whose own value is out of range."""
+  for name, allowed in CHOICES.items():
+    if flat[name] not in allowed:
+      words = ', '.join(map(str, allowed))
+      yield f'{name}={flat[name]!r} must be one of {words}'
+  for names, holds, words in RANGES:
+    for name in names:
+      if not holds(flat[name]):
+        yield f'{name}={flat[name]!r} must be {words}'
+
+
+def _of_model(c: ConfigDict) -> Iterator[str]:
+  m = c.model
+  if m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads:
+    yield (
+        f'model.num_kv_heads={m.num_kv_heads} must divide '
+        f'model.num_heads={m.num_heads}'
+    )
+  if m.head_dim % 2:
+    yield f'model.head_dim={m.head_dim} must be even (rotary halves)'
+  if '' == c.tokenizer.path and c.tokenizer.vocab_size < 300:
+    yield (
+        f'tokenizer.vocab_size={c.tokenizer.vocab_size} must be at least 300: '
+        '4 special ids, 256 bytes and some pieces'
+    )
+
+
+def _of_batches(c: ConfigDict, num_devices: int) -> Iterator[str]:
+  """Batches must split evenly into micro-batches and over devices."""
+  rows = c.ppo.batch_size * c.ppo.samples_per_prompt
+  minibatch = rows // max(1, c.ppo.minibatches)
+  if rows % max(1, c.ppo.minibatches):
+    yield (
+        f'ppo.minibatches={c.ppo.minibatches} must divide '
+        f'ppo.batch_size * ppo.samples_per_prompt = {rows}'
+    )
+  for field, part, whole in (
+      ('sft.micro_batch_size', c.sft.micro_batch_size, c.sft.batch_size),
+      (
+          'reward_model.micro_batch_size',
+          c.reward_model.micro_batch_size,
+          c.reward_model.batch_size,
+      ),
+      ('ppo.micro_batch_size', c.ppo.micro_batch_size, minibatch),
+      ('rollout.batch_size', c.rollout.batch_size, rows),
+  ):
+    part = part or whole
+    if part < 1 or whole % part:
+      yield f'{field}={part} must divide the {whole} sequences it is a part of'
+    elif part % num_devices:
+      yield (
+          f'{field}={part} (0 = all of them) must be a multiple of the '
+          f'{num_devices} devices that share a batch (mesh.data * mesh.fsdp)'
+      )
+  if c.ppo.batch_size % num_devices:
+    yield (
+        f'ppo.batch_size={c.ppo.batch_size} must be a multiple of the '
+        f'{num_devices} devices that share a batch'
+    )
+
+
+def _of_data(c: ConfigDict) -> Iterator[str]:
+  d = c.data
+  if d.task != 'synthetic' and not d.path:
+    yield f'data.path is empty; data.task={d.task!r} needs a file or a hub name'
+  if len(d.parts) != 3 or any(p < 0 for p in d.parts) or not sum(d.parts):
+    yield f'data.parts={tuple(d.parts)} must be three shares, none negative'
+  if d.task in config_lib.TASK_LENGTHS:
+    prompt, response = config_lib.lengths(c)
+    if prompt < 2 or response < 2:
+      yield 'data.max_prompt_len and data.max_response_len must be at least 2'
+    if c.rollout.min_new_tokens >= response:
+      yield (
+          f'rollout.min_new_tokens={c.rollout.min_new_tokens} must be below '
+          f'the response limit of {response} tokens'
+      )
+
+
+def _of_stages(c: ConfigDict) -> Iterator[str]:
+  unknown = [s for s in c.stages if s not in _STAGES]
+  in_order = sorted(set(c.stages) - set(unknown), key=_STAGES.index)
+  if unknown or list(c.stages) != in_order:
+    yield f'stages={tuple(c.stages)} must be some of {_STAGES}, in this order'
+  if c.rollout.temperature == 0 and 'ppo' in c.stages:
+    yield 'rollout.temperature=0 draws greedily; PPO needs samples (above 0)'
+  if len(c.profile.steps) not in (0, 2):
+    yield f'profile.steps={tuple(c.profile.steps)} must be () or (first, last)'
+  sinks = set(c.log.sinks) - {'jsonl', 'tensorboard', 'wandb'}
+  if sinks:
+    yield f'log.sinks has {sorted(sinks)}; known: jsonl, tensorboard, wandb'
+  if not c.macro.random_lengths or min(c.macro.random_lengths) < 1:
+    yield 'macro.random_lengths must hold lengths of at least 1 token'
+  if c.macro.reward == 'mean' and c.critic.target == 'token':
+    yield (
+        "critic.target='token' aims at summed rewards; with macro.reward="
+        "'mean' use critic.target='macro'"
+    )
+
+
+def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
+  """Everything that is wrong with a config, one line each.
+
+  Args:
+    config: see `config.base`.
+    num_devices: devices that share a batch.
+  """
+  flat = {name: config for name, config in config_lib.flatten(config).items()}
+  found = list(_of_values(flat))
+  found += _of_model(config)
+  found += _of_data(config)
+  found += _of_stages(config)
+  if not any('batch_size' in line or 'minibatches' in line for line in found):
+    found += _of_batches(config, num_devices)
+  return found
+
+
+def validate(config: ConfigDict, num_devices: int = 1) -> None:
+  """Raises `ConfigError` with all `problems`, or returns."""
+  found = problems(config, num_devices)
+  if found:
+    raise ConfigError(
+        f'{len(found)} problem(s) in the config:\n  ' + '\n  '.join(found)
+    )
+
+
+def warnings(config: ConfigDict) -> list[str]:
+  """What is allowed but biases the training, one line each."""
+  r, found = config.rollout, []
+  if r.top_k or r.top_p < 1 or r.min_new_tokens:
+    found.append(
+        f'rollout.top_k={r.top_k}, top_p={r.top_p}, min_new_tokens='
+        f'{r.min_new_tokens}: responses are drawn from a filtered distribution '
+        'and trained as if drawn from the whole one, which biases the gradient;'
+        ' watch sampler/kl and sampler/cut_mass'
+    )
+  if config.ppo.logprob_temperature not in (0, r.temperature):
+    found.append(
+        f'ppo.logprob_temperature={config.ppo.logprob_temperature} differs from'
+        f' rollout.temperature={r.temperature}: the ratio is not that of the '
+        'sampling distribution, which biases the gradient; watch sampler/kl'
+    )
+  return found

@@ -1,0 +1,238 @@
+"""The run directory: what a run was started with, and what its stages made.
+
+<workdir>/config.json       the resolved config, flat, of the first start
+<workdir>/run-0001.json     each start: command, versions, git, devices
+<workdir>/<stage>/done.json what the stage made; written last, so that a
+                            stage is done when this file is there and whole
+"""
+
+from collections.abc import Mapping
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from ma_rlhf_jax import config as config_lib
+
+_PACKAGES = (
+    'ma_rlhf_jax',
+    'jax',
+    'jaxlib',
+    'libtpu',
+    'flax',
+    'optax',
+    'orbax-checkpoint',
+    'transformers',
+    'tokenizers',
+    'datasets',
+    'safetensors',
+    'numpy',
+)
+
+
+class WorkdirError(ValueError):
+  """The given folder cannot be the workdir of this run."""
+
+
+def default_workdir(recipe: str, config: ConfigDict) -> str:
+  """`runs/<recipe and arguments>-<first 8 of the config's fingerprint>`.
+
+  Args:
+    recipe: what --config was given, 'configs/tiny.py:ngram=1'.
+    config: the resolved config, `--config.field=value` included.
+
+  Returns:
+    A relative path of letters, digits and `._=,-`: 'runs/tiny-ngram=1-1a2b3c4d'
+  """
+  path, _, arguments = recipe.partition(':')
+  name = '-'.join(filter(None, [pathlib.PurePath(path).stem, arguments]))
+  slug = re.sub(r'[^A-Za-z0-9._=,]+', '-', name)[:80].strip('.-') or 'run'
+  return f'runs/{slug}-{config_lib.fingerprint(config)[:8]}'
+
+
+def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
+  """Creates a workdir or takes up the one there, and records this start.
+
+  Only the first process of a multi-process run checks and writes.
+
+  Args:
+    path: of the workdir; relative to the current folder, `~` or gs://.
+    config: the resolved config.
+
+  Returns:
+    The absolute path.
+
+  Raises:
+    WorkdirError: if the path is a file, a folder of something else, or the
+      workdir of a config that differs in fields that are not resumable.
+  """
+  workdir = epath.Path(path).expanduser()
+  if not workdir.is_absolute():
+    workdir = epath.Path(pathlib.Path.cwd()) / workdir
+  if jax.process_index() != 0:
+    return workdir
+  stored = _stored_config(workdir)
+  if stored is None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write_json(workdir / 'config.json', config_lib.flatten(config))
+  elif fields := config_lib.differences(stored, config):
+    raise WorkdirError(
+        f'{workdir} was started with another config:\n  '
+        + '\n  '.join(fields)
+        + '\nRun with another --workdir, or restore these values, or delete'
+        ' the folder'
+    )
+  starts = [int(p.stem[4:]) for p in workdir.glob('run-[0-9]*.json')]
+  start = 1 + max(starts, default=0)
+  _write_json(workdir / f'run-{start:04d}.json', _describe_start(config))
+  return workdir
+
+
+def mark_done(
+    workdir: epath.PathLike, stage: str, product: Mapping[str, Any]
+) -> None:
+  """Writes `<workdir>/<stage>/done.json`, after all that it speaks of.
+
+  Args:
+    workdir: the run directory.
+    stage: name of the stage.
+    product: JSON values; paths relative to the workdir, so that it may move.
+  """
+  folder = epath.Path(workdir) / stage
+  folder.mkdir(parents=True, exist_ok=True)
+  _write_json(folder / 'done.json', dict(product))
+
+
+def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
+  """What `mark_done` wrote; None while the stage is not done.
+
+  A marker cut by a kill counts as none: the stage's last update is made again.
+  """
+  path = epath.Path(workdir) / stage / 'done.json'
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    logging.warning('%s is cut (%s): %s is not done', path, error, stage)
+    return None
+
+
+def params_sha256(params: Any) -> str:
+  """SHA-256 (hex) of a tree of arrays: paths, dtypes, shapes and bytes.
+
+  The order and the type of containers do not count, nor do shardings; every
+  array must be addressable from this process.
+  """
+  leaves = {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  total = hashlib.sha256()
+  for path in sorted(leaves):
+    array = np.ascontiguousarray(leaves[path])
+    header = [path, array.dtype.name, list(np.shape(leaves[path]))]
+    total.update(json.dumps(header).encode())
+    total.update(array.reshape(-1).view(np.uint8))
+  return total.hexdigest()
+
+
+def _stored_config(workdir: epath.Path) -> dict[str, Any] | None:
+  """The config the workdir was started with; None where it is to be made."""
+  if not workdir.exists():
+    return None
+  if not workdir.is_dir():
+    raise WorkdirError(
+        f'--workdir={workdir} is a file; give a folder or a new path'
+    )
+  names = {path.name for path in workdir.iterdir()}
+  if 'config.json' not in names:
+    if any(not name.startswith('.') for name in names):
+      raise WorkdirError(
+          f'--workdir={workdir} is not empty and holds no config.json, so it is'
+          f' no workdir (found {", ".join(sorted(names)[:5])}); give a new path'
+      )
+    return None
+  try:
+    return json.loads((workdir / 'config.json').read_text())
+  except ValueError as error:
+    if names == {'config.json'}:  # killed while it was written
+      return None
+    raise WorkdirError(
+        f'{workdir / "config.json"} cannot be read ({error}); restore it from'
+        ' the `config` of a run-*.json beside it'
+    ) from error
+
+
+def _describe_start(config: ConfigDict) -> dict[str, Any]:
+  devices = jax.devices()
+  return {
+      'started': datetime.datetime.now(datetime.UTC).isoformat(),
+      'command': sys.argv,
+      'python': platform.python_version(),
+      'packages': _versions(),
+      'git': _git(pathlib.Path(__file__)),
+      'devices': {
+          'kind': devices[0].device_kind,
+          'platform': devices[0].platform,
+          'count': len(devices),
+          'processes': jax.process_count(),
+      },
+      'config': config_lib.flatten(config),
+  }
+
+
+def _versions() -> dict[str, str | None]:
+  """Versions of the packages that matter; None where one is absent."""
+  versions = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  return versions
+
+
+def _git(file: pathlib.Path) -> dict[str, Any] | None:
+  """Revision of the checkout that tracks `file`; None where none does."""
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+        ['git', *arguments],
+        cwd=file.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    ).stdout.strip()
+
+  try:
+    git('ls-files', '--error-unmatch', file.name)
+    return {
+        'revision': git('rev-parse', 'HEAD'),
+        'dirty': bool(git('status', '--porcelain', '--untracked-files=no')),
+    }
+  except (OSError, subprocess.SubprocessError):
+    return None  # no git, or installed outside of a checkout
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+  path.write_text(json.dumps(value, indent=2, allow_nan=False) + '\n')
+
+
+def is_workdir(path: epath.PathLike) -> bool:
+  """Whether `path` is a folder that `open_workdir` has started a run in."""
+  folder = epath.Path(path).expanduser()
+  return folder.is_dir() and any(folder.glob('run-[0-9]*.json'))

@@ -1,0 +1,35 @@
+"""Settings of all tests: eight CPU devices, strict shapes, `--slow`."""
+
+import os
+
+import pytest
+
+_DEVICES = '--xla_force_host_platform_device_count'
+
+# Read by jax when it is imported.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'
+
+import jax  # noqa: E402
+
+# A [B] that meets a [B, T] is an error, not a silent [T, T].
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  """Adds --slow."""
+  parser.addoption(
+      '--slow', action='store_true', help='also run the tests marked slow'
+  )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+  """Skips tests marked slow unless --slow is given."""
+  if config.getoption('--slow'):
+    return
+  for item in items:
+    if 'slow' in item.keywords:
+      item.add_marker(pytest.mark.skip(reason='slow: runs with --slow'))

@@ -1,0 +1,210 @@
+"""Where macro actions start."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ma_rlhf_jax.macro import termination
+
+SETTINGS = termination.TerminationSettings(
+    termination='fixed', ngram=3, random_lengths=(2, 3), random_repeats=1
+)
+# Row 1 is padded on the left as well; row 2 has no token.
+MASK = np.array(
+    [[1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0], [0] * 7, [1] * 7], bool
+)
+segment = jax.jit(termination.segment, static_argnums=1)
+fixed = jax.jit(termination.fixed, static_argnames='ngram')
+randomised = jax.jit(
+    termination.randomised, static_argnames=('lengths', 'repeats')
+)
+ppl = jax.jit(termination.ppl)
+ppl_adjacent = jax.jit(termination.ppl_adjacent)
+
+
+def _inputs(padding: float = 0.0) -> termination.TerminationInputs:
+  logprobs = -np.random.default_rng(5).exponential(size=MASK.shape)
+  return termination.TerminationInputs(
+      mask_BT=jnp.asarray(MASK),
+      ref_logprobs_BT=jnp.asarray(np.where(MASK, logprobs, padding), 'float32'),
+      keys_B=jax.random.split(jax.random.key(7), len(MASK)),
+  )
+
+
+def _settings(rule: str) -> termination.TerminationSettings:
+  return dataclasses.replace(SETTINGS, termination=rule)
+
+
+def test_fixed_opens_every_n_real_tokens():
+  starts = fixed(MASK, ngram=3)
+  assert starts.astype(int).tolist() == [
+      [1, 0, 0, 1, 0, 0, 0],
+      [0, 1, 0, 0, 1, 0, 0],
+      [0, 0, 0, 0, 0, 0, 0],
+      [1, 0, 0, 1, 0, 0, 1],
+  ]
+
+
+@pytest.mark.parametrize('ngram', [0, 7, 1_000_000])
+def test_infinite_n_is_one_macro_action_per_response(ngram: int):
+  starts = fixed(MASK, ngram=ngram)
+  assert starts.astype(int).tolist() == [
+      [1, 0, 0, 0, 0, 0, 0],
+      [0, 1, 0, 0, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0, 0],
+      [1, 0, 0, 0, 0, 0, 0],
+  ]
+
+
+def test_one_token_macro_actions_open_everywhere():
+  starts = fixed(MASK, ngram=1)
+  np.testing.assert_array_equal(starts, MASK)
+
+
+def test_given_lengths_are_consumed_in_order_and_the_rest_is_one():
+  lengths = np.array([[3, 1], [1, 2], [2, 2], [2, 1]])
+  starts = jax.jit(termination.from_lengths)(MASK, lengths)
+  assert starts.astype(int).tolist() == [
+      [1, 0, 0, 1, 1, 0, 0],  # 3, 1, rest 2
+      [0, 1, 1, 0, 1, 0, 0],  # 1, 2, rest 1
+      [0, 0, 0, 0, 0, 0, 0],
+      [1, 0, 1, 1, 0, 0, 0],  # 2, 1, rest 4
+  ]
+
+
+def test_randomised_uses_each_length_as_often_as_asked():
+  mask = jnp.ones((5, 40), bool)
+  keys = jax.random.split(jax.random.key(3), 5)
+  starts = randomised(mask, keys, lengths=(2, 3, 7), repeats=2)
+  orders = set()
+  for row in np.asarray(starts):
+    lengths = np.diff(np.flatnonzero(np.append(row, True)))
+    # 2 + 2 + 3 + 3 + 7 + 7 = 24 tokens of 40; the last 16 are one.
+    assert sorted(lengths[:-1].tolist()) == [2, 2, 3, 3, 7, 7]
+    assert lengths[-1] == 16
+    orders.add(tuple(lengths))
+  assert len(orders) > 1  # each row has its own order
+
+
+def test_randomised_depends_on_the_key_of_the_row_only():
+  mask = jnp.ones((5, 40), bool)
+  keys = jax.random.split(jax.random.key(4), 5)
+  rule = lambda keys: randomised(mask, keys, lengths=(2, 3, 7), repeats=2)
+  np.testing.assert_array_equal(rule(keys)[::-1], rule(keys[::-1]))
+
+
+def test_ppl_opens_where_the_mean_nll_would_rise():
+  # nll  2, 1 (mean 1.5), 1.5 is a tie, 1.75 > 1.5 opens, .5 joins, mean 1.125,
+  #      1.25 > 1.125 opens
+  logprobs = -np.array([[2, 1, 1.5, 1.75, 0.5, 1.25, math.nan]])
+  mask = np.array([[True] * 6 + [False]])
+  starts = ppl(logprobs, mask)
+  assert starts.astype(int).tolist() == [[1, 0, 0, 1, 0, 1, 0]]
+
+
+def test_ppl_adjacent_opens_where_a_token_is_worse_than_the_one_before():
+  # nll  2, 1 no, 1 tie, 1.75 yes, .5 no, 1.25 yes
+  logprobs = -np.array([[2, 1, 1, 1.75, 0.5, 1.25, math.nan]])
+  mask = np.array([[True] * 6 + [False]])
+  starts = ppl_adjacent(logprobs, mask)
+  assert starts.astype(int).tolist() == [[1, 0, 0, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize('nll', [0.1, 0.7, 1 / 3, 11.3])
+def test_equal_log_probs_never_cut(nll: float):
+  mask = np.ones((1, 300), bool)
+  logprobs = np.full((1, 300), -nll, np.float32)
+  for rule in (ppl, ppl_adjacent):
+    starts = np.flatnonzero(rule(logprobs, mask))
+    assert starts.tolist() == [0]
+
+
+def test_ppl_equals_a_loop_over_perplexities():
+  rng = np.random.default_rng(0)
+  logprobs = -rng.exponential(size=(3, 40))
+  mask = np.arange(40)[None] < np.array([40, 23, 1])[:, None]
+
+  def loop(row: np.ndarray) -> list[int]:
+    starts, current = [], []
+    perplexity = lambda tokens: math.exp(-sum(tokens) / len(tokens))
+    for logprob in row:
+      opens = not current or (
+          perplexity([*current, logprob]) > perplexity(current)
+      )
+      current = [logprob] if opens else [*current, logprob]
+      starts.append(int(opens))
+    return starts
+
+  with jax.enable_x64(True):
+    got = np.asarray(ppl(logprobs, mask))
+  for row, row_mask, starts in zip(logprobs, mask, got, strict=True):
+    want = loop(row[row_mask])
+    assert starts.astype(int).tolist() == want + [0] * (40 - len(want))
+
+
+def test_macro_actions_number_the_real_tokens():
+  starts = np.array(
+      [
+          [0, 0, 1, 0, 1, 0, 1],  # first token opens unasked, padding never
+          [1, 0, 0, 1, 0, 1, 1],
+          [1, 0, 0, 0, 0, 0, 1],
+          [1, 1, 0, 0, 0, 0, 1],
+      ],
+      bool,
+  )
+  macro = jax.jit(termination.macro_actions)(starts, MASK)
+  assert macro.ids_BT.tolist() == [
+      [0, 0, 1, 1, 2, 2, 7],
+      [7, 0, 0, 1, 1, 7, 7],
+      [7, 7, 7, 7, 7, 7, 7],
+      [0, 1, 1, 1, 1, 1, 2],
+  ]
+  assert macro.starts_BT.astype(int).tolist() == [
+      [1, 0, 1, 0, 1, 0, 0],
+      [0, 1, 0, 1, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0, 0],
+      [1, 1, 0, 0, 0, 0, 1],
+  ]
+  assert macro.ids_BT.dtype == jnp.int32
+
+
+@pytest.mark.parametrize('rule', termination.RULES)
+def test_every_token_is_in_one_macro_action_and_none_is_empty(rule: str):
+  macro = segment(_inputs(), _settings(rule))
+  np.testing.assert_array_equal(macro.mask_BT, MASK)
+  for ids, starts, mask in zip(
+      np.asarray(macro.ids_BT), np.asarray(macro.starts_BT), MASK, strict=True
+  ):
+    assert (ids[~mask] == 7).all()
+    steps = np.diff(ids[mask], prepend=-1)
+    assert set(steps.tolist()) <= {0, 1}
+    assert steps[:1].tolist() in ([], [1])
+    np.testing.assert_array_equal(starts[mask], steps == 1)
+
+
+@pytest.mark.parametrize('rule', termination.RULES)
+def test_padding_and_row_order_do_not_matter(rule: str):
+  macro = segment(_inputs(), _settings(rule))
+  nan = segment(_inputs(math.nan), _settings(rule))
+  order = np.array([2, 0, 3, 1])
+  shuffled = jax.tree.map(lambda x: x[order], _inputs())
+  moved = segment(shuffled, _settings(rule))
+  np.testing.assert_array_equal(nan.ids_BT, macro.ids_BT)
+  np.testing.assert_array_equal(moved.ids_BT, macro.ids_BT[order])
+
+
+@pytest.mark.parametrize('rule', termination.RULES)
+def test_jit_and_plain_agree(rule: str):
+  macro = segment(_inputs(), _settings(rule))
+  plain = termination.segment(_inputs(), _settings(rule))
+  np.testing.assert_array_equal(plain.ids_BT, macro.ids_BT)
+  np.testing.assert_array_equal(plain.starts_BT, macro.starts_BT)
+
+
+def test_the_mask_must_be_bool():
+  with pytest.raises(AssertionError):
+    termination.fixed(jnp.ones((2, 3), jnp.int32), ngram=2)

@@ -1,0 +1,89 @@
+"""Weights that let errors show, and a slow plain Gemma to compare with.
+
+Fresh models hide errors: norm weights of 0 make `w` and `1 + w` alike up to a
+scale, and large embeddings make a tied head repeat its input.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ma_rlhf_jax.models.heads import abstract_params
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.structs import Array, Params
+
+# All sizes differ, and heads * head_dim is not the width.
+TINY = GemmaConfig(
+    vocab_size=50,
+    num_layers=3,
+    embed_dim=24,
+    mlp_dim=36,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=10,
+)
+
+
+def draw(kind: str, config: GemmaConfig, seed: int) -> Params:
+  """Parameters with std 0.25, norms 0.3, embeddings 0.05."""
+  random = np.random.default_rng(seed)
+
+  def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> Array:
+    name = jax.tree_util.keystr(path)
+    std = 0.3 if 'scale' in name else 0.05 if 'embedding' in name else 0.25
+    drawn = std * random.standard_normal(like.shape)
+    return jnp.asarray(drawn, like.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract_params(kind, config))
+
+
+def left_padded(lengths: list[int], width: int, seed: int = 0) -> tuple:
+  """int32 [B, L] random tokens and their bool mask, padded on the left."""
+  tokens = np.random.default_rng(seed).integers(3, 50, (len(lengths), width))
+  mask = np.arange(width) >= width - np.array(lengths)[:, None]
+  return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+def plain_gemma(
+    config: GemmaConfig, params: Params, tokens_l: list[int]
+) -> np.ndarray:
+  """float64 hidden states [l, D] of one row without padding, by loops."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  half, group = config.head_dim // 2, config.num_heads // config.num_kv_heads
+
+  def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    rms = np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
+    return x / rms * (1 + scale)
+
+  def turn(x: np.ndarray, position: int) -> np.ndarray:
+    out = np.empty_like(x)
+    for i in range(half):
+      angle = position / config.rope_theta ** (2 * i / config.head_dim)
+      sin, cos = np.sin(angle), np.cos(angle)
+      out[i] = x[i] * cos - x[half + i] * sin
+      out[half + i] = x[half + i] * cos + x[i] * sin
+    return out
+
+  x = p['embedding'][np.asarray(tokens_l)] * np.sqrt(config.embed_dim)
+  for layer in range(config.num_layers):
+    w = jax.tree.map(lambda leaf, n=layer: leaf[n], p['layers'])
+    a, mlp = w['attention'], w['mlp']
+    h = norm(x, w['attention_norm']['scale'])
+    added = np.zeros_like(x)
+    for n in range(config.num_heads):
+      k = n // group
+      keys = [turn(h[t] @ a['key'][:, k], t) for t in range(len(x))]
+      values = [row @ a['value'][:, k] for row in h]
+      for t in range(len(x)):
+        query = turn(h[t] @ a['query'][:, n], t)
+        scores = [query @ key for key in keys[: t + 1]]
+        weights = np.exp(np.array(scores) / np.sqrt(config.head_dim))
+        mixed = weights @ np.array(values[: t + 1]) / weights.sum()
+        added[t] += mixed @ a['out'][n]
+    x = x + added
+    h = norm(x, w['mlp_norm']['scale'])
+    gate = h @ mlp['gate']
+    cube = gate + 0.044715 * gate**3
+    gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * cube))
+    x = x + (gelu * (h @ mlp['up'])) @ mlp['down']
+  return norm(x, p['final_norm']['scale'])

@@ -1,0 +1,108 @@
+"""Tests of `parallel.partition`, on eight CPU devices."""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from ma_rlhf_jax import masking
+from ma_rlhf_jax.models import gemma, heads
+from ma_rlhf_jax.parallel.mesh import make_mesh, place
+from ma_rlhf_jax.parallel.partition import (
+    constrain,
+    merge_micro_batches,
+    micro_batches,
+    spec,
+)
+from ma_rlhf_jax.structs import Array, Params
+from tests.models.drawn import TINY, draw, left_padded
+
+# One kv head: it cannot be split, and need not be.
+CONFIG = dataclasses.replace(TINY, num_kv_heads=1)
+
+
+@pytest.fixture(scope='module')
+def mesh() -> Mesh:
+  return make_mesh(ConfigDict({'data': 2, 'fsdp': 2, 'tensor': 2}))
+
+
+def test_spec_by_hand() -> None:
+  assert spec(('layers', 'embed', 'heads', 'head')) == PartitionSpec(
+      None, 'fsdp', 'tensor', None
+  )
+  assert spec(('batch', None)) == PartitionSpec(('data', 'fsdp'), None)
+
+
+def test_an_unknown_axis_is_an_error() -> None:
+  with pytest.raises(KeyError, match='wdith'):
+    spec(('batch', 'wdith'))
+
+
+def test_without_a_mesh_nothing_is_constrained() -> None:
+  x = jnp.arange(6.0).reshape(2, 3)
+  assert constrain(x, ('batch', 'width')) is x
+  leaves = jax.tree.leaves(heads.abstract_params('scalar', CONFIG))
+  assert all(leaf.sharding is None for leaf in leaves)
+
+
+def test_parameters_are_split_as_named(mesh: Mesh) -> None:
+  with jax.set_mesh(mesh):
+    params = heads.init_params('scalar', CONFIG, jax.random.key(0))
+  layers = params['backbone']['layers']
+  piece = lambda x: x.addressable_shards[0].data.shape
+  # Of [V, D] = [50, 24], [X, D, N, H] = [3, 24, 4, 10], [3, 24, 1, 10], ...
+  assert piece(params['backbone']['embedding']) == (25, 12)
+  assert piece(layers['attention']['query']) == (3, 12, 2, 10)
+  assert piece(layers['attention']['key']) == (3, 12, 1, 10)
+  assert piece(layers['attention']['out']) == (3, 2, 10, 12)
+  assert piece(layers['mlp']['down']) == (3, 18, 12)
+  assert piece(layers['mlp_norm']['scale']) == (3, 24)
+  assert piece(params['head']) == (12,)
+
+
+def _loss(params: Params, tokens: Array, mask: Array) -> Array:
+  hidden = gemma.hidden_states(CONFIG, params, tokens, mask)
+  logits = gemma.head_logits(hidden, params['embedding'])
+  return masking.masked_mean(jnp.sin(logits).sum(-1), mask)
+
+
+def test_eight_devices_agree_with_one(mesh: Mesh) -> None:
+  params = draw('policy', CONFIG, seed=3)
+  tokens, mask = left_padded([9, 4, 6, 1, 0, 9, 8, 3], 9)
+  alone = jax.jit(jax.value_and_grad(_loss))(params, tokens, mask)
+  with jax.set_mesh(mesh):
+    shardings = jax.tree.map(
+        lambda x: x.sharding, heads.abstract_params('policy', CONFIG)
+    )
+    spread = jax.jit(
+        jax.value_and_grad(_loss), out_shardings=(None, shardings)
+    )(jax.device_put(params, shardings), *place((tokens, mask), mesh))
+  assert len(spread[1]['embedding'].sharding.device_set) == 8
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      spread,
+      alone,
+  )
+
+
+def test_micro_batches_by_hand() -> None:
+  rows = {'x': jnp.arange(12).reshape(6, 2), 'y': jnp.arange(6)}
+  split = micro_batches(rows, 3)
+  # Micro-batch j holds rows j and 3 + j.
+  np.testing.assert_array_equal(split['y'], [[0, 3], [1, 4], [2, 5]])
+  np.testing.assert_array_equal(split['x'][1], [[2, 3], [8, 9]])
+  merged = merge_micro_batches(split)
+  jax.tree.map(np.testing.assert_array_equal, merged, rows)
+
+
+def test_micro_batches_move_nothing_between_devices(mesh: Mesh) -> None:
+  rows = place(np.arange(16.0, dtype=np.float32).reshape(8, 2), mesh)
+  split = jax.jit(lambda x: micro_batches(x, 2))
+  with jax.set_mesh(mesh):
+    program = split.lower(rows).compile().as_text()
+  for moved in ('all-to-all', 'all-gather', 'collective-permute'):
+    assert moved not in program

@@ -1,0 +1,208 @@
+"""A workdir takes the run that it belongs to and refuses all others."""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import structs
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.workdir import (
+    WorkdirError,
+    default_workdir,
+    mark_done,
+    open_workdir,
+    params_sha256,
+    read_done,
+)
+
+
+def _config(**fields: object) -> ConfigDict:
+  config = config_lib.base()
+  config.update_from_flattened_dict(
+      {name.replace('__', '.'): value for name, value in fields.items()}
+  )
+  return config
+
+
+@pytest.mark.parametrize(
+    'recipe, slug',
+    [
+        ('configs/tiny.py', 'tiny'),
+        ('/abs/configs/tiny.py:ngram=1', 'tiny-ngram=1'),
+        ('tiny.py:ngram=1,seed=2', 'tiny-ngram=1,seed=2'),
+        ('my recipes/a b$(c).py:x=../../y z', 'a-b-c-x=..-..-y-z'),
+        ('..', 'run'),
+        ('x' * 300 + '.py', 'x' * 80),
+    ],
+)
+def test_default_workdir_names_recipe_arguments_and_config(recipe, slug):
+  config = _config(seed=3)
+  digest = config_lib.fingerprint(config)[:8]
+  assert default_workdir(recipe, config) == f'runs/{slug}-{digest}'
+  assert default_workdir(recipe, _config(seed=4)) != f'runs/{slug}-{digest}'
+
+
+def test_a_new_workdir_holds_config_and_start(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'argv', ['train', '--config.seed=3'])
+  config = _config(seed=3)
+  workdir = open_workdir('runs/x', config)
+  assert workdir == epath.Path(tmp_path / 'runs' / 'x')
+  stored = json.loads((workdir / 'config.json').read_text())
+  assert stored == config_lib.flatten(config)
+  start = json.loads((workdir / 'run-0001.json').read_text())
+  assert start['command'] == ['train', '--config.seed=3']
+  assert start['config'] == stored
+  assert start['packages']['jax'] == jax.__version__
+  assert start['packages']['numpy'] == np.__version__
+  assert start['python'].split('.')[0] == '3'
+  assert start['devices']['count'] == jax.device_count()
+  assert start['devices']['platform'] == jax.default_backend()
+
+
+def test_each_start_is_kept_and_resumable_fields_may_differ(tmp_path):
+  folder = tmp_path / 'run'
+  open_workdir(folder, _config())
+  for start in range(2, 5):
+    open_workdir(folder, _config(checkpoint__every=start))
+  names = sorted(p.name for p in folder.iterdir())
+  assert names == ['config.json'] + [f'run-000{n}.json' for n in range(1, 5)]
+  last = json.loads((folder / 'run-0004.json').read_text())
+  assert last['config']['checkpoint.every'] == 4
+  first = json.loads((folder / 'config.json').read_text())
+  assert first['checkpoint.every'] == config_lib.base().checkpoint.every
+
+
+def test_another_config_is_refused_with_the_fields(tmp_path):
+  folder = tmp_path / 'run'
+  open_workdir(folder, _config())
+  with pytest.raises(WorkdirError) as caught:
+    open_workdir(folder, _config(ppo__kl_coef=0.125, seed=7, log__every=9))
+  message = str(caught.value)
+  assert 'ppo.kl_coef: stored 0.05, now 0.125' in message
+  assert 'seed: stored 0, now 7' in message
+  assert 'log.every' not in message
+  assert '--workdir' in message and 'restore these values' in message
+  assert not (folder / 'run-0002.json').exists()
+
+
+def test_files_and_folders_of_something_else_are_refused(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('x')
+  with pytest.raises(WorkdirError, match='is a file'):
+    open_workdir(file, _config())
+  other = tmp_path / 'other'
+  other.mkdir()
+  (other / 'thesis.tex').write_text('x')
+  with pytest.raises(WorkdirError, match='found thesis.tex'):
+    open_workdir(other, _config())
+  assert [p.name for p in other.iterdir()] == ['thesis.tex']
+  hidden = tmp_path / 'hidden'
+  hidden.mkdir()
+  (hidden / '.DS_Store').write_text('')
+  assert (open_workdir(hidden, _config()) / 'config.json').exists()
+
+
+def test_a_config_cut_by_a_kill_is_written_again_or_named(tmp_path):
+  folder = tmp_path / 'run'
+  open_workdir(folder, _config())
+  whole = (folder / 'config.json').read_text()
+  (folder / 'config.json').write_text(whole[:100])
+  with pytest.raises(WorkdirError, match='config.json cannot be read'):
+    open_workdir(folder, _config())
+  (folder / 'run-0001.json').unlink()  # killed in its first moment
+  open_workdir(folder, _config())
+  assert (folder / 'config.json').read_text() == whole
+
+
+def test_a_stage_is_done_once_its_marker_is_whole(tmp_path, caplog):
+  product = {'step': 40, 'params_sha256': 'ab', 'hf': 'sft/hf'}
+  assert read_done(tmp_path, 'sft') is None
+  mark_done(tmp_path, 'sft', product)
+  assert read_done(tmp_path, 'sft') == product
+  assert read_done(tmp_path, 'ppo') is None
+  path = tmp_path / 'sft' / 'done.json'
+  whole = path.read_text()
+  with caplog.at_level(logging.WARNING):
+    for cut in range(len(whole) - 1):  # the last character is the newline
+      path.write_text(whole[:cut])
+      assert read_done(tmp_path, 'sft') is None
+  assert str(path) in caplog.text
+
+
+def test_params_sha256_is_the_hash_of_sorted_headers_and_bytes():
+  params = {'b': jnp.array([[1.5, -2.0]], jnp.bfloat16), 'a': {'x': 7}}
+  want = hashlib.sha256(
+      b'["a/x", "int64", []]'
+      + (7).to_bytes(8, 'little')
+      # bfloat16: 1.5 = 0x3fc0, -2 = 0xc000
+      + b'["b", "bfloat16", [1, 2]]'
+      + b'\xc0\x3f\x00\xc0'
+  ).hexdigest()
+  assert params_sha256(params) == want
+
+
+def test_params_sha256_sees_values_names_dtypes_and_shapes_only():
+  w = jnp.arange(6.0).reshape(2, 3)
+  want = params_sha256({'a': {'w': w}, 'b': w + 1})
+  mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
+  placed = jax.device_put(w, jax.NamedSharding(mesh, jax.P(None, 'data')))
+  same = {'b': np.asfortranarray(w + 1), 'a': {'w': placed}}
+  assert params_sha256(same) == want
+  state = structs.TrainState(step=w, params=w, opt_state=None)
+  assert params_sha256(state) == params_sha256({'step': w, 'params': w})
+  others = [
+      {'a': {'w': w}, 'b': w + 2},
+      {'a': {'w': w}, 'c': w + 1},
+      {'a': {'w': w.T.reshape(3, 2)}, 'b': w + 1},
+      {'a': {'w': w.reshape(3, 2)}, 'b': w + 1},
+      {'a': {'w': w}, 'b': (w + 1).view(jnp.int32)},
+      {'a': {'w': w.at[0, 0].set(-0.0)}, 'b': w + 1},
+  ]
+  assert want not in map(params_sha256, others)
+
+
+def test_git_is_recorded_only_for_a_file_that_the_checkout_tracks(tmp_path):
+  env = os.environ | {
+      'GIT_CONFIG_GLOBAL': os.devnull,
+      'GIT_AUTHOR_NAME': 'a',
+      'GIT_AUTHOR_EMAIL': 'a@example.org',
+      'GIT_COMMITTER_NAME': 'a',
+      'GIT_COMMITTER_EMAIL': 'a@example.org',
+  }
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+        ['git', *arguments],
+        cwd=tmp_path,
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+
+  tracked, foreign = tmp_path / 'a.py', tmp_path / 'b.py'
+  tracked.write_text('1')
+  foreign.write_text('1')
+  assert workdir_lib._git(tracked) is None
+  git('init')
+  git('add', 'a.py')
+  git('commit', '-m', 'a')
+  head = git('rev-parse', 'HEAD')
+  assert workdir_lib._git(tracked) == {'revision': head, 'dirty': False}
+  assert workdir_lib._git(foreign) is None
+  tracked.write_text('2')
+  assert workdir_lib._git(tracked) == {'revision': head, 'dirty': True}
+  assert workdir_lib._git(pathlib.Path('/nowhere/at/all.py')) is None
