@@ -9,13 +9,17 @@ from ma_rlhf_jax.config import apply_arguments, base
 
 def get_config(arguments: str = ''):
   config = base()
-  config.sft.steps = 150
+  config.model.remat = False
+  config.sft.steps = 70
+  config.sft.eval_every = 35
   config.sft.optim.lr = 2e-3
-  config.reward_model.steps = 120
+  config.reward_model.steps = 90
+  config.reward_model.eval_every = 30
   config.reward_model.optim.lr = 1e-3
   config.ppo.steps = 60
   config.ppo.batch_size = 64
-  config.ppo.optim.lr = 5e-4
-  config.ppo.eval_every = 20
+  config.ppo.optim.lr = 3e-4
+  config.ppo.optim.schedule = 'constant'
+  config.ppo.eval_every = 15
   config.critic.optim.lr = 1e-3
   return apply_arguments(config, arguments)

@@ -288,7 +288,7 @@ def num_steps(stage: ConfigDict, num_rows: int) -> int:
 
 
 # Prompt and response limits (tokens) of each task where the config gives 0.
-TASK_LENGTHS = {'synthetic': (48, 24), 'hh': (384, 256), 'columns': (512, 512)}
+TASK_LENGTHS = {'synthetic': (40, 24), 'hh': (384, 256), 'columns': (512, 512)}
 
 
 def lengths(config: ConfigDict) -> tuple[int, int]:

@@ -26,6 +26,8 @@ import numpy as np
 
 from ma_rlhf_jax import config as config_lib
 
+_log = logging.getLogger(__name__)
+
 _PACKAGES = (
     'ma_rlhf_jax',
     'jax',
@@ -126,7 +128,7 @@ def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
   except FileNotFoundError:
     return None
   except ValueError as error:
-    logging.warning('%s is cut (%s): %s is not done', path, error, stage)
+    _log.warning('%s is cut (%s): %s is not done', path, error, stage)
     return None
 
 

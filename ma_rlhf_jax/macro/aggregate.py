@@ -119,9 +119,8 @@ def pool(x_BT: Array, macro: MacroActions, *, weights: str) -> Array:
   """
   chex.assert_equal_shape([x_BT, macro.ids_BT])
   dtype = masking.wide(x_BT.dtype)
-  x_BT = jnp.where(macro.mask_BT, x_BT, 0).astype(dtype)
   sigma_BT = WEIGHTS[weights](*places(macro), dtype)
-  return _segment_sum(sigma_BT * x_BT, macro)
+  return _segment_sum(sigma_BT * x_BT.astype(dtype), macro)
 
 
 def statistics(macro: MacroActions) -> dict[str, Array]:

@@ -6,7 +6,8 @@ A step is one folder with two items, committed together:
   <folder>/<step>/meta    JSON: step, position in the data, root key, metric
 
 An interrupted save leaves a folder `<step>.orbax-checkpoint-tmp...`, which is
-never read and is removed at the next start. A folder that cannot be restored is
+never read and is removed at the next start; an interrupted removal of an old
+step leaves part of it, which the next save removes. A folder that cannot be restored is
 renamed to `damaged-<step>` once an older one could be, so that its step can be
 saved again. Orbax notices missing, cut and unreadable files; it does not notice
 a flipped bit in the data.
@@ -23,6 +24,8 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 State = dict[str, Any]
+
+_log = logging.getLogger(__name__)
 
 # What Orbax raises for a damaged step: a missing file; a missing item; broken
 # JSON, manifests and text, and other shapes, dtypes or trees than asked for.
@@ -158,7 +161,7 @@ class Checkpoints:
       if restored is not None:
         self._set_aside(list(failures))
         return restored
-      logging.warning(
+      _log.warning(
           'checkpoint %s cannot be restored (%s); trying the one before',
           self.folder / str(step),
           failures[step],
@@ -204,7 +207,7 @@ class Checkpoints:
       ).meta
       name, value = meta['metric_name'], meta['metric']
     except _DAMAGE as error:
-      logging.warning(
+      _log.warning(
           'checkpoint %s has no readable meta and cannot be the best: %s',
           self.folder / str(step),
           _reason(error),

@@ -14,8 +14,7 @@ from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import preference
 from ma_rlhf_jax.structs import Array, PairBatch, Params, TrainState
-from ma_rlhf_jax.training import console
-from ma_rlhf_jax.training import optim, update
+from ma_rlhf_jax.training import console, optim, update
 from ma_rlhf_jax.training.loop import Stage
 from ma_rlhf_jax.training.run import Run
 

@@ -155,6 +155,15 @@ def test_training_is_deterministic(
     assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
 
+def test_special_strings_are_never_learned(tmp_path: pathlib.Path) -> None:
+  lib.train_tokenizer(['<eos> <0x41> <bos>'] * 50, 400, str(tmp_path))
+  tokenizer = lib.load_tokenizer(str(tmp_path))
+  for text in ('<eos>', ' <0x41>', 'a <bos> <eos><0x41>'):
+    ids = lib.encode(tokenizer, text)
+    assert not {1, 2, 4 + 0x41} & set(ids)
+    assert lib.decode(tokenizer, ids) == text
+
+
 def test_few_texts_give_a_smaller_vocabulary(tmp_path: pathlib.Path) -> None:
   lib.train_tokenizer(['ab ab'], 400, str(tmp_path))
   tokenizer = lib.load_tokenizer(str(tmp_path))

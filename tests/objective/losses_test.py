@@ -155,12 +155,14 @@ def test_value_loss_without_clipping_is_half_the_squared_error():
 
 
 def test_value_gradient_by_hand():
+  weights = _weights()
+
   def cost(values):
     return losses.value_loss(
         values,
         _fill(OLD_VALUES),
         _fill(RETURNS),
-        _weights(),
+        weights,
         MASK,
         clip_eps=0.5,
     )[0]

@@ -51,9 +51,9 @@ def test_without_a_mesh_nothing_is_constrained() -> None:
 
 def test_parameters_are_split_as_named(mesh: Mesh) -> None:
   with jax.set_mesh(mesh):
-    params = heads.init_params('scalar', CONFIG, jax.random.key(0))
+    params = heads.abstract_params('scalar', CONFIG)
   layers = params['backbone']['layers']
-  piece = lambda x: x.addressable_shards[0].data.shape
+  piece = lambda x: x.sharding.shard_shape(x.shape)
   # Of [V, D] = [50, 24], [X, D, N, H] = [3, 24, 4, 10], [3, 24, 1, 10], ...
   assert piece(params['backbone']['embedding']) == (25, 12)
   assert piece(layers['attention']['query']) == (3, 12, 2, 10)
@@ -62,6 +62,14 @@ def test_parameters_are_split_as_named(mesh: Mesh) -> None:
   assert piece(layers['mlp']['down']) == (3, 18, 12)
   assert piece(layers['mlp_norm']['scale']) == (3, 24)
   assert piece(params['head']) == (12,)
+
+
+def test_parameters_are_created_in_their_pieces(mesh: Mesh) -> None:
+  with jax.set_mesh(mesh):
+    params = heads.init_params('policy', CONFIG, jax.random.key(0))
+  query = params['layers']['attention']['query']
+  assert {s.data.shape for s in query.addressable_shards} == {(3, 12, 2, 10)}
+  assert len(query.sharding.device_set) == 8
 
 
 def _loss(params: Params, tokens: Array, mask: Array) -> Array:

@@ -196,6 +196,7 @@ def test_a_damaged_newest_step_is_named_and_the_one_before_is_used(
     assert opened.best_step() is None
     opened.save(40, {'x': x + 2}, {}, metric=None)  # its step is free again
     again = opened.restore_latest(abstract)
+    assert opened.best_step() is None
   assert (again.step, _bits(again.state)) == (40, _bits(x + 2))
 
 
@@ -288,6 +289,9 @@ def test_kill_during_a_save_leaves_an_earlier_step(tmp_path):
     for leaf in jax.tree.leaves(restored.state):
       np.testing.assert_array_equal(leaf, np.full(leaf.shape, step))
     assert not list(tmp_path.glob('damaged*'))
+  with _open(tmp_path) as opened:
+    opened.save(step + 2, state, {}, metric=None)
+  assert [p.name for p in tmp_path.iterdir()] == [str(step + 2)]
 
 
 def test_quiet_logging_hides_only_the_chatter_of_orbax(tmp_path, caplog):
@@ -302,6 +306,9 @@ def test_quiet_logging_hides_only_the_chatter_of_orbax(tmp_path, caplog):
     with _open(tmp_path) as checkpoints:
       checkpoints.save(1, {'x': jnp.zeros(3)}, {}, metric=None)
     assert not [r for r in caplog.records if 'orbax' in r.pathname]
+    place = ('absl', logging.WARNING, '/lib/orbax/x.py', 1)
+    absl_logger.handle(logging.LogRecord(*place, 'theirs', (), None))
+    assert 'theirs' in caplog.text
     absl_logging.info('ours')
     assert 'ours' in caplog.text
   finally:

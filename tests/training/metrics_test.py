@@ -52,13 +52,13 @@ def test_non_finite_values_are_valid_json_and_read_as_floats(tmp_path):
 
 def test_lines_of_one_step_in_one_start_are_one_row(tmp_path):
   with _writer(tmp_path) as writer:
-    writer.write(2, {'loss': 0.5})
+    writer.write(2, {'loss': 0.5, 'kl': 3.0})
     writer.seal()
     writer.write(2, {'eval/score': 1.5, 'loss': 0.25})
     writer.write(1, {'loss': 0.75})
   assert read_metrics(tmp_path) == [
       {'step': 1, 'stage': 'ppo', 'loss': 0.75},
-      {'step': 2, 'stage': 'ppo', 'loss': 0.25, 'eval/score': 1.5},
+      {'step': 2, 'stage': 'ppo', 'loss': 0.25, 'kl': 3.0, 'eval/score': 1.5},
   ]
 
 
@@ -140,14 +140,16 @@ def test_a_kill_at_any_byte_of_a_rewrite_loses_only_cut_lines(tmp_path):
 
 
 @pytest.mark.parametrize('line', ['{"step": 1', '[1]', '{"a": 1}', '\0'])
-def test_a_broken_line_inside_a_file_is_named(tmp_path, line):
+def test_a_broken_line_that_no_kill_explains_is_named(tmp_path, line):
   writer = _writer(tmp_path)
   writer.write(1, {'loss': 1})
   writer.close()
   path = tmp_path / 'metrics' / '0001-0001.jsonl'
-  path.write_text(line + '\n' + path.read_text())
-  with pytest.raises(ValueError, match='0001-0001.jsonl line 1 is no metric'):
-    read_metrics(tmp_path)
+  good = path.read_text()
+  for text, n in ((f'{good}{line}\n', 2), (f'{line}\n{good[:-5]}', 1)):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f'0001-0001.jsonl line {n} is no'):
+      read_metrics(tmp_path)
 
 
 def test_nothing_written_is_no_row(tmp_path):
