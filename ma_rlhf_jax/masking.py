@@ -73,6 +73,14 @@ def at_index(x_BL: Array, index_B: Array) -> Array:
   return jnp.take_along_axis(x_BL, index_B[:, None], axis=1)[:, 0]
 
 
+def end_scores(scores_BL: Array, mask_BL: Array) -> Array:
+  """The score at the last real token of each row; 0 in a row without one."""
+  chex.assert_equal_shape([scores_BL, mask_BL])
+  scores_B = at_index(scores_BL, last_real(mask_BL))
+  scores_B = scores_B.astype(wide(scores_BL.dtype))
+  return jnp.where(jnp.any(mask_BL, axis=1), scores_B, 0)
+
+
 def left_align(x_BL: Array, mask_BL: Array) -> Array:
   """Rolls each row left until its first real token is in column 0.
 
@@ -106,6 +114,7 @@ def masked_whiten(
     shift_mean: when false the mean is added back.
     eps: added to the variance, in units of x squared.
   """
+  x = jnp.where(mask, x, 0)
   mean = masked_mean(x, mask)
   variance = masked_mean(jnp.square(x - mean), mask)
   white = (x - mean) * jax.lax.rsqrt(variance + eps)

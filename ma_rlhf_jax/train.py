@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
 from ma_rlhf_jax import workdir as workdir_lib
-from ma_rlhf_jax.data import batches, tasks
+from ma_rlhf_jax.data import parts, tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import huggingface
@@ -59,7 +59,7 @@ def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
   tokenizer = None
   if path:
     tokenizer = tokenizer_lib.load_tokenizer(str(huggingface.resolve(path)))
-  data, tokenizer = batches.prepare(config, tokenizer, workdir)
+  data, tokenizer = parts.prepare(config, tokenizer, workdir)
   prompt_len, response_len = config_lib.lengths(config)
   return Run(
       config=config,
@@ -180,7 +180,7 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   for warning in validation.warnings(config):
     print(f'warning: {warning}')
   run = load_run(config, path)
-  print(batches.describe_counts(run.data.counts), flush=True)
+  print(parts.describe_counts(run.data.counts), flush=True)
   return run
 
 

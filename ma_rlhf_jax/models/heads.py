@@ -59,11 +59,6 @@ def token_scores(
   )
 
 
-def end_scores(scores_BL: Array, mask_BL: Array) -> Array:
-  """float [B]: the score at the last real token of each row."""
-  return masking.at_index(scores_BL, masking.last_real(mask_BL))
-
-
 # How to create the parameters of each kind of model.
 MODELS: dict[str, Callable[[GemmaConfig], nn.Module]] = {
     'policy': Gemma,

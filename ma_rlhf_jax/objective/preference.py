@@ -14,14 +14,6 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.structs import Array, PairBatch, SequenceBatch
 
 
-def end_scores(rewards_BL: Array, mask_BL: Array) -> Array:
-  """[B]: the reward at the last real token; 0 in a row without one."""
-  chex.assert_equal_shape([rewards_BL, mask_BL])
-  scores_B = masking.at_index(rewards_BL, masking.last_real(mask_BL))
-  scores_B = scores_B.astype(masking.wide(rewards_BL.dtype))
-  return jnp.where(jnp.any(mask_BL, axis=1), scores_B, 0)
-
-
 def pair_accuracy(chosen_end_B: Array, rejected_end_B: Array) -> Array:
   """Share of pairs whose chosen row scores strictly higher."""
   chex.assert_equal_shape([chosen_end_B, rejected_end_B])
@@ -32,7 +24,7 @@ def _held(rewards_BL: Array, mask_BL: Array) -> Array:
   """Rewards up to the last real token, the score there from then on."""
   column_1L = jnp.arange(mask_BL.shape[1], dtype=jnp.int32)[None]
   past_BL = column_1L > masking.last_real(mask_BL)[:, None]
-  scores_B = end_scores(rewards_BL, mask_BL)
+  scores_B = masking.end_scores(rewards_BL, mask_BL)
   return jnp.where(past_BL, scores_B[:, None], rewards_BL)
 
 
@@ -115,8 +107,8 @@ def last_token_pair_loss(
 
   Source: arXiv 2203.02155, equation 1.
   """
-  margin_B = end_scores(chosen_rewards_BL, chosen.mask_BL)
-  margin_B -= end_scores(rejected_rewards_BL, rejected.mask_BL)
+  margin_B = masking.end_scores(chosen_rewards_BL, chosen.mask_BL)
+  margin_B -= masking.end_scores(rejected_rewards_BL, rejected.mask_BL)
   pair_B = _real_pairs(chosen, rejected)
   loss_B = -jax.nn.log_sigmoid(jnp.where(pair_B, margin_B, 0))
   return masking.masked_mean(loss_B, pair_B)

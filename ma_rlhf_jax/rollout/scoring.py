@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.gemma import hidden_states
-from ma_rlhf_jax.models.heads import end_scores, token_scores
+from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
@@ -58,7 +58,7 @@ def sequence_scores(
   scores_BL = token_scores(
       config, params, sequences.tokens_BL, sequences.mask_BL
   )
-  return end_scores(scores_BL, sequences.mask_BL)
+  return masking.end_scores(scores_BL, sequences.mask_BL)
 
 
 def sampler_statistics(

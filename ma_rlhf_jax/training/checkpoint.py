@@ -7,10 +7,10 @@ A step is one folder with two items, committed together:
 
 An interrupted save leaves a folder `<step>.orbax-checkpoint-tmp...`, which is
 never read and is removed at the next start; an interrupted removal of an old
-step leaves part of it, which the next save removes. A folder that cannot be restored is
-renamed to `damaged-<step>` once an older one could be, so that its step can be
-saved again. Orbax notices missing, cut and unreadable files; it does not notice
-a flipped bit in the data.
+step leaves part of it, which the next save removes. A folder that cannot be
+restored is renamed to `damaged-<step>` once an older one could be, so that its
+step can be saved again. Orbax notices missing, cut and unreadable files; it
+does not notice a flipped bit in the data.
 """
 
 from collections.abc import Sequence

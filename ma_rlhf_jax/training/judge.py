@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ma_rlhf_jax.data import batches
+from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import rewards
 from ma_rlhf_jax.parallel.mesh import place
@@ -114,16 +115,31 @@ def _measure(
   }
 
 
+def _occurrence(rows: np.ndarray) -> np.ndarray:
+  """How often each entry stood before: [7, 3, 7, 7] -> [0, 0, 1, 2]."""
+  order = np.argsort(rows, kind='stable')
+  ranked = rows[order]
+  first = np.searchsorted(ranked, ranked)
+  places = np.empty_like(order)
+  places[order] = np.arange(len(rows)) - first
+  return places
+
+
 def prompt_batch(
-    run: Run, data: batches.EncodedSet, rows: Sequence[int], samples: int = 1
+    run: Run, data: EncodedSet, rows: Sequence[int], samples: int = 1
 ) -> PromptBatch:
-  """Prompts on the devices, each `samples` times in a row."""
+  """Prompts on the devices, each `samples` times in a row.
+
+  Samples of one prompt are numbered within the batch, also where the prompt
+  itself comes twice because the batch reaches into the next epoch.
+  """
+  repeated = np.repeat(np.asarray(rows), samples)
   made = batches.prompt_batch(
       data,
-      np.repeat(rows, samples),
+      repeated,
       prompt_len=run.prompt_len,
       pad_id=run.tokenizer.pad_token_id,
-      sample_ids=np.tile(np.arange(samples), len(rows)),
+      sample_ids=_occurrence(repeated),
   )
   return place(made, run.mesh)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.data import batches
+from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.structs import TrainState
 from ma_rlhf_jax.training import checkpoint, console
 from ma_rlhf_jax.training import metrics as metrics_lib
@@ -37,9 +38,7 @@ class Stage(abc.ABC):
   shown: tuple[str, ...]
   states: States
 
-  def __init__(
-      self, run: Run, name: str, config: ConfigDict, data: batches.EncodedSet
-  ):
+  def __init__(self, run: Run, name: str, config: ConfigDict, data: EncodedSet):
     self.run, self.name, self.config, self.data = run, name, config, data
     self.num_steps = config_lib.num_steps(config, len(data))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
@@ -36,8 +37,8 @@ def _end_scores(
   """Scores [B] of the chosen and of the rejected rows."""
   chosen_BL, rejected_BL = _rewards(shape, params, pairs)
   return (
-      preference.end_scores(chosen_BL, pairs.chosen.mask_BL),
-      preference.end_scores(rejected_BL, pairs.rejected.mask_BL),
+      masking.end_scores(chosen_BL, pairs.chosen.mask_BL),
+      masking.end_scores(rejected_BL, pairs.rejected.mask_BL),
   )
 
 
@@ -54,8 +55,8 @@ def _step(
 
   def loss_fn(params: Params, pairs: PairBatch) -> tuple[Array, dict]:
     chosen_BL, rejected_BL = _rewards(shape, params, pairs)
-    chosen_B = preference.end_scores(chosen_BL, pairs.chosen.mask_BL)
-    rejected_B = preference.end_scores(rejected_BL, pairs.rejected.mask_BL)
+    chosen_B = masking.end_scores(chosen_BL, pairs.chosen.mask_BL)
+    rejected_B = masking.end_scores(rejected_BL, pairs.rejected.mask_BL)
     means = {
         'accuracy': preference.pair_accuracy(chosen_B, rejected_B),
         'chosen_score': jnp.mean(chosen_B),

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.data.batches import Datasets, EncodedSet
+from ma_rlhf_jax.data.encoding import EncodedSet
+from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.parallel.mesh import place
 from ma_rlhf_jax.rollout.decode import SamplingSettings
 from ma_rlhf_jax.structs import Array

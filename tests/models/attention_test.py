@@ -33,9 +33,7 @@ def test_only_the_distance_of_positions_matters() -> None:
   q, k = _normal(1, 1, 1, 8), _normal(1, 1, 1, 8, seed=1)
   at = lambda x, position: rotate(x, jnp.array([[position]]), theta=50.0)
   near = jnp.sum(at(q, 5) * at(k, 2))
-  np.testing.assert_allclose(
-      jnp.sum(at(q, 105) * at(k, 102)), near, atol=1e-4
-  )
+  np.testing.assert_allclose(jnp.sum(at(q, 105) * at(k, 102)), near, atol=1e-4)
   assert abs(jnp.sum(at(q, 5) * at(k, 3)) - near) > 0.05
 
 
@@ -92,9 +90,7 @@ def test_a_query_that_sees_nothing_gets_the_mean() -> None:
 def test_masked_keys_do_not_matter_and_get_no_gradient() -> None:
   q, k, v = _normal(1, 2, 2, 4), _normal(1, 3, 1, 4), _normal(1, 3, 1, 4)
   mask = jnp.array([[[True, False, True], [False, False, True]]])
-  loss = jax.jit(
-      lambda k, v: jnp.sum(attend(q, k, v, mask, scale=0.5) ** 2)
-  )
+  loss = jax.jit(lambda k, v: jnp.sum(attend(q, k, v, mask, scale=0.5) ** 2))
   nan_k = k.at[:, 1].set(jnp.nan)
   np.testing.assert_array_equal(loss(nan_k, v), loss(k, v))
   for grad in jax.jit(jax.grad(loss, argnums=(0, 1)))(k, v):

@@ -163,9 +163,7 @@ def test_head_logits_by_hand() -> None:
   embedding = jnp.array([[3.0, 4.0], [5.0, 6.0], [-1.0, 0.25]])
   logits = gemma.head_logits(hidden, embedding)
   # 3 + 8, 5 + 12, -1 + .5; 1.5 - 4, 2.5 - 6, -.5 - .25
-  np.testing.assert_allclose(
-      logits, [[11.0, 17.0, -0.5], [-2.5, -3.5, -0.75]]
-  )
+  np.testing.assert_allclose(logits, [[11.0, 17.0, -0.5], [-2.5, -3.5, -0.75]])
 
 
 def test_cache_write_touches_one_layer_and_its_slots() -> None:

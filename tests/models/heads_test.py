@@ -30,12 +30,6 @@ def test_scores_are_states_times_head() -> None:
   np.testing.assert_allclose(out[mask], want[mask], atol=1e-5)
 
 
-def test_end_scores_are_read_at_the_last_real_token() -> None:
-  scores = jnp.array([[1.0, 2.0, 3.0, np.nan], [np.nan, 5.0, 6.0, 7.0]])
-  mask = jnp.array([[True, True, True, False], [False, True, True, True]])
-  np.testing.assert_array_equal(heads.end_scores(scores, mask), [3.0, 7.0])
-
-
 def test_scores_of_bfloat16_are_float32() -> None:
   half = dataclasses.replace(TINY, dtype='bfloat16')
   tokens, mask = left_padded([5, 0], 7)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import masking
 from ma_rlhf_jax.objective import preference
 from ma_rlhf_jax.structs import PairBatch, SequenceBatch
 from tests.oracle import cases, tensor
@@ -163,8 +164,8 @@ def test_gradients_are_zero_on_padding_and_finite_elsewhere(name: str):
 
 def test_end_scores_and_accuracy():
   chosen, rejected = _rewards(math.nan)
-  chosen = preference.end_scores(chosen, _pairs().chosen.mask_BL)
-  rejected = preference.end_scores(rejected, _pairs().rejected.mask_BL)
+  chosen = masking.end_scores(chosen, _pairs().chosen.mask_BL)
+  rejected = masking.end_scores(rejected, _pairs().rejected.mask_BL)
   assert chosen.tolist() == [3, 0.5, -2]
   assert rejected.tolist() == [-1, 2, -2]
   # Won, lost, tied.
@@ -197,7 +198,7 @@ def _authors(rewards, tokens, num_padding: int):
   padding = dict(pad_id=0, num_padding_at_beginning=num_padding)
   column_1L = jnp.arange(tokens[0].shape[1])[None]
   scores = [
-      preference.end_scores(
+      masking.end_scores(
           x, column_1L < preference.authors_length(ids, **padding)[:, None]
       )
       for x, ids in zip(rewards, tokens, strict=True)

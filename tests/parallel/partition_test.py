@@ -3,8 +3,8 @@
 import dataclasses
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
 import pytest

@@ -1,0 +1,168 @@
+"""The rows of a run, split into the parts that its stages train on."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import TYPE_CHECKING
+
+from etils import epath
+from ml_collections import ConfigDict
+import numpy as np
+
+from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax.data import tasks
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.data.encoding import (
+    Counts,
+    EncodedSet,
+    Ragged,
+    load_or_encode,
+)
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+  """What the stages train and are evaluated on.
+
+  Attributes:
+    sft: rows of the SFT part.
+    reward_model: pairs of the reward-model part.
+    ppo: rows of the PPO part; only their prompts are used.
+    eval: held-out rows.
+    counts: 'data', 'sft', 'reward_model', 'ppo', 'eval' -> rows by fate.
+  """
+
+  sft: EncodedSet
+  reward_model: EncodedSet
+  ppo: EncodedSet
+  eval: EncodedSet
+  counts: dict[str, Counts]
+
+
+STAGES = ('sft', 'reward_model', 'ppo')
+
+
+def _tokenizer(
+    config: ConfigDict, texts: Sequence[tasks.Example], workdir: epath.Path
+) -> 'PreTrainedTokenizerBase':
+  """The tokenizer of `tokenizer.path`, or one trained on `texts`, once."""
+  if config.tokenizer.path:
+    return tokenizer_lib.load_tokenizer(config.tokenizer.path)
+  folder = str(workdir / 'tokenizer')
+  if not tokenizer_lib.is_whole(folder):
+    tokenizer_lib.train_tokenizer(
+        [text for example in texts for text in example],
+        config.tokenizer.vocab_size,
+        folder,
+    )
+  return tokenizer_lib.load_tokenizer(folder)
+
+
+def _drop_truncated(
+    encoded: EncodedSet, counts: Counts
+) -> tuple[EncodedSet, Counts]:
+  """The rows whose chosen response is whole."""
+  whole = np.flatnonzero(~encoded.chosen_truncated)
+  dropped = len(encoded) - len(whole)
+  return encoded.take(whole), {
+      **counts,
+      'kept': len(whole),
+      'dropped for a cut chosen': dropped,
+      'chosen cut': 0,
+      'rejected cut': int(encoded.rejected_truncated[whole].sum()),
+  }
+
+
+def shuffle_labels(encoded: EncodedSet, seed: int) -> EncodedSet:
+  """The pairs, each swapped by a fair coin seeded with `seed`."""
+  coin = np.random.default_rng(seed).random(len(encoded)) < 0.5
+  pick = lambda heads, tails: Ragged.of(
+      [(heads if c else tails)[i].tolist() for i, c in enumerate(coin)]
+  )
+  flags = encoded.chosen_truncated, encoded.rejected_truncated
+  return EncodedSet(
+      prompt=encoded.prompt,
+      chosen=pick(encoded.rejected, encoded.chosen),
+      rejected=pick(encoded.chosen, encoded.rejected),
+      chosen_truncated=np.where(coin, flags[1], flags[0]),
+      rejected_truncated=np.where(coin, flags[0], flags[1]),
+  )
+
+
+def _check_sizes(config: ConfigDict, sets: dict[str, EncodedSet]) -> None:
+  """Every part must fill one batch of its stage, and eval hold a row."""
+  problems = [
+      f'the {name} part has {len(sets[name])} rows, fewer than '
+      f'{name}.batch_size={config[name].batch_size}'
+      for name in STAGES
+      if name in config.stages
+      and len(sets[name]) < max(1, config[name].batch_size)
+  ]
+  if not len(sets['eval']):
+    problems.append('no held-out row is left to evaluate on')
+  if problems:
+    raise ValueError(
+        f'{"; ".join(problems)}. Give more rows, other data.parts='
+        f'{tuple(config.data.parts)}, smaller batches or longer '
+        'data.max_prompt_len and data.max_response_len '
+        f'(now {config_lib.lengths(config)} tokens)'
+    )
+
+
+def prepare(
+    config: ConfigDict,
+    tokenizer: 'PreTrainedTokenizerBase | None',
+    workdir: epath.PathLike,
+) -> tuple[Datasets, 'PreTrainedTokenizerBase']:
+  """Loads, splits and tokenises all that a run needs.
+
+  Rows are dealt to the stages by `tasks.split_parts` before any is dropped.
+
+  Args:
+    config: see `config.base`.
+    tokenizer: None = that of `tokenizer.path`, or where that is empty one
+      trained on the SFT part and kept in `<workdir>/tokenizer`.
+    workdir: of the run; holds tokenizer and cached rows (also gs://).
+
+  Raises:
+    FileNotFoundError, ValueError: as `tasks.load_examples`, and where a part
+      is smaller than its stage's batch.
+  """
+  workdir = epath.Path(workdir)
+  train, held_out, read = tasks.load_examples(config)
+  indices = tasks.split_parts(
+      len(train), config.data.parts, config.data.split_seed
+  )
+  parts = {
+      name: [train[i] for i in rows if train[i] is not None]
+      for name, rows in zip(STAGES, indices, strict=True)
+  }
+  if tokenizer is None:
+    tokenizer = _tokenizer(config, parts['sft'], workdir)
+  prompt_len, response_len = config_lib.lengths(config)
+  sets, counts = {}, {'data': read}
+  for name, examples in {**parts, 'eval': held_out}.items():
+    sets[name], counts[name] = load_or_encode(
+        examples,
+        tokenizer,
+        config.data.cache_dir or workdir / 'data',
+        prompt_len=prompt_len,
+        response_len=response_len,
+    )
+  if config.data.drop_truncated:
+    sets['sft'], counts['sft'] = _drop_truncated(sets['sft'], counts['sft'])
+  if config.data.shuffle_labels:
+    sets['reward_model'] = shuffle_labels(sets['reward_model'], config.seed)
+  _check_sizes(config, sets)
+  return Datasets(**sets, counts=counts), tokenizer
+
+
+def describe_counts(counts: dict[str, Counts]) -> str:
+  """One line for each part of `Datasets.counts`."""
+  lines = []
+  for part, fates in counts.items():
+    shown = [f'{n} {fate}' for fate, n in fates.items() if n or fate == 'kept']
+    lines.append(f'{part:>12}: {", ".join(shown)}')
+  return '\n'.join(lines)
