@@ -1,4 +1,4 @@
-"""The whole job on a laptop: a 0.5M-parameter Gemma on a synthetic task.
+"""The whole job on a laptop: a 0.6M-parameter Gemma on a synthetic task.
 
 Command:   python -m ma_rlhf_jax.train --config=configs/tiny.py
 Hardware:  2 CPU cores, no downloads
@@ -10,16 +10,16 @@ from ma_rlhf_jax.config import apply_arguments, base
 def get_config(arguments: str = ''):
   config = base()
   config.model.remat = False
-  config.sft.steps = 70
-  config.sft.eval_every = 35
+  config.sft.epochs = 2.5
+  config.sft.eval_every = 30
   config.sft.optim.lr = 2e-3
-  config.reward_model.steps = 90
-  config.reward_model.eval_every = 30
+  config.reward_model.epochs = 1.0
+  config.reward_model.eval_every = 25
   config.reward_model.optim.lr = 1e-3
-  config.ppo.steps = 60
+  config.ppo.epochs = 1.0
   config.ppo.batch_size = 64
   config.ppo.optim.lr = 3e-4
   config.ppo.optim.schedule = 'constant'
-  config.ppo.eval_every = 15
+  config.ppo.eval_every = 10
   config.critic.optim.lr = 1e-3
   return apply_arguments(config, arguments)

@@ -42,8 +42,13 @@ def default_recipe() -> str:
   return 'configs/tiny.py'
 
 
+_ARGV: list[str] = []  # the command line as `parse_flags` spells it
+
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', default_recipe(), 'The recipe, and its arguments after a colon.'
+    'config',
+    None,
+    'The recipe, and its arguments after a colon. Default: configs/tiny.py.',
+    sys_argv=_ARGV,
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -78,7 +83,8 @@ def _finish(run: Run, name: str, step: int, exports: dict) -> None:
   hashes = {}
   for stage, (kind, shape, params) in exports.items():
     folder = sources.product(run.workdir, stage)
-    huggingface.save(folder, params, shape, kind, run.tokenizer)
+    # A start that was killed before the marker may have left the folder.
+    huggingface.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
     hashes[stage] = workdir_lib.params_sha256(params)
   workdir_lib.mark_done(
       run.workdir, name, {'step': step, 'params_sha256': hashes}
@@ -204,15 +210,31 @@ def main(argv: list[str]) -> None:
       sys.exit(f'error: {error}')
 
 
+def _words(error: BaseException) -> str:
+  """The message; that of the first cause where a traceback hides it."""
+  if not isinstance(error, AttributeError) and 'Traceback' not in str(error):
+    return str(error)
+  while error.__context__ is not None:
+    error = error.__context__
+  return str(error.args[0])
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses flags; `--config.ppo.from=` is spelt `from_run` inside.
 
-  `from` is a Python keyword, which a config field cannot be named.
+  `from` is a Python keyword, which a config field cannot be named. Without
+  --config the default recipe is put first, so that fields can be set.
   """
   spelt = [
       re.sub(r'^(--?config\.ppo\.from)(?==|$)', r'\1_run', a) for a in argv
   ]
-  return flags.FLAGS(spelt)
+  if not any(re.match(r'--?config(=|$)', a) for a in spelt):
+    spelt.insert(1, f'--config={default_recipe()}')
+  _ARGV[:] = spelt
+  try:
+    return flags.FLAGS(spelt)
+  except (flags.Error, AttributeError, ValueError, OSError) as error:
+    sys.exit(f'error: {_words(error)}')
 
 
 def entry_point() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -88,7 +89,8 @@ def score_sequences(
         ),
     )
 
-  return scoring.in_micro_batches(score, sequences, num_micro)
+  with jax.named_scope('score'):
+    return scoring.in_micro_batches(score, sequences, num_micro)
 
 
 def make_targets(
@@ -153,15 +155,16 @@ def make_experience(
       chunk_tokens=config.model.logprob_chunk,
       num_micro=num_micro,
   )
-  macro = termination.segment(
-      termination.TerminationInputs(
-          mask_BT=sequences.response_mask_BT,
-          ref_logprobs_BT=scored.ref_logprobs_BT,
-          keys_B=macro_keys_B,
-      ),
-      termination_settings(config.macro),
-  )
-  targets, rewards_BT = make_targets(scored, macro, config)
+  with jax.named_scope('macro'):
+    macro = termination.segment(
+        termination.TerminationInputs(
+            mask_BT=sequences.response_mask_BT,
+            ref_logprobs_BT=scored.ref_logprobs_BT,
+            keys_B=macro_keys_B,
+        ),
+        termination_settings(config.macro),
+    )
+    targets, rewards_BT = make_targets(scored, macro, config)
   experience = Experience(
       sequences=sequences, scored=scored, macro=macro, targets=targets
   )

@@ -14,8 +14,14 @@ from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import rewards
 from ma_rlhf_jax.parallel.mesh import place
 from ma_rlhf_jax.rollout import decode, sampling, scoring
-from ma_rlhf_jax.structs import Array, Params, PromptBatch, Rollout
-from ma_rlhf_jax.training import console
+from ma_rlhf_jax.structs import (
+    Array,
+    Params,
+    PromptBatch,
+    Rollout,
+    SequenceBatch,
+)
+from ma_rlhf_jax.training import console, update
 from ma_rlhf_jax.training.run import Run
 
 
@@ -88,7 +94,8 @@ def sample_responses(
 
 
 @functools.partial(
-    jax.jit, static_argnames=('shapes', 'temperature', 'chunk_tokens')
+    jax.jit,
+    static_argnames=('shapes', 'temperature', 'chunk_tokens', 'num_micro'),
 )
 def _measure(
     params: tuple[Params, Params, Params],
@@ -97,22 +104,24 @@ def _measure(
     shapes: tuple[GemmaConfig, GemmaConfig, GemmaConfig],
     temperature: float,
     chunk_tokens: int,
+    num_micro: int,
 ) -> dict[str, Array]:
   """score [B] and kl [B] of finished responses."""
-  rows = rollout.sequences
-  logprobs_BT, ref_logprobs_BT = (
-      scoring.response_logprobs(
-          shape, p, rows, temperature=temperature, chunk_tokens=chunk_tokens
-      )[0]
-      for shape, p in zip(shapes[:2], params[:2], strict=True)
-  )
-  kl_B, _ = rewards.kl_estimates(
-      logprobs_BT, ref_logprobs_BT, rows.response_mask_BT
-  )
-  return {
-      'score': scoring.sequence_scores(shapes[2], params[2], rows),
-      'kl': kl_B,
-  }
+
+  def measure(rows: SequenceBatch) -> dict[str, Array]:
+    logprobs_BT, ref_logprobs_BT = (
+        scoring.response_logprobs(
+            shape, p, rows, temperature=temperature, chunk_tokens=chunk_tokens
+        )[0]
+        for shape, p in zip(shapes[:2], params[:2], strict=True)
+    )
+    kl_B, _ = rewards.kl_estimates(
+        logprobs_BT, ref_logprobs_BT, rows.response_mask_BT
+    )
+    score_B = scoring.sequence_scores(shapes[2], params[2], rows)
+    return {'score': score_B, 'kl': kl_B}
+
+  return scoring.in_micro_batches(measure, rollout.sequences, num_micro)
 
 
 def _occurrence(rows: np.ndarray) -> np.ndarray:
@@ -181,9 +190,9 @@ def judge(
     reward_model: gives the score.
   """
   count = min(num_prompts, len(run.data.eval))
-  size, parts = run.config.ppo.batch_size, []
-  for start in range(0, count, size):
-    rows = np.arange(start, start + size) % len(run.data.eval)
+  parts = []
+  for start in range(0, count, run.rows):
+    rows = np.arange(start, start + run.rows) % len(run.data.eval)
     rollout = sample_responses(
         policy.params,
         prompt_batch(run, run.data.eval, rows),
@@ -191,6 +200,7 @@ def judge(
         0,
         shape=policy.shape,
         settings=run.sampling(temperature),
+        num_rollouts=update.num_micro(run.rows, run.config.rollout.batch_size),
     )
     parts.append(_judge_batch(run, rollout, policy, ref_policy, reward_model))
   join = lambda lists: [x for part in lists for x in part][:count]
@@ -222,6 +232,7 @@ def _judge_batch(
         shapes=tuple(model.shape for model in models),
         temperature=run.logprob_temperature,
         chunk_tokens=run.config.model.logprob_chunk,
+        num_micro=update.num_micro(run.rows, run.config.ppo.micro_batch_size),
     )
   if run.gold is not None:
     numbers['gold'] = [

@@ -78,16 +78,20 @@ class _Trace:
     profile = stage.run.config.profile
     steps = tuple(profile.steps) if profile.stage == stage.name else ()
     self._first, self._last = steps or (-1, -1)
+    self._last = min(self._last, stage.num_steps - 1)
     self._folder = str(folder / 'profile')
+    self._on = False
 
   def before(self, index: int) -> None:
-    if index == self._first:
+    if not self._on and self._first <= index <= self._last:
       jax.profiler.start_trace(self._folder)
+      self._on = True
 
   def after(self, index: int, states: States) -> None:
-    if index == self._last:
+    if self._on and index == self._last:
       jax.block_until_ready(states)
       jax.profiler.stop_trace()
+      self._on = False
 
 
 class _Log:
@@ -110,6 +114,15 @@ class _Log:
     self.flush()
     self._pending = step, metrics
 
+  def check(self, step: int, metrics: dict[str, float]) -> None:
+    """Stops the run on a value that is not finite."""
+    metrics_lib.check_finite(
+        step,
+        metrics,
+        stage=self._stage.name,
+        last_checkpoint=self._checkpoints.describe_latest(),
+    )
+
   def flush(self) -> None:
     """Writes what is pending; stops the run on a value that is not finite."""
     if self._pending is None:
@@ -117,12 +130,7 @@ class _Log:
     step, metrics = self._pending
     self._pending = None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    metrics_lib.check_finite(
-        step,
-        metrics,
-        stage=self._stage.name,
-        last_checkpoint=self._checkpoints.describe_latest(),
-    )
+    self.check(step, metrics)
     tokens = int(metrics.pop('tokens'))
     now = time.monotonic()
     seconds, self._last = now - self._last, now
@@ -168,10 +176,11 @@ def run_stage(stage: Stage) -> tuple[States, int]:
   c = stage.run.config
   folder = stage.run.workdir / stage.name
   abstract = checkpoint.abstract_of(stage.states)
+  stage.best_metric = c.checkpoint.best_metric or stage.best_metric
   with checkpoint.Checkpoints(
       folder / 'checkpoints',
       keep=c.checkpoint.keep,
-      best_metric=c.checkpoint.best_metric or stage.best_metric,
+      best_metric=stage.best_metric,
   ) as checkpoints:
     restored = checkpoints.restore_latest(abstract)
     first, states = (restored.step, restored.state) if restored else (0, None)
@@ -208,6 +217,7 @@ def _train(
     def evaluate(step: int) -> dict[str, float]:
       log.flush()
       metrics = stage.evaluate(states)
+      log.check(step, metrics)
       writer.write(step, metrics)
       progress.message(f'{stage.name} step {step}: {_words(metrics)}')
       if c.log.samples:
@@ -218,7 +228,14 @@ def _train(
       evaluate(0)
     for index in range(first, stage.num_steps):
       trace.before(index)
-      states, metrics = stage.step(states, index)
+      try:
+        states, metrics = stage.step(states, index)
+      except jax.errors.JaxRuntimeError as error:  # out of memory, say
+        error.add_note(
+            f'{stage.name} stopped at step {index + 1}; last good checkpoint: '
+            f'{checkpoints.describe_latest()}'
+        )
+        raise
       trace.after(index, states)
       step = index + 1
       log.add(step, metrics)

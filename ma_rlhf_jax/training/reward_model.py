@@ -138,7 +138,8 @@ class RewardModel(Stage):
 
   def samples(self, states: dict) -> str:
     chosen, rejected = self.held_out_scores(states)
-    count, data = self.run.config.log.samples, self.run.data.eval
+    data = self.run.data.eval
+    count = min(self.run.config.log.samples, len(data))
     texts = lambda ragged: [self.run.text(ragged[row]) for row in range(count)]
     return console.samples_table(
         texts(data.prompt),

@@ -68,6 +68,11 @@ class Run:
     c = self.config
     return c.ppo.logprob_temperature or c.rollout.temperature
 
+  @property
+  def rows(self) -> int:
+    """Sequences of one PPO step, and of one batch of an evaluation."""
+    return self.config.ppo.batch_size * self.config.ppo.samples_per_prompt
+
   def batch(
       self,
       make: Callable[..., Any],

@@ -32,11 +32,15 @@ def _text(sequences: SequenceBatch) -> tuple[Array, Array, Array]:
 
 
 def _everything(sequences: SequenceBatch) -> tuple[Array, Array, Array]:
-  """All columns of right-padded rows, pads too, as the authors do."""
+  """All columns of right-padded rows, pads too, as the authors do.
+
+  Rows without a token, which fill up a batch, are not learned.
+  """
   mask_BL = sequences.mask_BL
   tokens_BL = masking.left_align(sequences.tokens_BL, mask_BL)
   mask_BL = masking.left_align(mask_BL, mask_BL)
-  return tokens_BL, mask_BL, jnp.ones_like(mask_BL[:, 1:])
+  real_B1 = jnp.any(mask_BL, axis=1, keepdims=True)
+  return tokens_BL, mask_BL, jnp.broadcast_to(real_B1, mask_BL[:, 1:].shape)
 
 
 # config.sft.loss_on -> tokens_BL, mask_BL and learned_BW: which of the last W

@@ -81,8 +81,11 @@ def train_step(
     num_micro: int,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update on one minibatch."""
-  grads, metrics = accumulate_gradients(loss_fn, state.params, batch, num_micro)
-  state, norms = apply_gradients(state, grads, optimizer)
+  with jax.named_scope('update'):
+    grads, metrics = accumulate_gradients(
+        loss_fn, state.params, batch, num_micro
+    )
+    state, norms = apply_gradients(state, grads, optimizer)
   return state, {**metrics, **norms}
 
 

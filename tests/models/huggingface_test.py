@@ -140,9 +140,8 @@ def test_parameters_come_from_and_go_onto_a_mesh(
     huggingface.save(tmp_path / 'hf', spread, CONFIG, 'scalar', tokenizer)
     found = huggingface.load_params(tmp_path / 'hf', CONFIG, 'scalar')
   _equal(params, found)
-  jax.tree.map(
-      lambda x, y: x.sharding == y.sharding or pytest.fail(), found, like
-  )
+  pairs = zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True)
+  assert all(x.sharding == y.sharding for x, y in pairs)
   embedding = found['backbone']['embedding'].addressable_shards[0]
   assert embedding.data.shape == (160, 12)
 
@@ -216,7 +215,7 @@ def pair(
   import transformers
 
   config = dataclasses.replace(CONFIG, num_kv_heads=request.param)
-  params = draw('policy', config, seed=request.param)
+  params = draw('policy', config, seed=7)  # its greedy text is diverse
   folder = tmp_path_factory.mktemp('pair') / 'hf'
   huggingface.save(folder, params, config, 'policy', tokenizer)
   theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
