@@ -11,7 +11,7 @@ def get_config(arguments: str = ''):
   config = base()
   config.model.remat = False
   config.sft.epochs = 2.5
-  config.sft.eval_every = 30
+  config.sft.eval_every = 25
   config.sft.optim.lr = 2e-3
   config.reward_model.epochs = 1.0
   config.reward_model.eval_every = 25
@@ -20,6 +20,7 @@ def get_config(arguments: str = ''):
   config.ppo.batch_size = 64
   config.ppo.optim.lr = 3e-4
   config.ppo.optim.schedule = 'constant'
-  config.ppo.eval_every = 10
+  config.ppo.eval_every = 25
   config.critic.optim.lr = 1e-3
+  config.checkpoint.every = 25
   return apply_arguments(config, arguments)

@@ -253,6 +253,14 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
   return dict(sorted(flat.items()))
 
 
+def restore(flat: dict[str, Any]) -> ConfigDict:
+  """The config of which `flat` is the `flatten`."""
+  config = base()
+  values = {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
+  config.update_from_flattened_dict(values)
+  return config
+
+
 def fingerprint(config: ConfigDict) -> str:
   """SHA-256 (hex) of the resolved config."""
   return hashlib.sha256(json.dumps(flatten(config)).encode()).hexdigest()

@@ -5,12 +5,16 @@ finished run with its MA-PPO policy. `train` ends with the same comparison.
 """
 
 import json
+import sys
 
+from absl import app, flags
+import jax
 import numpy as np
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.training import judge, sources
 from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.start import load_run
 
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 
@@ -109,3 +113,26 @@ def compare(run: Run) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'comparison.json').write_text(json.dumps(rows, indent=2) + '\n')
   workdir_lib.mark_done(run.workdir, 'evaluate', {'comparison': rows})
+
+
+def main(argv: list[str]) -> None:
+  workdir, prompts = flags.FLAGS.workdir, flags.FLAGS.prompts
+  try:
+    if len(argv) > 1 or not workdir:
+      raise ValueError('usage: python -m ma_rlhf_jax.evaluate --workdir=DIR')
+    folder, config = workdir_lib.read_config(workdir)
+    if workdir_lib.read_done(folder, 'ppo') is None:
+      raise ValueError(f'{folder}: PPO is not done; train it to its end first')
+    if prompts:
+      config.evaluate.prompts = prompts
+    run = load_run(config, folder)
+    with jax.set_mesh(run.mesh):
+      compare(run)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'A workdir in which PPO is done.')
+  flags.DEFINE_integer('prompts', 0, 'Held-out prompts; 0 = evaluate.prompts.')
+  app.run(main)

@@ -15,14 +15,12 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
 from ma_rlhf_jax import workdir as workdir_lib
-from ma_rlhf_jax.data import parts, tasks
-from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import huggingface
-from ma_rlhf_jax.parallel.mesh import make_mesh, mesh_shape
+from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.training import checkpoint, sources
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
@@ -31,6 +29,7 @@ from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.reward_model import RewardModel
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sft import SFT
+from ma_rlhf_jax.training.start import load_run
 
 
 def default_recipe() -> str:
@@ -56,26 +55,6 @@ _WORKDIR = flags.DEFINE_string(
     'Where everything is written; the same again resumes. Default: '
     'runs/<config name and arguments>-<first 8 of its hash>.',
 )
-
-
-def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
-  """Data, tokenizer and devices of a run; raises what a user can mend."""
-  path = sources.tokenizer_path(config)
-  tokenizer = None
-  if path:
-    tokenizer = tokenizer_lib.load_tokenizer(str(huggingface.resolve(path)))
-  data, tokenizer = parts.prepare(config, tokenizer, workdir)
-  prompt_len, response_len = config_lib.lengths(config)
-  return Run(
-      config=config,
-      workdir=workdir,
-      mesh=make_mesh(config.mesh),
-      data=data,
-      tokenizer=tokenizer,
-      prompt_len=prompt_len,
-      response_len=response_len,
-      gold=tasks.GOLD.get(config.data.task),
-  )
 
 
 def _finish(run: Run, name: str, step: int, exports: dict) -> None:

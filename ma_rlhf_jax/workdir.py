@@ -64,6 +64,13 @@ def default_workdir(recipe: str, config: ConfigDict) -> str:
   return f'runs/{slug}-{config_lib.fingerprint(config)[:8]}'
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+  workdir = epath.Path(path).expanduser()
+  if workdir.is_absolute():
+    return workdir
+  return epath.Path(pathlib.Path.cwd()) / workdir
+
+
 def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   """Creates a workdir or takes up the one there, and records this start.
 
@@ -80,9 +87,7 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
     WorkdirError: if the path is a file, a folder of something else, or the
       workdir of a config that differs in fields that are not resumable.
   """
-  workdir = epath.Path(path).expanduser()
-  if not workdir.is_absolute():
-    workdir = epath.Path(pathlib.Path.cwd()) / workdir
+  workdir = _absolute(path)
   if jax.process_index() != 0:
     return workdir
   stored = _stored_config(workdir)
@@ -100,6 +105,22 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   start = 1 + max(starts, default=0)
   _write_json(workdir / f'run-{start:04d}.json', _describe_start(config))
   return workdir
+
+
+def read_config(path: epath.PathLike) -> tuple[epath.Path, ConfigDict]:
+  """The absolute path of a workdir, and the config it was started with.
+
+  Raises:
+    WorkdirError: if it is no workdir.
+  """
+  workdir = _absolute(path)
+  stored = _stored_config(workdir)
+  if stored is None:
+    raise WorkdirError(
+        f'--workdir={workdir} is no workdir: it holds no config.json; give the '
+        'folder that `train` printed'
+    )
+  return workdir, config_lib.restore(stored)
 
 
 def mark_done(
