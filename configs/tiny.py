@@ -10,14 +10,15 @@ from ma_rlhf_jax.config import apply_arguments, base
 def get_config(arguments: str = ''):
   config = base()
   config.model.remat = False
-  config.sft.epochs = 2.5
+  config.sft.epochs = 1.5
   config.sft.eval_every = 25
   config.sft.optim.lr = 2e-3
   config.reward_model.epochs = 1.0
   config.reward_model.eval_every = 25
   config.reward_model.optim.lr = 1e-3
-  config.ppo.epochs = 1.0
+  config.ppo.epochs = 0.5
   config.ppo.batch_size = 64
+  config.ppo.kl_coef = 0.1
   config.ppo.optim.lr = 3e-4
   config.ppo.optim.schedule = 'constant'
   config.ppo.eval_every = 25

@@ -77,7 +77,7 @@ def _data() -> ConfigDict:
   c.max_response_len = 0  # tokens, EOS included; 0 = the task's own
   c.drop_truncated = True  # keep responses cut at the limit out of SFT
   c.cache_dir = ''  # tokenised rows; '' = <workdir>/data
-  c.synthetic_rows = 8000  # task=synthetic: rows to generate
+  c.synthetic_rows = 16000  # task=synthetic: rows to generate
   c.label_noise = 0.1  # task=synthetic: probability of a swapped pair
   c.shuffle_labels = False  # control: reward-model labels by coin toss
   return c
@@ -297,7 +297,7 @@ def num_steps(stage: ConfigDict, num_rows: int) -> int:
 
 # Prompt and response limits (tokens) of each task where the config gives 0:
 # enough for most rows under a small tokenizer. The paper's are 512 and 512.
-TASK_LENGTHS = {'synthetic': (40, 24), 'hh': (320, 160), 'columns': (320, 160)}
+TASK_LENGTHS = {'synthetic': (24, 16), 'hh': (320, 160), 'columns': (320, 160)}
 
 
 def lengths(config: ConfigDict) -> tuple[int, int]:

@@ -5,7 +5,7 @@ One layout serves every stage, so that response columns are a static slice:
   column     0   1   2   3   4  | 5   6   7   8        P = 5, T = 4, L = 9
   tokens    pad pad bos Hi  !   | Hey yo  eos pad
   mask       0   0   1   1   1  | 1   1   1   0
-  positions  0   0   0   1   2  | 3   4   5   5        rotary positions
+  positions  0   0   0   1   2  | 3   4   5   6        rotary positions
 
 Column c predicts the token of column c + 1, so the response token t is
 predicted from column P - 1 + t: the critic's value of the state in which it is
@@ -26,8 +26,13 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def positions(mask_BL: Array) -> Array:
-  """int32 index of each token among the real tokens of its row; >= 0."""
-  return jnp.maximum(jnp.cumsum(mask_BL, axis=-1, dtype=jnp.int32) - 1, 0)
+  """int32 [B, L]: columns since the first real token of the row; >= 0.
+
+  Padding on the right counts on, as it does in the reference implementation.
+  """
+  index_L = jnp.arange(mask_BL.shape[-1], dtype=jnp.int32)
+  first_B1 = jnp.argmax(mask_BL, axis=-1, keepdims=True).astype(jnp.int32)
+  return jnp.maximum(index_L[None] - first_B1, 0)
 
 
 def causal_mask(mask_BL: Array) -> Array:

@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 import time
+from typing import Any
 
 from absl import app, flags
 from etils import epath
@@ -57,7 +58,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def _finish(run: Run, name: str, step: int, exports: dict) -> None:
+def _finish(
+    run: Run, name: str, step: int, exports: dict, **facts: Any
+) -> None:
   """Writes the Hugging Face folders of a stage, then its marker."""
   hashes = {}
   for stage, (kind, shape, params) in exports.items():
@@ -66,7 +69,7 @@ def _finish(run: Run, name: str, step: int, exports: dict) -> None:
     huggingface.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
     hashes[stage] = workdir_lib.params_sha256(params)
   workdir_lib.mark_done(
-      run.workdir, name, {'step': step, 'params_sha256': hashes}
+      run.workdir, name, {'step': step, 'params_sha256': hashes, **facts}
   )
 
 
@@ -106,6 +109,12 @@ def train_ppo(run: Run) -> None:
       {
           'ppo': ('policy', shapes.policy, states['policy'].params),
           'critic': ('scalar', shapes.critic, states['critic'].params),
+      },
+      used_sha256={
+          'sft': workdir_lib.params_sha256(stage.frozen['ref_policy']),
+          'reward_model': workdir_lib.params_sha256(
+              stage.frozen['reward_model']
+          ),
       },
   )
 

@@ -29,11 +29,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 _AT_LEAST_1 = (
     'model.num_layers model.embed_dim model.mlp_dim model.num_heads'
-    ' model.num_kv_heads model.head_dim model.logprob_chunk data.eval_rows'
+    ' model.num_kv_heads model.head_dim model.logprob_chunk'
     ' data.synthetic_rows sft.batch_size reward_model.batch_size'
     ' ppo.batch_size ppo.samples_per_prompt ppo.ppo_epochs ppo.minibatches'
-    ' macro.random_repeats checkpoint.keep log.every evaluate.prompts'
+    ' macro.random_repeats checkpoint.keep log.every'
 ).split()
+# One number alone has no interval.
+_AT_LEAST_2 = ['data.eval_rows', 'evaluate.prompts']
 _AT_LEAST_0 = (
     'seed model.vocab_size data.max_rows data.max_prompt_len'
     ' data.max_response_len sft.steps sft.micro_batch_size sft.eval_every'
@@ -50,11 +52,16 @@ _ABOVE_0 = (
 ).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('lr', 'eps')]
 _UP_TO_1 = (
     'ppo.gamma ppo.gae_lambda rollout.top_p data.label_noise'
-).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('warmup_ratio', 'b1', 'b2')]
+).split() + [
+    f'{o}.{f}'
+    for o in _OPTIMS
+    for f in ('warmup_ratio', 'final_lr_ratio', 'b1', 'b2')
+]
 
 # Fields, the bound they keep, and its name.
 RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
     (_AT_LEAST_1, lambda v: v >= 1, 'at least 1'),
+    (_AT_LEAST_2, lambda v: v >= 2, 'at least 2'),
     (_AT_LEAST_0, lambda v: v >= 0, 'at least 0'),
     (_ABOVE_0, lambda v: v > 0, 'above 0'),
     (_UP_TO_1, lambda v: 0 <= v <= 1, 'between 0 and 1'),

@@ -28,7 +28,7 @@ def test_wide_is_float32_or_the_wider():
 
 def test_positions_skip_left_padding():
   got = masking.positions(jnp.asarray(MASK))
-  assert got.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5, 5], list(range(9))]
+  assert got.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5, 6], list(range(9))]
   assert got.dtype == jnp.int32
 
 

@@ -1,11 +1,13 @@
 """A tiny Gemma and a few ragged rows, shared by the tests of later rooms."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
 from etils import epath
 import jax
+from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -14,7 +16,7 @@ from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet, Ragged
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.structs import Params, PromptBatch, SequenceBatch
 from ma_rlhf_jax.training.run import Run
 from tests.models.drawn import draw
@@ -38,10 +40,10 @@ _RESPONSES = (5, 7, 8, 1, 3, 8, 2, 6)
 
 
 def params(kind: str, seed: int) -> Params:
-  """Weights under which responses differ: embeddings of std 0.25."""
+  """Weights under which responses differ: embeddings of std 0.1."""
   drawn = draw(kind, SHAPE, seed)
   backbone = drawn if kind == 'policy' else drawn['backbone']
-  backbone['embedding'] = backbone['embedding'] * 5
+  backbone['embedding'] = backbone['embedding'] * 2
   return drawn
 
 
@@ -108,6 +110,13 @@ class Tokenizer:
     return ''.join('~.^abcdefghijklmnopq'[i] for i in ids)
 
 
+def mesh(*sizes: int) -> Mesh:
+  """A mesh of the first devices, so many along (data, fsdp, tensor)."""
+  devices = jax.devices()[: math.prod(sizes)]
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+
+
 def config(**fields: Any) -> ConfigDict:
   """`base()` for batches of four prompts; `ppo__kl_coef=0.1` sets a field."""
   made = config_lib.base()
@@ -118,7 +127,10 @@ def config(**fields: Any) -> ConfigDict:
 
 
 def run(workdir: pathlib.Path | str, made: ConfigDict, **fields: Any) -> Run:
-  """A run over `encoded()`; gold quality is the number of a's.
+  """A run on one device over `encoded()`.
+
+  Its gold score is 10 for each letter of the prompt, and 1 for each different
+  letter of the response.
 
   Args:
     workdir: need not exist.
@@ -129,11 +141,11 @@ def run(workdir: pathlib.Path | str, made: ConfigDict, **fields: Any) -> Run:
   defaults = {
       'config': made,
       'workdir': epath.Path(workdir),
-      'mesh': make_mesh(made.mesh),
+      'mesh': mesh(1, 1, 1),
       'data': Datasets(rows, rows, rows, rows, counts={}),
       'tokenizer': Tokenizer(),
       'prompt_len': PROMPT_LEN,
       'response_len': RESPONSE_LEN,
-      'gold': lambda prompt, response: float(response.count('a')),
+      'gold': lambda prompt, response: 10.0 * len(prompt) + len(set(response)),
   }
   return Run(**{**defaults, **fields})

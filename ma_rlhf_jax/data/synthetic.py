@@ -131,11 +131,11 @@ def _post(rng: random.Random) -> tuple[str, str]:
 
 
 def _response(rng: random.Random, topic: str) -> str:
-  """A summary of 6 to 12 words; its quality is uniform in [0, 1]."""
+  """A summary of 8 to 11 words; its quality is uniform in [0, 1]."""
   quality = rng.random()
   right = rng.random() < RIGHT_TOPIC
   words = [topic if right else rng.choice(tuple(_others(topic)))]
-  for _ in range(rng.randint(5, 11)):
+  for _ in range(rng.randint(7, 10)):
     if words[-1] not in NEUTRAL and rng.random() < NEUTRAL_SHARE:
       words.append(rng.choice(NEUTRAL))
     else:

@@ -20,7 +20,8 @@ def rotate(x_BLNH: Array, positions_BL: Array, *, theta: float) -> Array:
   dtype = wide(x_BLNH.dtype)
   half = x_BLNH.shape[-1] // 2
   frequency_h = theta ** (-jnp.arange(half, dtype=dtype) / half)
-  angle_BL1h = positions_BL[:, :, None, None].astype(dtype) * frequency_h
+  positions_BL11 = positions_BL[:, :, None, None].astype(dtype)
+  angle_BL1h = positions_BL11 * frequency_h[None, None, None]
   sin, cos = jnp.sin(angle_BL1h), jnp.cos(angle_BL1h)
   x1, x2 = jnp.split(x_BLNH.astype(dtype), 2, axis=-1)
   rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)

@@ -454,7 +454,7 @@ def save(
     tensors = list_tensors(kind, config)
     _write_tensors(draft, leaves, tensors, dtype, max_shard_bytes)
     if jax.process_index() == 0:
-      tokenizer.save_pretrained(draft)
+      _write_tokenizer(draft, tokenizer)
       written = str(jnp.dtype(dtype or leaves[tensors[0].path].dtype))
       _write_configs(draft, config, kind, tokenizer, written)
       (_rename if local else _upload)(draft, target)
@@ -497,6 +497,18 @@ def _to_host(leaf: Array, tensor: Tensor, dtype: str | None) -> np.ndarray:
     ours = multihost_utils.process_allgather(ours, tiled=True)
   theirs = to_theirs(np.asarray(ours), tensor.inputs)
   return np.ascontiguousarray(theirs, dtype and jnp.dtype(dtype))
+
+
+def _write_tokenizer(
+    draft: pathlib.Path, tokenizer: 'PreTrainedTokenizerBase'
+) -> None:
+  """The tokenizer's files, with a class name that 4.x knows too."""
+  tokenizer.save_pretrained(draft)
+  path = draft / 'tokenizer_config.json'
+  content = json.loads(path.read_text())
+  if content['tokenizer_class'] == 'TokenizersBackend':  # the name since 5.0
+    content['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  _write_json(path, content)
 
 
 def _write_configs(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.models.presets import GemmaConfig
@@ -238,9 +239,11 @@ def _judge_batch(
     numbers['gold'] = [
         run.gold(p, r) for p, r in zip(prompts, responses, strict=True)
     ]
-  tokens_BT = rollout.sequences.tokens_BL
-  numbers['length'] = rollout.sequences.response_mask_BT.sum(axis=1)
-  numbers['ended'] = (tokens_BT == run.tokenizer.eos_token_id).any(axis=1)
+  mask_BT = rollout.sequences.response_mask_BT
+  tokens_BT = masking.response_tokens(rollout.sequences)
+  is_eos_BT = mask_BT & (tokens_BT == run.tokenizer.eos_token_id)
+  numbers['length'] = mask_BT.sum(axis=1)
+  numbers['ended'] = is_eos_BT.any(axis=1)
   return Judged(
       prompts,
       responses,

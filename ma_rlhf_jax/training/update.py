@@ -69,7 +69,7 @@ def apply_gradients(
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
   )
-  return new_state, {'grad_norm': optax.global_norm(grads)}
+  return new_state, {'grad_norm': optax.tree.norm(grads)}
 
 
 def train_step(

@@ -68,7 +68,7 @@ def test_a_row_is_a_post_and_two_summaries() -> None:
     assert row['prompt'].endswith('\nTL;DR:')
     for name in ('chosen', 'rejected'):
       assert row[name][0] == ' ' and row[name][1] != ' '
-      assert 6 <= len(row[name].split()) <= 12
+      assert 8 <= len(row[name].split()) <= 11
 
 
 @pytest.mark.parametrize('noise, low, high', [(0, 0, 0), (1, 1, 1)])

@@ -21,8 +21,10 @@ from ma_rlhf_jax.parallel.mesh import make_mesh
 from ma_rlhf_jax.structs import Array, Params
 from tests.models.drawn import TINY, draw, left_padded
 
-# As TINY, with room for a tokenizer.
-CONFIG = dataclasses.replace(TINY, vocab_size=320)
+# As TINY, with room for a tokenizer and constants that differ from Gemma's.
+CONFIG = dataclasses.replace(
+    TINY, vocab_size=320, rope_theta=500.0, norm_eps=1e-3
+)
 KV_HEADS = (1, 2)
 _TEXTS = ['the cat sat on the mat', 'a dog ran after the cat, then slept'] * 9
 _states = jax.jit(gemma.hidden_states, static_argnums=0)
@@ -215,7 +217,7 @@ def pair(
   import transformers
 
   config = dataclasses.replace(CONFIG, num_kv_heads=request.param)
-  params = draw('policy', config, seed=7)  # its greedy text is diverse
+  params = draw('policy', config, seed=0)  # its greedy text is diverse
   folder = tmp_path_factory.mktemp('pair') / 'hf'
   huggingface.save(folder, params, config, 'policy', tokenizer)
   theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -296,13 +298,16 @@ def test_fresh_model_of_transformers_gives_the_same_logits(
       their: getattr(CONFIG, our) for their, our in huggingface.SIZES.items()
   }
   torch.manual_seed(0)
-  theirs = transformers.GemmaForCausalLM(transformers.GemmaConfig(**shape))
+  theirs = transformers.GemmaForCausalLM(
+      transformers.GemmaConfig(**shape, rope_theta=70.0, rms_norm_eps=1e-2)
+  )
   with torch.no_grad():
     for name, weight in theirs.named_parameters():
       embedding = 'embed' in name
       weight.normal_(0, 0.3 if 'norm' in name else 0.05 if embedding else 0.25)
   theirs.save_pretrained(tmp_path)
   config = huggingface.read_shape(tmp_path)
+  assert (config.rope_theta, config.norm_eps) == (70.0, 1e-2)
   params = huggingface.load_params(tmp_path, config, 'policy')
   assert (
       _difference((config, params, theirs.eval(), tmp_path), Fault.none) < 1e-4
@@ -328,7 +333,7 @@ def test_classification_scores_equal_ours(
       want = theirs(
           torch.from_numpy(t).long(), attention_mask=torch.from_numpy(m).long()
       ).logits[:, 0]
-    ours = heads.end_scores(_scores(CONFIG, params, t, m), m)
+    ours = masking.end_scores(_scores(CONFIG, params, t, m), m)
     np.testing.assert_allclose(ours, want, atol=1e-4)
   assert np.ptp(want.numpy()) > 0.1
   theirs.save_pretrained(tmp_path / 'back')
@@ -342,6 +347,12 @@ def test_tokenizer_and_generation_config_load(
 
   *_, theirs, folder = pair
   found = transformers.AutoTokenizer.from_pretrained(folder)
+  # transformers 4 reads these names.
+  config = json.loads((folder / 'config.json').read_text())
+  assert config['rope_theta'] == 500.0
+  assert config['torch_dtype'] == 'float32'
+  settings = json.loads((folder / 'tokenizer_config.json').read_text())
+  assert settings['tokenizer_class'] == 'PreTrainedTokenizerFast'
   text = 'the cat ran <eos> away\n'
   assert found(text)['input_ids'] == tokenizer(text)['input_ids']
   ids = (found.pad_token_id, found.eos_token_id, found.bos_token_id)
@@ -397,7 +408,7 @@ def _with(folder: pathlib.Path, **changes: Any) -> pathlib.Path:
 @pytest.mark.parametrize(
     ('changes', 'theta', 'eps'),
     [
-        ({}, 10_000.0, 1e-6),
+        ({}, 10_000.0, 1e-6),  # what a file that says nothing means
         ({'rope_theta': 500.0, 'rope_scaling': None}, 500.0, 1e-6),
         (
             {'rope_parameters': {'rope_type': 'default', 'rope_theta': 70.0}},

@@ -1,0 +1,210 @@
+"""Decoding equals a plain loop, and a row's tokens depend on it alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ma_rlhf_jax import masking
+from ma_rlhf_jax.models.gemma import head_logits, hidden_states
+from ma_rlhf_jax.rollout import decode, sampling, scoring
+from ma_rlhf_jax.structs import Array, PromptBatch, Rollout
+from tests import tiny
+
+T = tiny.RESPONSE_LEN
+PARAMS = tiny.params('policy', 7)
+ROWS = [0, 1, 2, 4]
+SAMPLED = decode.SamplingSettings(T, tiny.EOS, tiny.PAD, temperature=0.9)
+GREEDY = dataclasses.replace(SAMPLED, temperature=0.0)
+FILTERED = dataclasses.replace(SAMPLED, top_k=9, top_p=0.9, min_new_tokens=5)
+_generate = jax.jit(decode.generate, static_argnums=(0, 4))
+_states = jax.jit(functools.partial(hidden_states, tiny.SHAPE))
+
+
+def _keys(prompts: PromptBatch, seed: int = 0) -> Array:
+  stream = jax.random.key(seed)
+  return sampling.row_keys(
+      stream, 3, prompts.prompt_ids_B, prompts.sample_ids_B
+  )
+
+
+def _roll(
+    prompts: PromptBatch,
+    settings: decode.SamplingSettings = SAMPLED,
+    seed: int = 0,
+) -> Rollout:
+  keys = _keys(prompts, seed)
+  return _generate(tiny.SHAPE, PARAMS, prompts, keys, settings)
+
+
+def _responses(rollout: Rollout) -> list[list[int]]:
+  """The real response tokens of each row."""
+  rows = rollout.sequences
+  tokens, mask = masking.response_tokens(rows), rows.response_mask_BT
+  return [
+      np.asarray(t)[np.asarray(m)].tolist()
+      for t, m in zip(tokens, mask, strict=True)
+  ]
+
+
+def _plain(
+    prompts: PromptBatch, keys: Array, s: decode.SamplingSettings
+) -> tuple[list, np.ndarray, np.ndarray]:
+  """Responses, log-probs and kept mass; the whole row is run each token."""
+  width = prompts.tokens_BP.shape[1]
+  tokens = np.pad(prompts.tokens_BP, [(0, 0), (0, T)])
+  mask = np.pad(prompts.mask_BP, [(0, 0), (0, T)])
+  responses = [[] for _ in tokens]
+  logprobs, mass = np.zeros((2, len(tokens), T)) + [[[0]], [[1]]]
+  for t in range(T):
+    states = _states(PARAMS, tokens, mask)[:, width + t - 1]
+    banned = np.zeros(tiny.SHAPE.vocab_size, bool)
+    banned[s.eos_id] = t < s.min_new_tokens
+    drawn = sampling.sample(
+        head_logits(states, PARAMS['embedding']),
+        jnp.stack([jax.random.fold_in(key, t) for key in keys]),
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        banned_V=jnp.asarray(banned),
+    )
+    for row, response in enumerate(responses):
+      if s.eos_id in response:
+        continue
+      token, logprobs[row, t], mass[row, t] = (float(x[row]) for x in drawn)
+      response.append(int(token))
+      tokens[row, width + t], mask[row, width + t] = token, True
+  return responses, logprobs, mass
+
+
+@pytest.mark.parametrize(
+    'settings', [SAMPLED, GREEDY, FILTERED], ids=['sampled', 'greedy', 'cut']
+)
+def test_equals_a_loop_without_a_cache(settings: decode.SamplingSettings):
+  prompts = tiny.prompts(ROWS)
+  rollout = _roll(prompts, settings)
+  responses, logprobs, mass = _plain(prompts, _keys(prompts), settings)
+  assert _responses(rollout) == responses
+  np.testing.assert_allclose(rollout.sample_logprobs_BT, logprobs, atol=2e-5)
+  np.testing.assert_allclose(rollout.kept_mass_BT, mass, atol=2e-5)
+  # Many different tokens, or a wrong row might pass.
+  assert len({token for response in responses for token in response}) > 4
+
+
+def test_eos_ends_a_row_and_pads_follow():
+  rollout = _roll(tiny.prompts(ROWS))
+  rows, lengths = rollout.sequences, []
+  for row, response in enumerate(_responses(rollout)):
+    length = len(response)
+    lengths.append(length)
+    ended = length < T or response[-1] == tiny.EOS
+    assert response.count(tiny.EOS) == ended
+    assert not ended or response[-1] == tiny.EOS
+    tail = np.asarray(masking.response_tokens(rows))[row, length:]
+    assert (tail == tiny.PAD).all()
+    mask = np.asarray(rows.response_mask_BT)[row]
+    assert mask.tolist() == [t < length for t in range(T)]
+    assert not rollout.sample_logprobs_BT[row, length:].any()
+    assert (rollout.kept_mass_BT[row, length:] == 1).all()
+  # The seed shows both: rows that ended, and a row cut at the limit.
+  assert min(lengths) < T
+  assert any(tiny.EOS not in response for response in _responses(rollout))
+
+
+def test_prompts_come_back_as_they_were():
+  prompts = tiny.prompts(ROWS)
+  rows = _roll(prompts).sequences
+  width = tiny.PROMPT_LEN
+  np.testing.assert_array_equal(rows.tokens_BL[:, :width], prompts.tokens_BP)
+  np.testing.assert_array_equal(rows.mask_BL[:, :width], prompts.mask_BP)
+  np.testing.assert_array_equal(rows.mask_BL[:, width:], rows.response_mask_BT)
+
+
+def test_eos_waits_for_the_minimum_of_new_tokens():
+  free = {len(r) for s in range(6) for r in _responses(_roll_seed(s, SAMPLED))}
+  held = {len(r) for s in range(6) for r in _responses(_roll_seed(s, FILTERED))}
+  assert min(free) <= 5  # the ban has something to do
+  assert min(held) == 6  # five tokens and EOS
+
+
+def _roll_seed(seed: int, settings: decode.SamplingSettings) -> Rollout:
+  return _roll(tiny.prompts(ROWS), settings, seed)
+
+
+def test_the_loop_stops_when_every_row_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+):
+  prompts = tiny.prompts([1, 1, 1, 1])
+  response = _responses(_roll(prompts, GREEDY))[0]
+  eos = response[-1]
+  length = response.index(eos) + 1
+  assert 2 < length < T
+  advanced, advance = [], decode._advance
+
+  def counted(config, params, mask, state):
+    jax.debug.callback(lambda t: advanced.append(int(t)), state.t)
+    return advance(config, params, mask, state)
+
+  monkeypatch.setattr(decode, '_advance', counted)
+  settings = dataclasses.replace(GREEDY, eos_id=eos)
+  run = jax.jit(
+      lambda *args: decode.generate(*args, settings), static_argnums=0
+  )
+  rollout = run(tiny.SHAPE, PARAMS, prompts, _keys(prompts))
+  assert _responses(rollout) == [response[:length]] * 4
+  jax.effects_barrier()
+  assert sorted(advanced) == list(range(1, length))  # not T - 1 times
+
+
+def test_sample_logprobs_are_those_of_scoring():
+  rollout = _roll(tiny.prompts(ROWS))
+  score = functools.partial(
+      scoring.response_logprobs, tiny.SHAPE, temperature=0.9, chunk_tokens=8
+  )
+  logprobs, _ = jax.jit(score)(PARAMS, rollout.sequences)
+  np.testing.assert_allclose(rollout.sample_logprobs_BT, logprobs, atol=1e-5)
+  np.testing.assert_allclose(rollout.kept_mass_BT, 1, atol=1e-6)
+
+
+def test_row_order_changes_no_token():
+  base = _responses(_roll(tiny.prompts(ROWS)))
+  order = [2, 0, 3, 1]
+  moved = _responses(_roll(tiny.prompts([ROWS[i] for i in order])))
+  assert moved == [base[i] for i in order]
+
+
+def test_neighbours_change_no_token():
+  base = _responses(_roll(tiny.prompts(ROWS)))
+  others = _responses(_roll(tiny.prompts([6, 1, 3, 4])))
+  assert others[1] == base[1] and others[3] == base[3]
+  fewer = _responses(_roll(tiny.prompts([ROWS[3], ROWS[0]])))
+  assert fewer == [base[3], base[0]]
+
+
+def test_more_padding_changes_no_token():
+  wide = tiny.prompts(ROWS, width=tiny.PROMPT_LEN + 3)
+  base = _roll(tiny.prompts(ROWS))
+  moved = _roll(wide)
+  assert _responses(moved) == _responses(base)
+  np.testing.assert_allclose(
+      moved.sample_logprobs_BT, base.sample_logprobs_BT, atol=1e-5
+  )
+
+
+def test_what_padding_holds_changes_no_token():
+  prompts = tiny.prompts(ROWS)
+  other = jnp.where(prompts.mask_BP, prompts.tokens_BP, 17)
+  moved = _roll(prompts.replace(tokens_BP=other))
+  assert _responses(moved) == _responses(_roll(prompts))
+
+
+def test_samples_of_one_prompt_differ_and_repeat():
+  samples = tiny.prompts([1, 1, 1, 1], sample_ids=[0, 1, 2, 0])
+  found = _responses(_roll(samples))
+  assert found[0] == found[3]
+  assert len(set(map(tuple, found))) == 3
+  assert found[0] == _responses(_roll(tiny.prompts(ROWS)))[1]
+  assert _responses(_roll(samples, seed=1))[0] != found[0]

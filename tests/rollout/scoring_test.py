@@ -1,0 +1,130 @@
+"""Log-probs, values and scores stand where the layout says they do."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ma_rlhf_jax.rollout import scoring
+from ma_rlhf_jax.structs import SequenceBatch
+from tests import tiny
+from tests.models.drawn import plain_gemma
+
+POLICY = tiny.params('policy', 0)
+SCALAR = tiny.params('scalar', 1)
+ROWS = [0, 2, 3, 7]
+_logprobs = jax.jit(
+    functools.partial(
+        scoring.response_logprobs,
+        tiny.SHAPE,
+        temperature=0.7,
+        chunk_tokens=8,
+        with_entropy=True,
+    )
+)
+_values = jax.jit(functools.partial(scoring.response_values, tiny.SHAPE))
+_scores = jax.jit(functools.partial(scoring.sequence_scores, tiny.SHAPE))
+
+
+def _unpadded(rows: SequenceBatch, row: int) -> tuple[np.ndarray, int]:
+  """The real tokens of a row, and how many of them are prompt."""
+  mask = np.asarray(rows.mask_BL[row])
+  count = int(np.asarray(rows.response_mask_BT[row]).sum())
+  return np.asarray(rows.tokens_BL[row])[mask], int(mask.sum()) - count
+
+
+def test_logprobs_and_entropies_are_those_of_each_next_token():
+  rows = tiny.sequences(ROWS)
+  logprobs, entropy = _logprobs(POLICY, rows)
+  want, want_entropy = np.zeros((4, 8)), np.zeros((4, 8))
+  embedding = np.asarray(POLICY['embedding'], np.float64)
+  for row in range(4):
+    tokens, start = _unpadded(rows, row)
+    states = plain_gemma(tiny.SHAPE, POLICY, tokens)
+    for t, token in enumerate(tokens[start:]):
+      # The state after the prompt and the t tokens before this one.
+      logits = embedding @ states[start + t - 1] / 0.7
+      probs = np.exp(logits) / np.exp(logits).sum()
+      want[row, t] = np.log(probs[token])
+      want_entropy[row, t] = -(probs @ np.log(probs))
+  np.testing.assert_allclose(logprobs, want, atol=2e-5)
+  np.testing.assert_allclose(entropy, want_entropy, atol=2e-5)
+
+
+def test_values_are_of_the_state_before_each_token():
+  rows = tiny.sequences(ROWS)
+  want = np.zeros((4, 8))
+  for row in range(4):
+    tokens, start = _unpadded(rows, row)
+    states = plain_gemma(tiny.SHAPE, SCALAR['backbone'], tokens)
+    count = len(tokens) - start
+    want[row, :count] = (states @ np.asarray(SCALAR['head']))[start - 1 : -1]
+  np.testing.assert_allclose(_values(SCALAR, rows), want, atol=2e-5)
+
+
+def test_scores_are_at_the_last_real_token():
+  rows = tiny.sequences(ROWS)
+  # A row whose response is empty is scored at the end of its prompt.
+  empty = jnp.arange(tiny.PROMPT_LEN + tiny.RESPONSE_LEN) >= tiny.PROMPT_LEN
+  rows = rows.replace(mask_BL=rows.mask_BL.at[1].set(rows.mask_BL[1] & ~empty))
+  rows = rows.replace(response_mask_BT=rows.response_mask_BT.at[1].set(False))
+  want = [
+      plain_gemma(tiny.SHAPE, SCALAR['backbone'], _unpadded(rows, row)[0])[-1]
+      @ np.asarray(SCALAR['head'])
+      for row in range(4)
+  ]
+  np.testing.assert_allclose(_scores(SCALAR, rows), want, atol=2e-5)
+
+
+def test_what_padding_holds_does_not_matter():
+  rows = tiny.sequences(ROWS)
+  other = rows.replace(tokens_BL=jnp.where(rows.mask_BL, rows.tokens_BL, 13))
+  assert (other.tokens_BL != rows.tokens_BL).any()
+  for got, want in zip(
+      (*_logprobs(POLICY, other), _values(SCALAR, other)),
+      (*_logprobs(POLICY, rows), _values(SCALAR, rows)),
+      strict=True,
+  ):
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert not got[~rows.response_mask_BT].any()
+    assert (got[rows.response_mask_BT] != 0).all()
+  np.testing.assert_allclose(
+      _scores(SCALAR, other), _scores(SCALAR, rows), atol=1e-6
+  )
+
+
+def test_sampler_statistics_by_hand():
+  nan = math.nan
+  mask = jnp.array([[True, True, False], [True, False, False]])
+  stats = scoring.sampler_statistics(
+      jnp.array([[-1.0, -0.25, nan], [-2.0, nan, nan]]),
+      jnp.array([[0.5, 1.0, nan], [0.75, nan, nan]]),
+      jnp.array([[-1.5, -0.5, nan], [-1.25, nan, nan]]),
+      mask,
+  )
+  # (.5 + .25 - .75) / 3; (.5 + 0 + .25) / 3
+  np.testing.assert_allclose(stats['sampler/kl'], 0, atol=1e-7)
+  np.testing.assert_allclose(stats['sampler/cut_mass'], 0.25, rtol=1e-6)
+  moved = scoring.sampler_statistics(
+      jnp.full((2, 3), -0.5), jnp.ones((2, 3)), jnp.full((2, 3), -2.0), mask
+  )
+  np.testing.assert_allclose(moved['sampler/kl'], 1.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize('num', [1, 2, 3, 6])
+def test_micro_batches_equal_the_whole(num: int):
+  rows = {'x': jnp.arange(24.0).reshape(6, 4), 'y': jnp.arange(6) * 5}
+  seen = []
+
+  def function(rows):
+    seen.append(rows['x'].shape[0])
+    return jnp.cumsum(rows['x'], axis=1), (rows['y'] + 1,)
+
+  got = scoring.in_micro_batches(function, rows, num)
+  want = function(rows)
+  assert seen[0] == 6 // num
+  np.testing.assert_array_equal(got[0], want[0])
+  np.testing.assert_array_equal(got[1][0], want[1][0])

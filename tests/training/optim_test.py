@@ -1,0 +1,125 @@
+"""Schedules by hand, and one step of AdamW."""
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+import pytest
+
+from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax.training import optim
+from tests import tiny
+
+
+def _optim(**fields) -> ConfigDict:
+  block = config_lib.base().ppo.optim
+  block.update({'lr': 8.0, 'clip_norm': 0.0, **fields})
+  return block
+
+
+def _rates(num_updates: int, **fields) -> list[float]:
+  """The learning rate of every update, and the one that would come next."""
+  schedule = optim.learning_rate(_optim(**fields), num_updates)
+  return [float(schedule(i)) for i in range(num_updates + 1)]
+
+
+def test_warm_up_and_decays_by_hand():
+  # 12 updates, a third of them warm-up: 8/4, 16/4, 24/4, 8; then 8 steps.
+  ramp = [2.0, 4, 6, 8]
+  linear = [8.0, 7, 6, 5, 4, 3, 2, 1, 0]
+  how = {'warmup_ratio': 1 / 3}
+  got = _rates(12, schedule='linear', **how)
+  np.testing.assert_allclose(got, ramp + linear, rtol=1e-6)
+  got = _rates(12, schedule='constant', **how)
+  np.testing.assert_allclose(got, ramp + [8.0] * 9, rtol=1e-6)
+  # (1 + cos(pi i / 8)) / 2 at 0, 1/4, 1/2, 3/4, 1 of the way.
+  got = _rates(12, schedule='cosine', **how)
+  half = 8 * (1 + 2**-0.5) / 2
+  want = [8, half, 4, 8 - half, 0]
+  np.testing.assert_allclose(got[:4], ramp, rtol=1e-6)
+  np.testing.assert_allclose(got[4::2], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+def test_decay_ends_at_the_final_ratio(schedule: str):
+  got = _rates(10, schedule=schedule, final_lr_ratio=0.25, warmup_ratio=0.2)
+  assert got[:2] == [4, 8]
+  np.testing.assert_allclose(got[-1], 2, rtol=1e-6)
+  # Half way: 8 - (8 - 2) / 2.
+  np.testing.assert_allclose(got[6], 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize('schedule', optim.SCHEDULES)
+def test_short_stages_start_at_the_peak(schedule: str):
+  for updates, ratio in ((5, 0.0), (5, 0.2), (1, 0.1), (1, 1.0)):
+    got = _rates(updates, schedule=schedule, warmup_ratio=ratio)
+    assert got[0] == 8
+    assert all(np.isfinite(got)) and max(got) == 8
+
+
+def test_two_warm_up_updates():
+  assert _rates(4, warmup_ratio=0.5, schedule='linear') == [4, 8, 8, 4, 0]
+
+
+def test_all_but_norm_scales_are_decayed():
+  params = tiny.params('scalar', 0)
+  flat = jax.tree_util.tree_leaves_with_path(optim.decayed(params))
+  left = [jax.tree_util.keystr(path) for path, decay in flat if not decay]
+  assert sorted(left) == [
+      "['backbone']['final_norm']['scale']",
+      "['backbone']['layers']['attention_norm']['scale']",
+      "['backbone']['layers']['mlp_norm']['scale']",
+  ]
+  assert len(flat) == 3 + 9  # embedding, 4 of attention, 3 of the MLP, head
+
+
+PARAMS = {'norm': {'scale': jnp.array([2.0])}, 'head': jnp.array([3.0, -5.0])}
+GRADS = {'norm': {'scale': jnp.array([-0.5])}, 'head': jnp.array([4.0, 2.0])}
+
+
+def _updates(grads: list, **fields) -> dict:
+  """The last update of several."""
+  optimizer = optim.make_optimizer(
+      _optim(schedule='constant', warmup_ratio=0.0, lr=0.1, **fields), 10
+  )
+  state = optimizer.init(PARAMS)
+  for grad in grads:
+    updates, state = optimizer.update(grad, state, PARAMS)
+  return updates
+
+
+def test_first_update_is_the_sign_plus_decay():
+  # m / sqrt(v) = g / |g| at the first update; -.1 (sign + .2 p), no decay of
+  # the scale.
+  updates = _updates([GRADS], weight_decay=0.2)
+  want = [-0.1 * (1 + 0.6), -0.1 * (1 - 1)]
+  np.testing.assert_allclose(updates['head'], want, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(updates['norm']['scale'], [0.1], rtol=1e-5)
+
+
+def test_second_update_uses_both_betas():
+  # Gradients 4 then 2, b1 .9, b2 .95:
+  # m = (.9 * .1 * 4 + .1 * 2) / (1 - .81) = .56 / .19
+  # v = (.95 * .05 * 16 + .05 * 4) / (1 - .9025) = .96 / .0975
+  second = jax.tree.map(lambda x: x / 2, GRADS)
+  updates = _updates([GRADS, second], weight_decay=0.0)
+  want = -0.1 * (0.56 / 0.19) / np.sqrt(0.96 / 0.0975)
+  np.testing.assert_allclose(updates['head'], [want] * 2, rtol=1e-5)
+
+
+def test_clipping_is_by_the_global_norm():
+  # Norm sqrt(.25 + 16 + 4) = 4.5. With a huge epsilon an update is
+  # proportional to the clipped gradient.
+  how = {'weight_decay': 0.0, 'eps': 1e6}
+  free = _updates([GRADS], **how)
+  clipped = _updates([GRADS], clip_norm=1.5, **how)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a * 3, b, rtol=1e-4),
+      clipped,
+      free,
+  )
+  loose = _updates([GRADS], clip_norm=5.0, **how)
+  np.testing.assert_allclose(
+      optax.tree.norm(loose), optax.tree.norm(free), rtol=1e-6
+  )
