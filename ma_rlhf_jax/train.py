@@ -20,7 +20,7 @@ from ma_rlhf_jax import validation
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
-from ma_rlhf_jax.models import huggingface
+from ma_rlhf_jax.models import exporting
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.training import checkpoint, sources
 from ma_rlhf_jax.training.experience import Models
@@ -66,7 +66,7 @@ def _finish(
   for stage, (kind, shape, params) in exports.items():
     folder = sources.product(run.workdir, stage)
     # A start that was killed before the marker may have left the folder.
-    huggingface.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
+    exporting.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
     hashes[stage] = workdir_lib.params_sha256(params)
   workdir_lib.mark_done(
       run.workdir, name, {'step': step, 'params_sha256': hashes, **facts}
@@ -199,12 +199,12 @@ def main(argv: list[str]) -> None:
 
 
 def _words(error: BaseException) -> str:
-  """The message; that of the first cause where a traceback hides it."""
-  if not isinstance(error, AttributeError) and 'Traceback' not in str(error):
-    return str(error)
-  while error.__context__ is not None:
+  """The message; that of the cause where ml_collections wraps one."""
+  while 'Traceback' in str(error) and error.__context__ is not None:
     error = error.__context__
-  return str(error.args[0])
+  if isinstance(error.args[0], KeyError):
+    return f'the config has no field {error.args[0].args[0]}'
+  return str(error)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

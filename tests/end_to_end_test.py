@@ -264,7 +264,7 @@ def test_a_variant_shares_sft_and_reward_model_by_hash(
     assert not (variant / stage).exists()
     made = _done(workdir, stage)['params_sha256'][stage]
     assert _done(variant, 'ppo')['used_sha256'][stage] == made
-  assert _rows(variant / 'ppo')[1]['macro/length'] == 1
+  assert _rows(variant / 'ppo')[1]['macro/length_mean'] == 1
   assert _done(variant, 'ppo')['params_sha256'] != (
       _done(workdir, 'ppo')['params_sha256']
   )

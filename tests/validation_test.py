@@ -107,7 +107,7 @@ _REFUSED = [
     ({'data.parts': (2, -1, 4)}, 'data.parts=(2, -1, 4) must be three shares'),
     ({'data.max_prompt_len': 1}, 'must be at least 2'),
     (
-        {'rollout.min_new_tokens': 24},
+        {'rollout.min_new_tokens': 24, 'data.max_response_len': 24},
         'rollout.min_new_tokens=24 must be below the response limit of 24',
     ),
     ({'stages': ('ppo', 'sft')}, "stages=('ppo', 'sft') must be some of"),
@@ -138,7 +138,7 @@ def test_each_rule_refuses_with_field_value_and_need(
         {'sft.micro_batch_size': 16, 'rollout.batch_size': 128},
         {'data.task': 'hh', 'data.path': 'rows.jsonl'},
         {'data.parts': (1, 0, 2)},
-        {'rollout.min_new_tokens': 23},
+        {'rollout.min_new_tokens': 23, 'data.max_response_len': 24},
         {'stages': ('sft', 'evaluate')},
         {'rollout.temperature': 0.0, 'stages': ('sft',)},
         {'macro.reward': 'mean', 'critic.target': 'macro'},

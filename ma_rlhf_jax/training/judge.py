@@ -239,11 +239,9 @@ def _judge_batch(
     numbers['gold'] = [
         run.gold(p, r) for p, r in zip(prompts, responses, strict=True)
     ]
-  mask_BT = rollout.sequences.response_mask_BT
   tokens_BT = masking.response_tokens(rollout.sequences)
-  is_eos_BT = mask_BT & (tokens_BT == run.tokenizer.eos_token_id)
-  numbers['length'] = mask_BT.sum(axis=1)
-  numbers['ended'] = is_eos_BT.any(axis=1)
+  numbers['length'] = rollout.sequences.response_mask_BT.sum(axis=1)
+  numbers['ended'] = (tokens_BT == run.tokenizer.eos_token_id).any(axis=1)
   return Judged(
       prompts,
       responses,

@@ -15,7 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from ma_rlhf_jax.models import gemma, heads, huggingface
+from ma_rlhf_jax.models import (
+    exporting,
+    gemma,
+    heads,
+    huggingface,
+    tensor_names,
+)
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import make_mesh
 from ma_rlhf_jax.structs import Array, Params
@@ -54,19 +60,19 @@ def _equal(ours: Params, theirs: Params) -> None:
 def test_layouts_by_hand() -> None:
   # [D, N, H] = [2, 1, 3] -> [N * H, D], and [N, H, D] = [1, 3, 2] -> [D, N * H]
   x = np.array([[[1, 2, 3]], [[4, 5, 6]]])
-  theirs = huggingface.to_theirs(x, 1)
+  theirs = tensor_names.to_theirs(x, 1)
   np.testing.assert_array_equal(theirs, [[1, 4], [2, 5], [3, 6]])
-  np.testing.assert_array_equal(huggingface.to_ours(theirs, 1, x.shape), x)
+  np.testing.assert_array_equal(tensor_names.to_ours(theirs, 1, x.shape), x)
   x = np.array([[[1, 2], [3, 4], [5, 6]]])
-  theirs = huggingface.to_theirs(x, 2)
+  theirs = tensor_names.to_theirs(x, 2)
   np.testing.assert_array_equal(theirs, [[1, 3, 5], [2, 4, 6]])
-  np.testing.assert_array_equal(huggingface.to_ours(theirs, 2, x.shape), x)
-  np.testing.assert_array_equal(huggingface.to_theirs(x, 0), x)
+  np.testing.assert_array_equal(tensor_names.to_ours(theirs, 2, x.shape), x)
+  np.testing.assert_array_equal(tensor_names.to_theirs(x, 0), x)
 
 
 def test_every_parameter_has_a_tensor() -> None:
   for kind in heads.MODELS:
-    tensors = huggingface.list_tensors(kind, TINY)
+    tensors = tensor_names.list_tensors(kind, TINY)
     assert len({t.name for t in tensors}) == len(tensors)
     count = sum(int(np.prod(t.shape)) for t in tensors)
     assert count == TINY.num_params + (24 if kind == 'scalar' else 0)
@@ -93,7 +99,7 @@ def test_round_trip_is_bit_identical(
 ) -> None:
   config = dataclasses.replace(CONFIG, param_dtype=dtype)
   params, folder = draw(kind, config, seed=4), tmp_path / 'hf'
-  huggingface.save(
+  exporting.save(
       folder, params, config, kind, tokenizer, max_shard_bytes=shard_bytes
   )
   found = huggingface.load_params(folder, config, kind)
@@ -121,7 +127,7 @@ def test_dtype_of_the_file_and_of_the_parameters_may_differ(
     tokenizer: Any, tmp_path: pathlib.Path
 ) -> None:
   params, folder = draw('policy', CONFIG, seed=4), tmp_path / 'hf'
-  huggingface.save(
+  exporting.save(
       folder, params, CONFIG, 'policy', tokenizer, dtype='bfloat16'
   )
   assert json.loads((folder / 'config.json').read_text())['dtype'] == 'bfloat16'
@@ -139,7 +145,7 @@ def test_parameters_come_from_and_go_onto_a_mesh(
   with jax.set_mesh(mesh):
     like = heads.abstract_params('scalar', CONFIG)
     spread = jax.device_put(params, jax.tree.map(lambda x: x.sharding, like))
-    huggingface.save(tmp_path / 'hf', spread, CONFIG, 'scalar', tokenizer)
+    exporting.save(tmp_path / 'hf', spread, CONFIG, 'scalar', tokenizer)
     found = huggingface.load_params(tmp_path / 'hf', CONFIG, 'scalar')
   _equal(params, found)
   pairs = zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True)
@@ -219,7 +225,7 @@ def pair(
   config = dataclasses.replace(CONFIG, num_kv_heads=request.param)
   params = draw('policy', config, seed=0)  # its greedy text is diverse
   folder = tmp_path_factory.mktemp('pair') / 'hf'
-  huggingface.save(folder, params, config, 'policy', tokenizer)
+  exporting.save(folder, params, config, 'policy', tokenizer)
   theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
       folder, output_loading_info=True, attn_implementation='eager'
   )
@@ -295,7 +301,7 @@ def test_fresh_model_of_transformers_gives_the_same_logits(
   import transformers
 
   shape = {
-      their: getattr(CONFIG, our) for their, our in huggingface.SIZES.items()
+      their: getattr(CONFIG, our) for their, our in tensor_names.SIZES.items()
   }
   torch.manual_seed(0)
   theirs = transformers.GemmaForCausalLM(
@@ -321,7 +327,7 @@ def test_classification_scores_equal_ours(
   import transformers
 
   params, folder = draw('scalar', CONFIG, seed=6), tmp_path / 'hf'
-  huggingface.save(folder, params, CONFIG, 'scalar', tokenizer)
+  exporting.save(folder, params, CONFIG, 'scalar', tokenizer)
   model = transformers.AutoModelForSequenceClassification
   theirs, report = model.from_pretrained(folder, output_loading_info=True)
   assert not any(report.values()), report
@@ -372,13 +378,13 @@ def test_reward_model_in_the_authors_names(
   params = draw('scalar', TINY, seed=8)
   names = {'prefix': prefix, 'head': 'v_head.weight'}
   tensors = {}
-  for t in huggingface.list_tensors('scalar', TINY, **names):
+  for t in tensor_names.list_tensors('scalar', TINY, **names):
     leaf = params
     for part in t.path.split('/'):
       leaf = leaf[part]
     leaf = np.asarray(leaf if t.layer is None else leaf[t.layer])
     tensors[t.name] = np.ascontiguousarray(
-        huggingface.to_theirs(leaf, t.inputs)
+        tensor_names.to_theirs(leaf, t.inputs)
     )
   assert prefix + 'layers.0.mlp.up_proj.weight' in tensors
   save_file(tensors, tmp_path / 'model.safetensors')
@@ -479,7 +485,7 @@ def export(tokenizer: Any, tmp_path: pathlib.Path) -> pathlib.Path:
   """A whole policy."""
   folder = tmp_path / 'export'
   params = draw('policy', CONFIG, seed=4)
-  huggingface.save(folder, params, CONFIG, 'policy', tokenizer)
+  exporting.save(folder, params, CONFIG, 'policy', tokenizer)
   return folder
 
 
@@ -542,10 +548,10 @@ def test_nothing_is_left_of_a_failed_export(
     assert any(tmp_path.rglob('model.safetensors'))  # it comes late
     raise OSError('no space left')
 
-  monkeypatch.setattr(huggingface, '_write_configs', full)
+  monkeypatch.setattr(exporting, '_write_configs', full)
   params = draw('policy', CONFIG, seed=4)
   with pytest.raises(OSError, match='no space'):
-    huggingface.save(tmp_path / 'hf', params, CONFIG, 'policy', tokenizer)
+    exporting.save(tmp_path / 'hf', params, CONFIG, 'policy', tokenizer)
   assert not any(tmp_path.iterdir())
 
 
@@ -556,9 +562,9 @@ def test_a_folder_is_replaced_only_on_request(
   params = draw('scalar', CONFIG, seed=5)
   arguments = (export, params, CONFIG, 'scalar', tokenizer)
   with pytest.raises(FileExistsError, match='export is there and not empty'):
-    huggingface.save(*arguments)
+    exporting.save(*arguments)
   assert (export / 'note.txt').exists()
-  huggingface.save(*arguments, overwrite=True)
+  exporting.save(*arguments, overwrite=True)
   assert not (export / 'note.txt').exists()
   _equal(params, huggingface.load_params(export, CONFIG, 'scalar'))
   assert list(export.parent.iterdir()) == [export]
@@ -572,7 +578,7 @@ def test_config_comes_last_where_rename_is_not_atomic(
   (target / 'config.json').write_text('old')
   (target / 'old.safetensors').write_text('old')
 
-  class Recording(type(huggingface.epath.Path(target))):
+  class Recording(type(exporting.epath.Path(target))):
 
     def unlink(self, *args: Any) -> None:
       order.append(f'-{self.name}')
@@ -582,7 +588,7 @@ def test_config_comes_last_where_rename_is_not_atomic(
       order.append(f'+{name}')
       return super().__truediv__(name)
 
-  huggingface._upload(export, Recording(target))
+  exporting._upload(export, Recording(target))
   assert order[:2] == ['-config.json', '-old.safetensors']
   assert order[-1] == '+config.json'
   assert {p.name for p in target.iterdir()} == {
@@ -595,7 +601,7 @@ def test_too_large_a_tokenizer_is_refused(
 ) -> None:
   small = dataclasses.replace(CONFIG, vocab_size=50)
   with pytest.raises(ValueError, match='only 50 rows'):
-    huggingface.save(tmp_path / 'hf', {}, small, 'policy', tokenizer)
+    exporting.save(tmp_path / 'hf', {}, small, 'policy', tokenizer)
 
 
 # Finding.

@@ -266,6 +266,7 @@ def test_a_step_that_may_not_be_best_is_passed_over(
         ((3, 90), 'ppo', 0, [('start', 3), ('stop', 5)]),  # ends with the run
         ((1, 3), 'ppo', 2, [('start', 2), ('stop', 4)]),  # resumed inside it
         ((0, 1), 'ppo', 2, []),
+        ((7, 9), 'ppo', 0, []),  # the run ends before it
         ((1, 3), 'sft', 0, []),
         ((), 'ppo', 0, []),
     ],

@@ -127,6 +127,7 @@ def test_evaluation_counts_pairs_and_measures_their_margins(
   }
 
 
+@functools.cache
 def _sgd_step(loss: str, num_micro: int) -> tuple[Params, dict[str, float]]:
   """Parameters less the gradient of 4 pairs, and the metrics."""
   optimizer = optax.sgd(1.0)

@@ -1,0 +1,290 @@
+"""The command line: flags, what is checked at the start, and its messages."""
+
+from collections.abc import Iterator
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+import pytest
+
+from ma_rlhf_jax import train
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.validation import ConfigError
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_TINY = f'--config={_ROOT / "configs" / "tiny.py"}'
+
+
+@pytest.fixture(autouse=True)
+def clean_flags() -> Iterator[None]:
+  """Flags of fields belong to one command line."""
+  yield
+  for name in [name for name in flags.FLAGS if name.startswith('config.')]:
+    delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
+
+
+def _parsed(*arguments: str) -> ConfigDict:
+  train.parse_flags(['train', *arguments])
+  return train._CONFIG.value
+
+
+def _message(*arguments: str) -> str:
+  """What a start that cannot go on ends with."""
+  with pytest.raises(SystemExit) as caught:
+    train.main(train.parse_flags(['train', *arguments]))
+  assert isinstance(caught.value.code, str)
+  assert 'Traceback' not in caught.value.code
+  return caught.value.code
+
+
+def test_fields_and_recipe_arguments_are_set() -> None:
+  config = _parsed(
+      f'{_TINY}:ngram=3', '--config.ppo.kl_coef=0.125', '--config.seed', '7'
+  )
+  assert (config.macro.ngram, config.ppo.kl_coef, config.seed) == (3, 0.125, 7)
+
+
+def test_without_config_the_default_recipe_is_taken() -> None:
+  config = _parsed('--config.ppo.kl_coef=0.125', '--workdir=x')
+  assert config.ppo.kl_coef == 0.125
+  assert train._WORKDIR.value == 'x'
+  default = pathlib.Path(train.default_recipe())
+  assert default == _ROOT / 'configs' / 'tiny.py'
+  assert config.sft.optim.lr == _parsed(_TINY).sft.optim.lr
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        [_TINY, '--config.ppo.from=DIR'],
+        [_TINY, '-config.ppo.from', 'DIR'],
+        [_TINY, '--config.ppo.from_run=DIR'],
+        ['--config.ppo.from=DIR'],
+    ],
+)
+def test_from_is_the_spelling_of_from_run(arguments: list[str]) -> None:
+  assert _parsed(*arguments).ppo.from_run == 'DIR'
+
+
+def test_values_that_look_like_flags_are_left_alone() -> None:
+  config = _parsed(_TINY, '--config.data.path=--config.ppo.from=x')
+  assert config.data.path == '--config.ppo.from=x'
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ([f'{_TINY}:n=1'], "error: recipe argument 'n' is unknown; known are"),
+        ([f'{_TINY}:ngram=x'], "'x' is not of type int"),
+        (['--config=/nowhere/tiny.py'], '/nowhere/tiny.py'),
+        ([_TINY, '--config.ppo.kl_coef=much'], '--config.ppo.kl_coef=much'),
+        (
+            [_TINY, '--config.ppo.kl_coeff=1'],
+            'the config has no field \'kl_coeff\'\nDid you mean "kl_coef"',
+        ),
+        ([_TINY, '--wordkir=x'], "Unknown command line flag 'wordkir'"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_message(
+    arguments: list[str], words: str
+) -> None:
+  message = _message(*arguments)
+  assert message.startswith('error: ') and words in message
+
+
+def test_all_problems_are_told_before_a_workdir_is_made(
+    tmp_path: pathlib.Path,
+) -> None:
+  message = _message(
+      _TINY,
+      f'--workdir={tmp_path / "run"}',
+      '--config.ppo.kl_coef=-1.0',
+      '--config.ppo.batch_size=0',
+  )
+  assert 'ppo.kl_coef=-1.0 must be at least 0' in message
+  assert 'ppo.batch_size=0 must be at least 1' in message
+  message = _message(
+      _TINY, f'--workdir={tmp_path / "run"}', '--config.mesh.data=3'
+  )
+  assert 'does not cover the 8 devices' in message
+  assert not (tmp_path / 'run').exists()
+
+
+def test_batches_must_split_over_the_devices_there_are(
+    tmp_path: pathlib.Path,
+) -> None:
+  message = _message(
+      _TINY, f'--workdir={tmp_path / "run"}', '--config.sft.batch_size=12'
+  )
+  assert 'sft.micro_batch_size=12 (0 = all of them)' in message
+  assert '8 devices' in message
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_fields(
+    tmp_path: pathlib.Path,
+) -> None:
+  config = _parsed(_TINY)
+  workdir_lib.open_workdir(tmp_path / 'run', config)
+  flags.FLAGS.unparse_flags()
+  message = _message(_TINY, f'--workdir={tmp_path / "run"}', '--config.seed=41')
+  assert f'{tmp_path / "run"} was started with another config' in message
+  assert f'seed: stored {config.seed}, now 41' in message
+
+
+def test_a_folder_of_something_else_is_no_workdir(
+    tmp_path: pathlib.Path,
+) -> None:
+  (tmp_path / 'thesis.tex').write_text('x')
+  message = _message(_TINY, f'--workdir={tmp_path}')
+  assert 'is no workdir (found thesis.tex)' in message
+
+
+def test_data_and_models_that_are_not_there_are_named(
+    tmp_path: pathlib.Path,
+) -> None:
+  missing = tmp_path / 'rows.jsonl'
+  message = _message(
+      _TINY,
+      f'--workdir={tmp_path / "a"}',
+      '--config.data.task=hh',
+      f'--config.data.path={missing}',
+  )
+  assert f"data.path='{missing}': there is no such file" in message
+  message = _message(
+      _TINY, f'--workdir={tmp_path / "b"}', f'--config.ppo.from={missing}'
+  )
+  assert f"'{missing}' is not a folder" in message
+
+
+def test_the_command_itself_ends_in_one_line(tmp_path: pathlib.Path) -> None:
+  done = subprocess.run(
+      [sys.executable, '-m', 'ma_rlhf_jax.train', f'{_TINY}:ngram=x'],
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+  )
+  assert done.returncode == 1 and done.stdout == ''
+  assert done.stderr.splitlines() == [
+      "error: recipe argument 'ngram=x': 'x' is not of type int; write for "
+      'example ngram=5'
+  ]
+
+
+def _products(tmp_path: pathlib.Path, **fields: Any) -> None:
+  train.check_products(tiny.config(**fields), tmp_path)
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        {'stages': ('sft',)},
+        {'stages': ('sft', 'reward_model')},
+        {'stages': ('reward_model',), 'reward_model__init': 'folder'},
+        {'stages': ('reward_model',), 'ppo__policy_init': 'folder'},
+        {'stages': ('ppo', 'evaluate'), 'ppo__from_run': 'folder'},
+        {
+            'stages': ('ppo',),
+            'ppo__policy_init': 'folder',
+            'ppo__reward_model': 'folder',
+        },
+    ],
+)
+def test_every_product_is_given_or_to_be_made(
+    tmp_path: pathlib.Path, fields: dict[str, Any]
+) -> None:
+  _products(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    'fields, missing',
+    [
+        ({'stages': ('reward_model',)}, [('reward_model', 'sft')]),
+        (
+            {'stages': ('ppo',)},
+            [('ppo', 'sft'), ('ppo', 'reward_model')],
+        ),
+        (
+            {'stages': ('sft', 'evaluate')},
+            [('evaluate', 'reward_model'), ('evaluate', 'ppo')],
+        ),
+        (
+            {'stages': ('ppo',), 'ppo__reward_model': 'folder'},
+            [('ppo', 'sft')],
+        ),
+    ],
+)
+def test_a_product_that_nobody_makes_is_named(
+    tmp_path: pathlib.Path,
+    fields: dict[str, Any],
+    missing: list[tuple[str, str]],
+) -> None:
+  with pytest.raises(ConfigError) as caught:
+    _products(tmp_path, **fields)
+  lines = str(caught.value).split('\n')
+  assert [line.split(':')[0] for line in lines] == [
+      f'stage {stage!r} needs the product of {need!r}'
+      for stage, need in missing
+  ]
+
+
+def test_a_product_made_before_counts(tmp_path: pathlib.Path) -> None:
+  for stage in ('sft', 'reward_model'):
+    workdir_lib.mark_done(tmp_path, stage, {'step': 1})
+  _products(tmp_path, stages=('ppo',))
+  with pytest.raises(ConfigError, match="product of 'ppo'"):
+    _products(tmp_path, stages=('evaluate',))
+
+
+def test_stages_run_in_order_unless_done_or_given(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+  ran = []
+  for name in train.STAGES:
+    monkeypatch.setitem(
+        train.STAGES, name, lambda run, name=name: ran.append(name)
+    )
+  train.train(tiny.run(tmp_path, tiny.config()))
+  assert ran == ['sft', 'reward_model', 'ppo', 'evaluate']
+  ran.clear()
+  for name in ('reward_model', 'evaluate'):
+    workdir_lib.mark_done(tmp_path, name, {'step': 1})
+  capsys.readouterr()
+  train.train(tiny.run(tmp_path, tiny.config(ppo__policy_init='folder')))
+  # A comparison is made anew: its prompts may have changed.
+  assert ran == ['ppo', 'evaluate']
+  printed = capsys.readouterr().out
+  assert 'sft: skipped, ppo.policy_init gives folder\n' in printed
+  done = tmp_path / 'reward_model'
+  assert f'reward_model: done before, in {done}\n' in printed
+
+
+def test_a_product_is_written_over_what_a_killed_start_left(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  saved = []
+  monkeypatch.setattr(
+      train.exporting,
+      'save',
+      lambda folder, *_, overwrite=False: saved.append((folder, overwrite)),
+  )
+  run = tiny.run(tmp_path, tiny.config())
+  params = tiny.params('policy', 0)
+  exports = {'sft': ('policy', tiny.SHAPE, params)}
+  train._finish(run, 'sft', 5, exports, note='x')
+  assert saved == [(f'{tmp_path}/sft/hf', True)]
+  digest = workdir_lib.params_sha256(params)
+  assert json.loads((tmp_path / 'sft' / 'done.json').read_text()) == {
+      'step': 5,
+      'params_sha256': {'sft': digest},
+      'note': 'x',
+  }

@@ -1,0 +1,310 @@
+"""Which model each stage starts from, and which are refused."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.models import exporting, heads, presets
+from ma_rlhf_jax.training import sources
+from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.sources import Source, SourceError
+from tests import tiny
+from tests.models.drawn import draw
+
+SHAPE = dataclasses.replace(tiny.SHAPE, vocab_size=310, num_layers=1)
+_MODEL = {
+    f'model__{name}': getattr(SHAPE, name) for name in presets.SHAPE_FIELDS
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+  """Models on disk.
+
+  Attributes:
+    policy: a Hugging Face folder.
+    scalar: a Hugging Face folder of a reward model.
+    foreign: a policy with another tokenizer.
+    workdir: a run whose SFT and reward model are done, and nothing more.
+    finished: a run whose PPO is done too.
+    tokenizer: of all but `foreign`.
+    larger: a tokenizer of more entries.
+  """
+
+  policy: str
+  scalar: str
+  foreign: str
+  workdir: str
+  finished: str
+  tokenizer: Any
+  larger: Any
+
+
+def _tokenizer(folder: pathlib.Path, text: str, size: int) -> Any:
+  tokenizer_lib.train_tokenizer([text] * 4, size, str(folder))
+  return tokenizer_lib.load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory: pytest.TempPathFactory) -> _Store:
+  root = tmp_path_factory.mktemp('store')
+  tokenizer = _tokenizer(root / 'ours', 'the boat and the goat', 300)
+  other = _tokenizer(root / 'theirs', 'a quick brown fox', 300)
+  text = 'the quick brown fox jumps over the lazy dogs and back to the goat 123'
+  larger = _tokenizer(root / 'larger', text, 340)
+  assert len(larger) > SHAPE.vocab_size >= max(len(tokenizer), len(other))
+
+  def save(path: str, kind: str, seed: int, words: Any = tokenizer) -> str:
+    exporting.save(root / path, draw(kind, SHAPE, seed), SHAPE, kind, words)
+    return str(root / path)
+
+  for name in ('workdir', 'finished'):
+    workdir_lib.open_workdir(root / name, tiny.config())
+    save(f'{name}/sft/hf', 'policy', 1)
+    save(f'{name}/reward_model/hf', 'scalar', 2)
+    for stage in ('sft', 'reward_model'):
+      workdir_lib.mark_done(root / name, stage, {'step': 1})
+  workdir_lib.mark_done(root / 'finished', 'ppo', {'step': 1})
+  return _Store(
+      policy=save('policy', 'policy', 3),
+      scalar=save('scalar', 'scalar', 4),
+      foreign=save('foreign', 'policy', 5, other),
+      workdir=str(root / 'workdir'),
+      finished=str(root / 'finished'),
+      tokenizer=tokenizer,
+      larger=larger,
+  )
+
+
+def _config(store: _Store, **fields: str) -> ConfigDict:
+  """A config in which each field names an entry of the store."""
+  named = {name: getattr(store, entry) for name, entry in fields.items()}
+  return tiny.config(**_MODEL, **named)
+
+
+def _run(store: _Store, tmp_path: pathlib.Path, **fields: str) -> Run:
+  made = _config(store, **fields)
+  return tiny.run(tmp_path, made, tokenizer=store.tokenizer)
+
+
+def _sha256(kind: str, seed: int) -> str:
+  return workdir_lib.params_sha256(draw(kind, SHAPE, seed))
+
+
+def test_products_lie_in_the_folder_of_their_stage() -> None:
+  assert sources.product('/w', 'sft') == '/w/sft/hf'
+  assert sources.product('/w', 'ppo') == '/w/ppo/hf'
+  assert sources.product('/w', 'critic') == '/w/ppo/critic'
+
+
+def test_nothing_given_means_the_products_of_this_run(store: _Store) -> None:
+  config = _config(store)
+  assert sources.policy_source(config, '/w') == Source('', '/w/sft/hf')
+  reward_model = Source('', '/w/reward_model/hf')
+  assert sources.reward_model_source(config, '/w') == reward_model
+  assert sources.critic_source(config, '/w') == reward_model
+  assert sources.given_stages(config, '/w') == {}
+  assert sources.tokenizer_path(config) == ''
+
+
+@pytest.mark.parametrize(
+    'fields, want',
+    [
+        ({'ppo__policy_init': 'policy'}, {'sft': 'ppo.policy_init {policy}'}),
+        (
+            {'ppo__policy_init': 'workdir'},
+            {'sft': 'ppo.policy_init {workdir}/sft/hf'},
+        ),
+        (
+            {'ppo__reward_model': 'scalar'},
+            {'reward_model': 'ppo.reward_model {scalar}'},
+        ),
+        (
+            {'ppo__reward_model': 'workdir'},
+            {'reward_model': 'ppo.reward_model {workdir}/reward_model/hf'},
+        ),
+        (
+            {'ppo__from_run': 'workdir'},
+            {
+                'sft': 'ppo.from {workdir}/sft/hf',
+                'reward_model': 'ppo.from {workdir}/reward_model/hf',
+            },
+        ),
+        (  # what is named goes before what a whole run gives
+            {'ppo__from_run': 'workdir', 'ppo__policy_init': 'policy'},
+            {
+                'sft': 'ppo.policy_init {policy}',
+                'reward_model': 'ppo.from {workdir}/reward_model/hf',
+            },
+        ),
+        ({'sft__init': 'policy', 'reward_model__init': 'policy'}, {}),
+        ({'ppo__critic_init': 'scalar'}, {}),
+    ],
+)
+def test_stages_whose_product_is_given(
+    store: _Store, fields: dict[str, str], want: dict[str, str]
+) -> None:
+  found = sources.given_stages(_config(store, **fields), '/w')
+  assert found == {
+      stage: text.format(**dataclasses.asdict(store)).replace(' ', ' gives ')
+      for stage, text in want.items()
+  }
+
+
+def test_the_critic_of_another_run_is_the_one_that_ppo_left(
+    store: _Store,
+) -> None:
+  config = _config(store, ppo__critic_init='finished')
+  want = Source('ppo.critic_init', f'{store.finished}/ppo/critic')
+  assert sources.critic_source(config, '/w') == want
+  with pytest.raises(SourceError, match="stage 'critic' is not done"):
+    sources.critic_source(_config(store, ppo__critic_init='workdir'), '/w')
+
+
+@pytest.mark.parametrize(
+    'field', ['sft.init', 'ppo.policy_init', 'ppo.from', 'ppo.reward_model']
+)
+def test_a_workdir_whose_stage_is_not_done_is_refused(
+    store: _Store, tmp_path: pathlib.Path, field: str
+) -> None:
+  workdir_lib.open_workdir(tmp_path / 'new', tiny.config())
+  name = field.replace('from', 'from_run').replace('.', '__')
+  run = tiny.run(
+      tmp_path,
+      tiny.config(**{**_MODEL, name: str(tmp_path / 'new')}),
+      tokenizer=store.tokenizer,
+  )
+  with pytest.raises(SourceError) as caught:
+    sources.given_stages(run.config, tmp_path)
+    sources.initial_policy(run)
+  message = str(caught.value)
+  assert message.startswith(f'{field}={tmp_path}/new is a workdir whose stage')
+  assert 'is not done; finish it' in message
+
+
+def test_the_tokenizer_is_that_of_the_first_model_named(store: _Store) -> None:
+  order = ['reward_model__init', 'ppo__reward_model', 'ppo__from_run']
+  want = [store.scalar, store.scalar, f'{store.workdir}/sft/hf']
+  given = {'reward_model__init': 'scalar'}
+  found = []
+  for name, entry in zip(order, ('scalar', 'scalar', 'workdir'), strict=True):
+    given[name] = entry
+    found.append(sources.tokenizer_path(_config(store, **given)))
+  assert found == want
+  given['sft__init'] = 'foreign'
+  config = _config(store, **given)
+  assert sources.tokenizer_path(config) == store.foreign
+  config.tokenizer.path = 'elsewhere'
+  assert sources.tokenizer_path(config) == 'elsewhere'
+
+
+def test_sft_starts_from_a_folder_or_another_run(
+    store: _Store, tmp_path: pathlib.Path
+) -> None:
+  shape, params = sources.initial_policy(
+      _run(store, tmp_path, sft__init='policy')
+  )
+  want = presets.with_runtime(SHAPE, tiny.config().model)
+  assert shape == want
+  assert workdir_lib.params_sha256(params) == _sha256('policy', 3)
+  _, of_run = sources.initial_policy(_run(store, tmp_path, sft__init='workdir'))
+  assert workdir_lib.params_sha256(of_run) == _sha256('policy', 1)
+
+
+def test_random_weights_have_the_rows_of_the_tokenizer_and_a_seed(
+    store: _Store, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(
+      heads, 'init_params', lambda kind, shape, key: (kind, shape, key)
+  )
+  run = _run(store, tmp_path)
+  shape, (kind, same, key) = sources.initial_policy(run)
+  want = presets.with_runtime(SHAPE, run.config.model)
+  assert shape == same == want and kind == 'policy'
+  run.config.model.vocab_size = 0
+  run.config.seed = 1
+  shape, (_, _, other) = sources.initial_policy(run)
+  assert shape.vocab_size == len(store.tokenizer) < 310
+  data = [jax.random.key_data(k).tolist() for k in (key, other)]
+  assert data[0] != data[1]
+
+
+@pytest.mark.parametrize(
+    'fields, seed',
+    [
+        ({'reward_model__init': 'policy'}, 3),
+        ({'reward_model__init': 'workdir'}, 1),
+        ({'ppo__policy_init': 'policy'}, 3),
+    ],
+)
+def test_a_reward_model_starts_from_a_policy_with_a_new_head(
+    store: _Store, tmp_path: pathlib.Path, fields: dict[str, str], seed: int
+) -> None:
+  run = _run(store, tmp_path, **fields)
+  _, params = sources.initial_reward_model(run)
+  assert workdir_lib.params_sha256(params['backbone']) == _sha256(
+      'policy', seed
+  )
+  assert params['head'].shape == (16,)
+  assert 0.05 < float(np.std(params['head'])) < 0.6  # about 1 / sqrt(17)
+
+
+def test_a_model_is_read_in_the_dtype_of_the_run(
+    store: _Store, tmp_path: pathlib.Path
+) -> None:
+  run = _run(store, tmp_path)
+  run.config.model.param_dtype = 'bfloat16'
+  source = Source('ppo.reward_model', store.scalar)
+  shape, params = sources.load(run, source, 'scalar')
+  assert shape.param_dtype == 'bfloat16'
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {'bfloat16'}
+
+
+def test_another_tokenizer_is_refused(
+    store: _Store, tmp_path: pathlib.Path
+) -> None:
+  run = _run(store, tmp_path)
+  with pytest.raises(SourceError) as caught:
+    sources.load(run, Source('ppo.policy_init', store.foreign), 'policy')
+  message = str(caught.value)
+  assert message.startswith('ppo.policy_init: the tokenizer in')
+  assert store.foreign in message and 'tokenizer.path' in message
+
+
+def test_an_embedding_too_small_for_the_tokenizer_is_refused(
+    store: _Store, tmp_path: pathlib.Path
+) -> None:
+  folder = tmp_path / 'bare'
+  params = draw('policy', SHAPE, 0)
+  exporting.save(folder, params, SHAPE, 'policy', store.tokenizer)
+  (folder / 'tokenizer_config.json').unlink()
+  run = tiny.run(tmp_path, _config(store), tokenizer=store.larger)
+  with pytest.raises(SourceError) as caught:
+    sources.load(run, Source('ppo.policy_init', str(folder)), 'policy')
+  need = f'310 rows, fewer than the {len(store.larger)} entries'
+  assert need in str(caught.value)
+
+
+def test_a_run_of_another_shape_is_not_reused(
+    store: _Store, tmp_path: pathlib.Path
+) -> None:
+  run = _run(store, tmp_path, ppo__from_run='workdir')
+  source = sources.policy_source(run.config, tmp_path)
+  _, params = sources.load(run, source, 'policy')
+  assert workdir_lib.params_sha256(params) == _sha256('policy', 1)
+  run.config.model.mlp_dim = 40
+  run.config.model.rope_theta = 500.0
+  with pytest.raises(SourceError) as caught:
+    sources.load(run, source, 'policy')
+  message = str(caught.value)
+  assert message.startswith(f'ppo.from={store.workdir} has a model of another')
+  assert 'mlp_dim: 22 there, 40 here' in message
+  assert 'rope_theta: 10000.0 there, 500.0 here' in message
+  assert 'head_dim' not in message

@@ -1,0 +1,59 @@
+"""From a config to a run: whose tokenizer, how many devices, which rows."""
+
+import pathlib
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+import pytest
+
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.training.start import load_run
+from tests import tiny
+
+
+def _config(**fields: Any) -> ConfigDict:
+  """120 synthetic rows: 24 for SFT, 48 for each of the others."""
+  defaults = {
+      'data__synthetic_rows': 120,
+      'data__eval_rows': 5,
+      'data__max_prompt_len': 90,
+      'data__max_response_len': 70,
+      'tokenizer__vocab_size': 340,
+      **{f'{s}__batch_size': 8 for s in ('sft', 'reward_model', 'ppo')},
+  }
+  return tiny.config(**{**defaults, **fields})
+
+
+def test_without_a_model_the_tokenizer_is_trained_and_kept(
+    tmp_path: pathlib.Path,
+) -> None:
+  run = load_run(_config(), epath.Path(tmp_path))
+  assert (tmp_path / 'tokenizer' / 'tokenizer.json').is_file()
+  assert len(run.tokenizer) == 340
+  data = run.data
+  assert (len(data.sft), len(data.reward_model), len(data.ppo)) == (24, 48, 48)
+  assert len(data.eval) == 5
+  assert (run.prompt_len, run.response_len) == (90, 70)
+  assert run.mesh.devices.size == jax.device_count()
+  prompt = run.text(data.eval.prompt[0])
+  assert prompt.startswith('My ') and prompt.endswith('TL;DR:')
+  assert run.gold(prompt, '') == -1.0
+
+
+def test_a_named_model_brings_its_tokenizer(tmp_path: pathlib.Path) -> None:
+  folder = tmp_path / 'model'
+  tokenizer_lib.train_tokenizer(['My boss was late. TL;DR:'], 300, str(folder))
+  want = tokenizer_lib.load_tokenizer(str(folder))
+  run = load_run(_config(sft__init=str(folder)), epath.Path(tmp_path / 'run'))
+  assert tokenizer_lib.fingerprint(run.tokenizer) == (
+      tokenizer_lib.fingerprint(want)
+  )
+  assert not (tmp_path / 'run' / 'tokenizer').exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+  missing = str(tmp_path / 'nothing')
+  with pytest.raises(FileNotFoundError, match='nothing.* is not a folder'):
+    load_run(_config(ppo__policy_init=missing), epath.Path(tmp_path))
