@@ -132,12 +132,17 @@ class PPO(Stage):
         'ref_policy': params.ref_policy,
         'reward_model': params.reward_model,
     }
-    updates = self.num_steps * c.ppo_epochs * c.minibatches
-    policy_updates = updates * (
-        1 - min(c.critic_warmup_updates, self.num_steps - 1) / self.num_steps
-    )
-    policy_optimizer = optim.make_optimizer(c.optim, round(policy_updates))
-    critic_optimizer = optim.make_optimizer(config.critic.optim, updates)
+    # Optimizer updates of policy and critic in one step, and in all.
+    self._per_step = c.ppo_epochs * c.minibatches
+    warmup = min(c.critic_warmup_updates, self.num_steps - 1)
+    policy_updates = (self.num_steps - warmup) * self._per_step
+    critic_updates = self.num_steps * self._per_step
+    policy_optimizer = optim.make_optimizer(c.optim, policy_updates)
+    critic_optimizer = optim.make_optimizer(config.critic.optim, critic_updates)
+    self.learning_rates = {
+        'policy': optim.learning_rate(c.optim, policy_updates),
+        'critic': optim.learning_rate(config.critic.optim, critic_updates),
+    }
     self.states = {
         'policy': update.init_state(params.policy, policy_optimizer),
         'critic': update.init_state(params.critic, critic_optimizer),
@@ -245,6 +250,8 @@ class PPO(Stage):
       )
     for model, found in learned.items():
       metrics[f'loss/{model}'] = found.pop('loss')
+      done = new[model].step - self._per_step  # before this step
+      metrics[f'{model}/lr'] = self.learning_rates[model](done)
       metrics |= {f'{model}/{name}': value for name, value in found.items()}
     return new, metrics
 
