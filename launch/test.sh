@@ -21,7 +21,6 @@ section() {
 ensure_venv test
 cd "$ROOT"
 export JAX_PLATFORMS=cpu
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=8"
 # Most of the time goes into compiling many tiny programs: keep all of them.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$VENV/jax_cache}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0

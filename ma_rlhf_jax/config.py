@@ -185,7 +185,7 @@ def base() -> ConfigDict:
   c.log.sinks = ('jsonl', 'tensorboard')  # and 'wandb'
   c.log.samples = 4  # rows in the table of sample responses; 0 = no table
   c.profile = ConfigDict()
-  c.profile.steps = ()  # (first, last) update of a profiler trace
+  c.profile.steps = ()  # (first, last) update, from 1, of a profiler trace
   c.profile.stage = 'ppo'
   c.lock()
   return c

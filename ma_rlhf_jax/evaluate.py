@@ -123,6 +123,8 @@ def main(argv: list[str]) -> None:
     folder, config = workdir_lib.read_config(workdir)
     if workdir_lib.read_done(folder, 'ppo') is None:
       raise ValueError(f'{folder}: PPO is not done; train it to its end first')
+    if prompts == 1 or prompts < 0:
+      raise ValueError(f'--prompts={prompts}: an interval needs at least 2')
     if prompts:
       config.evaluate.prompts = prompts
     run = load_run(config, folder)

@@ -166,14 +166,20 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   validation.validate(config)
   shape = mesh_shape(config.mesh, jax.device_count())
   validation.validate(config, shape[0] * shape[1])
-  path = workdir_lib.open_workdir(
-      workdir or workdir_lib.default_workdir(recipe, config), config
-  )
-  check_products(config, path)
+  path = workdir or workdir_lib.default_workdir(recipe, config)
+  first = not workdir_lib.is_workdir(path)
+  path = workdir_lib.open_workdir(path, config)
+  try:
+    check_products(config, path)
+    sources.check(config, path)
+    run = load_run(config, path)
+  except (ValueError, OSError, ImportError):
+    if first:
+      workdir_lib.abandon(path)
+    raise
   print(f'workdir: {path}')
   for warning in validation.warnings(config):
     print(f'warning: {warning}')
-  run = load_run(config, path)
   print(parts.describe_counts(run.data.counts), flush=True)
   return run
 

@@ -107,6 +107,21 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   return workdir
 
 
+def abandon(workdir: epath.Path) -> None:
+  """Removes what a first start wrote before it found that it cannot run.
+
+  The mended command may then use the folder. Files of others stay.
+  """
+  for path in workdir.glob('run-[0-9]*.json'):
+    path.unlink()
+  (workdir / 'config.json').unlink(missing_ok=True)
+  for folder in (workdir / 'tokenizer', workdir / 'data'):
+    if folder.exists():
+      folder.rmtree()
+  if not any(workdir.iterdir()):
+    workdir.rmdir()
+
+
 def read_config(path: epath.PathLike) -> tuple[epath.Path, ConfigDict]:
   """The absolute path of a workdir, and the config it was started with.
 

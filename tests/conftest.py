@@ -4,12 +4,19 @@ import os
 
 import pytest
 
-_DEVICES = '--xla_force_host_platform_device_count'
+# Most of the time goes into compiling tiny programs, so they are optimised
+# little. Flags that are set already stay as they are.
+_FLAGS = {
+    '--xla_force_host_platform_device_count': 8,
+    '--xla_backend_optimization_level': 0,
+}
 
 # Read by jax when it is imported.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'
+for _flag, _value in _FLAGS.items():
+  if _flag not in os.environ.get('XLA_FLAGS', ''):
+    _flags = f'{os.environ.get("XLA_FLAGS", "")} {_flag}={_value}'
+    os.environ['XLA_FLAGS'] = _flags.strip()
 
 import jax  # noqa: E402
 

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 import pytest
 
+from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import train
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.validation import ConfigError
@@ -288,3 +289,13 @@ def test_a_product_is_written_over_what_a_killed_start_left(
       'params_sha256': {'sft': digest},
       'note': 'x',
   }
+
+
+def test_a_start_that_cannot_run_leaves_the_folder_free(
+    tmp_path: pathlib.Path,
+) -> None:
+  config = config_lib.base()
+  config.data.task, config.data.path = 'hh', str(tmp_path / 'no.jsonl')
+  with pytest.raises(FileNotFoundError, match='no.jsonl'):
+    train.set_up(config, 'tiny.py', str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()

@@ -206,3 +206,30 @@ def test_git_is_recorded_only_for_a_file_that_the_checkout_tracks(tmp_path):
   tracked.write_text('2')
   assert workdir_lib._git(tracked) == {'revision': head, 'dirty': True}
   assert workdir_lib._git(pathlib.Path('/nowhere/at/all.py')) is None
+
+
+def test_an_abandoned_start_leaves_nothing_of_its_own(tmp_path):
+  path = workdir_lib.open_workdir(tmp_path / 'run', _config())
+  (path / 'tokenizer').mkdir()
+  (path / 'data').mkdir()
+  (path / 'data' / 'rows.npz').write_text('x')
+  workdir_lib.abandon(path)
+  assert not (tmp_path / 'run').exists()
+
+  (tmp_path / '.git').mkdir()
+  path = workdir_lib.open_workdir(tmp_path, _config())
+  workdir_lib.abandon(path)
+  assert [p.name for p in tmp_path.iterdir()] == ['.git']
+
+
+def test_the_config_of_a_workdir_is_read_back(tmp_path):
+  config = _config()
+  config.ppo.kl_coef = 0.25
+  config.macro.random_lengths = (4, 7)
+  workdir_lib.open_workdir(tmp_path / 'run', config)
+  path, read = workdir_lib.read_config(tmp_path / 'run')
+  assert path == epath.Path(tmp_path / 'run')
+  assert config_lib.flatten(read) == config_lib.flatten(config)
+  assert read.macro.random_lengths == (4, 7)
+  with pytest.raises(WorkdirError, match='no workdir'):
+    workdir_lib.read_config(tmp_path / 'absent')

@@ -77,18 +77,18 @@ class _Trace:
   def __init__(self, stage: Stage, folder: epath.Path):
     profile = stage.run.config.profile
     steps = tuple(profile.steps) if profile.stage == stage.name else ()
-    self._first, self._last = steps or (-1, -1)
-    self._last = min(self._last, stage.num_steps - 1)
+    self._first, self._last = steps or (0, 0)
+    self._last = min(self._last, stage.num_steps)
     self._folder = str(folder / 'profile')
     self._on = False
 
-  def before(self, index: int) -> None:
-    if not self._on and self._first <= index <= self._last:
+  def before(self, step: int) -> None:
+    if not self._on and self._first <= step <= self._last:
       jax.profiler.start_trace(self._folder)
       self._on = True
 
-  def after(self, index: int, states: States) -> None:
-    if self._on and index == self._last:
+  def after(self, step: int, states: States) -> None:
+    if self._on and step == self._last:
       jax.block_until_ready(states)
       jax.profiler.stop_trace()
       self._on = False
@@ -189,10 +189,12 @@ def run_stage(stage: Stage) -> tuple[States, int]:
     stage.states = {}  # donated by the first update
     states = _train(stage, states, first, checkpoints)
     step = stage.num_steps
-    if c.export.which == 'best' and (
-        best := checkpoints.restore_best(abstract)
-    ):
-      states, step = best.state, best.step
+    if c.export.which == 'best':
+      best = checkpoints.restore_best(abstract)
+      if best is None:
+        print(f'{stage.name}: no checkpoint may be best; the last is exported')
+      else:
+        states, step = best.state, best.step
   return states, step
 
 
@@ -227,17 +229,17 @@ def _train(
     if first == 0:
       evaluate(0)
     for index in range(first, stage.num_steps):
-      trace.before(index)
+      step = index + 1
+      trace.before(step)
       try:
         states, metrics = stage.step(states, index)
       except jax.errors.JaxRuntimeError as error:  # out of memory, say
         error.add_note(
-            f'{stage.name} stopped at step {index + 1}; last good checkpoint: '
+            f'{stage.name} stopped at step {step}; last good checkpoint: '
             f'{checkpoints.describe_latest()}'
         )
         raise
-      trace.after(index, states)
-      step = index + 1
+      trace.after(step, states)
       log.add(step, metrics)
       save = _due(step, c.checkpoint.every, stage.num_steps)
       if save or _due(step, stage.config.eval_every, stage.num_steps):

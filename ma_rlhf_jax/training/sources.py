@@ -5,7 +5,10 @@ Every product is a Hugging Face folder: what a stage trained lies in
 next stage reads it from there as it would read any other folder.
 """
 
+from collections.abc import Callable
 import dataclasses
+import pathlib
+from typing import TypeVar
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -15,6 +18,8 @@ from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import heads, huggingface, presets
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training.run import Run
+
+T = TypeVar('T')
 
 
 class SourceError(ValueError):
@@ -125,6 +130,37 @@ def _check_tokenizer(run: Run, source: Source, folder: epath.Path) -> None:
     )
 
 
+def check(config: ConfigDict, workdir: epath.PathLike) -> None:
+  """Raises where a named source is no model folder; fetches those of the hub.
+
+  Raises:
+    SourceError: with the field, the value and the reason.
+  """
+  named = [
+      _named(field, value, 'sft')
+      for field, value in (
+          ('sft.init', config.sft.init),
+          ('reward_model.init', config.reward_model.init),
+      )
+      if value
+  ]
+  sources = (policy_source, reward_model_source, critic_source)
+  named += [source(config, workdir) for source in sources]
+  for source in named:
+    if source.field:
+      _read(source, huggingface.read_shape)
+
+
+def _read(source: Source, read: Callable[[pathlib.Path], T]) -> T:
+  """`read(folder)` of a source; what goes wrong names the field."""
+  try:
+    return read(huggingface.resolve(source.path))
+  except (ValueError, OSError) as error:
+    raise SourceError(
+        f'{source.field or "a model of this run"}={source.path}: {error}'
+    ) from error
+
+
 def load(
     run: Run, source: Source, kind: str
 ) -> tuple[presets.GemmaConfig, Params]:
@@ -135,17 +171,21 @@ def load(
     source: where the model is.
     kind: 'policy' or 'scalar'.
   """
-  folder = huggingface.resolve(source.path)
-  _check_tokenizer(run, source, epath.Path(folder))
-  shape = presets.with_runtime(huggingface.read_shape(folder), run.config.model)
+  _check_tokenizer(run, source, epath.Path(huggingface.resolve(source.path)))
+  shape = presets.with_runtime(
+      _read(source, huggingface.read_shape), run.config.model
+  )
   if shape.vocab_size < len(run.tokenizer):
     raise SourceError(
-        f'{source.field or "this run"}: the embedding in {folder} has '
+        f'{source.field or "this run"}: the embedding in {source.path} has '
         f'{shape.vocab_size} rows, fewer than the {len(run.tokenizer)} entries '
         'of the tokenizer; use the tokenizer that belongs to the model'
     )
   _check_shape(run, source, shape)
-  return shape, huggingface.load_params(folder, shape, kind)
+  params = _read(
+      source, lambda folder: huggingface.load_params(folder, shape, kind)
+  )
+  return shape, params
 
 
 def _check_shape(run: Run, source: Source, shape: presets.GemmaConfig) -> None:

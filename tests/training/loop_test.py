@@ -280,7 +280,9 @@ def test_a_trace_is_written_of_the_window_only(
     want: list[tuple[str, int]],
 ) -> None:
   config = _config(
-      checkpoint__every=2, profile__steps=window, profile__stage=stage_name
+      checkpoint__every=2,
+      profile__steps=tuple(index + 1 for index in window),
+      profile__stage=stage_name,
   )
   if first:
     with pytest.raises(KeyboardInterrupt):
