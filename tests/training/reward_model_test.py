@@ -1,5 +1,6 @@
 """Reward modelling on pairs that are easy to tell apart."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.parts import Datasets
+from ma_rlhf_jax.models import huggingface
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.objective import preference
 from ma_rlhf_jax.structs import Array, PairBatch, Params, SequenceBatch
 from ma_rlhf_jax.training import reward_model, update
 from ma_rlhf_jax.training.reward_model import RewardModel
-from tests import tiny
+from tests import oracle, tiny
 from tests.data.rows import encoded_set
 
 _SEED = 5
@@ -181,3 +183,49 @@ def test_the_table_shows_no_more_rows_than_are_held_out(
   assert len(lines) == 1 + 8
   assert 'score of rejected' in lines[0]
   assert lines[8].split()[-2:] == ['7.250', '-3.500']
+
+
+def test_oracle_reward_model_loss_and_gradients() -> None:
+  path = oracle.folder() / 'reward_model'
+  found = oracle.cases('reward_model/cases.json')
+  found = [case for case in found if case['kind'] == 'pairwise']
+  assert found
+  shape = dataclasses.replace(
+      huggingface.read_shape(path), dtype='float64', param_dtype='float64'
+  )
+
+  @functools.partial(jax.jit, static_argnames='pads')
+  def loss_and_gradient(params: Params, ids: Array, mask: Array, pads: int):
+    def loss(params: Params) -> Array:
+      scores = token_scores(shape, params, ids, mask)
+      half = len(ids) // 2
+      return preference.authors_pair_loss(
+          scores[:half],
+          scores[half:],
+          ids[:half],
+          ids[half:],
+          pad_id=0,
+          num_padding_at_beginning=pads,
+      )
+
+    return jax.value_and_grad(loss)(params)
+
+  with jax.enable_x64(True):
+    params = huggingface.load_params(path, shape, 'scalar')
+    for case in found:
+      ids = np.array(case['input_ids'], np.int32)
+      mask = np.array(case['attention_mask'], bool)
+      pads = case['num_padding_at_beginning']
+      loss, gradient = loss_and_gradient(params, ids, mask, pads)
+      want = case['f64']
+      close = functools.partial(
+          np.testing.assert_allclose, rtol=1e-8, atol=1e-9, err_msg=case['id']
+      )
+      close(loss, want['loss'])
+      close(gradient['head'], oracle.tensor(want['grad_v_head'])[0])
+      final_norm = gradient['backbone']['final_norm']['scale']
+      close(final_norm, oracle.tensor(want['grad_final_norm']))
+      # Theirs gives the embedding of the pad no gradient.
+      embedding = gradient['backbone']['embedding']
+      gradient['backbone']['embedding'] = embedding.at[0].set(0)
+      close(optax.tree.norm(gradient), want['global_grad_norm'])
