@@ -2,12 +2,18 @@
 
 Fresh models hide errors: norm weights of 0 make `w` and `1 + w` alike up to a
 scale, and large embeddings make a tied head repeat its input.
+
+What is compiled here is compiled once for all the files that use it with the
+same shape, such as `left_padded(LENGTHS, 9)`.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.structs import Array, Params
@@ -22,6 +28,13 @@ TINY = GemmaConfig(
     num_kv_heads=2,
     head_dim=10,
 )
+ONE_KV_HEAD = dataclasses.replace(TINY, num_kv_heads=1)
+# With room for a tokenizer, and constants that are not Gemma's.
+UNUSUAL = dataclasses.replace(
+    TINY, vocab_size=320, rope_theta=500.0, norm_eps=1e-3
+)
+# Eight rows, one of them empty.
+LENGTHS = [9, 4, 6, 1, 0, 9, 8, 3]
 
 
 def draw(kind: str, config: GemmaConfig, seed: int) -> Params:
@@ -32,7 +45,7 @@ def draw(kind: str, config: GemmaConfig, seed: int) -> Params:
     name = jax.tree_util.keystr(path)
     std = 0.3 if 'scale' in name else 0.05 if 'embedding' in name else 0.25
     drawn = std * random.standard_normal(like.shape)
-    return jnp.asarray(drawn, like.dtype)
+    return jnp.asarray(drawn.astype(like.dtype))  # nothing to compile
 
   return jax.tree_util.tree_map_with_path(leaf, abstract_params(kind, config))
 
@@ -42,6 +55,30 @@ def left_padded(lengths: list[int], width: int, seed: int = 0) -> tuple:
   tokens = np.random.default_rng(seed).integers(3, 50, (len(lengths), width))
   mask = np.arange(width) >= width - np.array(lengths)[:, None]
   return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+def assert_same_bits(ours: Params, theirs: Params) -> None:
+  """Equal trees and leaves, dtype included."""
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(
+        np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)
+    )
+
+
+def loss(
+    config: GemmaConfig, params: Params, tokens: Array, mask: Array
+) -> Array:
+  """A sum over the logits at real tokens; id v counts sin(v), so 0 nothing."""
+  hidden = gemma.hidden_states(config, params, tokens, mask)
+  logits = gemma.head_logits(hidden, params['embedding'])
+  weights_V = jnp.sin(jnp.arange(config.vocab_size, dtype=logits.dtype))
+  return jnp.sum(jnp.where(mask[..., None], jnp.sin(logits), 0) @ weights_V)
+
+
+states = jax.jit(gemma.hidden_states, static_argnums=0)
+value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
 def plain_gemma(

@@ -5,57 +5,82 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from ma_rlhf_jax.models import gemma, heads, huggingface
-from tests.models.drawn import TINY, draw, left_padded
+from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.structs import Array, Params
+from tests.models.drawn import LENGTHS, TINY, draw, left_padded, states
 from tests.oracle import cases, folder, tensor
 
 PARAMS = draw('scalar', TINY, seed=1)
+TOKENS, MASK = left_padded(LENGTHS, 9)
+HALF = dataclasses.replace(TINY, param_dtype='bfloat16')
 _scores = jax.jit(heads.token_scores, static_argnums=0)
-_states = jax.jit(gemma.hidden_states, static_argnums=0)
 
 
-def test_scores_are_states_times_head() -> None:
-  tokens, mask = left_padded([5, 3], 7)
-  hidden = _states(TINY, PARAMS['backbone'], tokens, mask)
-  want = np.zeros((2, 7))
-  for row, column in np.ndindex(2, 7):
-    want[row, column] = sum(
+@pytest.fixture(scope='module')
+def scored() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """States, scores, and the gradient of their masked sum to the head."""
+
+  def total(head: Array) -> tuple[Array, Array]:
+    params = {**PARAMS, 'head': head}
+    scores = heads.token_scores(TINY, params, TOKENS, MASK)
+    return jnp.sum(jnp.where(MASK, scores, 0)), scores
+
+  grad, scores = jax.jit(jax.grad(total, has_aux=True))(PARAMS['head'])
+  hidden = states(TINY, PARAMS['backbone'], TOKENS, MASK)
+  return np.asarray(hidden), np.asarray(scores), np.asarray(grad)
+
+
+def test_scores_are_states_times_head(scored: tuple) -> None:
+  hidden, scores, _ = scored
+  for row, column in zip(*np.nonzero(MASK), strict=True):
+    want = sum(
         float(h) * float(w)
         for h, w in zip(hidden[row, column], PARAMS['head'], strict=True)
     )
-  out = _scores(TINY, PARAMS, tokens, mask)
-  np.testing.assert_allclose(out[mask], want[mask], atol=1e-5)
+    assert scores[row, column] == pytest.approx(want, abs=1e-5)
+
+
+def test_head_gets_gradient_from_real_tokens_only(scored: tuple) -> None:
+  hidden, _, grad = scored
+  np.testing.assert_allclose(grad, hidden[MASK].sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_scores_of_bfloat16_are_float32() -> None:
   half = dataclasses.replace(TINY, dtype='bfloat16')
-  tokens, mask = left_padded([5, 0], 7)
-  scores = _scores(half, PARAMS, tokens, mask)
+  scores = _scores(half, PARAMS, TOKENS, MASK)  # one row holds no token
   assert scores.dtype == jnp.float32
   assert np.isfinite(scores).all()
 
 
-def test_head_gets_gradient_from_real_tokens_only() -> None:
-  tokens, mask = left_padded([5, 3], 7)
+@pytest.fixture(scope='module')
+def created() -> tuple[Params, Params]:
+  """Initial parameters on eight devices, and what they should be like."""
+  key = jax.random.key(0, impl='rbg')  # compiles sooner than the default
+  mesh = make_mesh(ConfigDict({'data': 2, 'fsdp': 2, 'tensor': 2}))
+  with jax.set_mesh(mesh):
+    like = heads.abstract_params('scalar', HALF)
+    return heads.init_params('scalar', HALF, key), like
 
-  def loss(head: jax.Array) -> jax.Array:
-    scores = heads.token_scores(TINY, {**PARAMS, 'head': head}, tokens, mask)
-    return jnp.sum(jnp.where(mask, scores, 0))
 
-  hidden = _states(TINY, PARAMS['backbone'], tokens, mask)
-  np.testing.assert_allclose(
-      jax.grad(loss)(PARAMS['head']), hidden[mask].sum(0), rtol=1e-4, atol=1e-4
+def test_parameters_are_created_in_their_pieces(created: tuple) -> None:
+  params, like = created
+  assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(
+      lambda x: x.sharding, like
   )
+  query = params['backbone']['layers']['attention']['query']
+  assert {s.data.shape for s in query.addressable_shards} == {(3, 12, 2, 10)}
+  assert len(query.sharding.device_set) == 8
 
 
-def test_initial_weights() -> None:
-  config = dataclasses.replace(TINY, param_dtype='bfloat16')
-  params = heads.init_params('scalar', config, jax.random.key(0))
-  like = heads.abstract_params('scalar', config)
+def test_initial_weights(created: tuple) -> None:
+  params, like = created
   jax.tree.map(chex.assert_trees_all_equal_shapes_and_dtypes, params, like)
+  params = jax.tree.map(lambda x: np.asarray(x).astype(np.float32), params)
   assert like['head'].shape == (24,)
   assert like['head'].dtype == jnp.bfloat16
   layers = params['backbone']['layers']
@@ -68,9 +93,9 @@ def test_initial_weights() -> None:
       (params['head'], 24 + 1),
   ]:
     near = pytest.approx(inputs**-0.5, rel=0.5 if weight.ndim == 1 else 0.1)
-    assert float(jnp.std(weight.astype(jnp.float32))) == near
+    assert float(weight.std()) == near
   query = layers['attention']['query']
-  assert not jnp.allclose(query[0], query[1])  # each layer has its own
+  assert not np.allclose(query[0], query[1])  # each layer has its own
   assert not layers['mlp_norm']['scale'].any()
 
 
@@ -104,7 +129,7 @@ def test_oracle_reward_model(dtype: str, tolerance: float) -> None:
       tokens = _grown(case['input_ids'], width, height)
       mask = _grown(case['attention_mask'], width, height).astype(bool)
       if case['kind'] == 'backbone':
-        ours = _states(config, params['backbone'], tokens, mask)
+        ours = states(config, params['backbone'], tokens, mask)
         theirs = tensor(case['f64']['last_hidden_state'])
       else:
         ours = _scores(config, params, tokens, mask)
@@ -114,7 +139,7 @@ def test_oracle_reward_model(dtype: str, tolerance: float) -> None:
       defined = np.array(case.get('values_defined', np.ones((rows, columns))))
       where = defined.astype(bool)
       np.testing.assert_allclose(
-          ours[:rows, :columns][where],
+          np.asarray(ours)[:rows, :columns][where],
           theirs[where],
           rtol=0,
           atol=tolerance,

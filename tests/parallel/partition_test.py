@@ -1,7 +1,5 @@
 """Tests of `parallel.partition`, on eight CPU devices."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -9,8 +7,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from ma_rlhf_jax import masking
-from ma_rlhf_jax.models import gemma, heads
+from ma_rlhf_jax.models import heads
 from ma_rlhf_jax.parallel.mesh import make_mesh, place
 from ma_rlhf_jax.parallel.partition import (
     constrain,
@@ -18,11 +15,16 @@ from ma_rlhf_jax.parallel.partition import (
     micro_batches,
     spec,
 )
-from ma_rlhf_jax.structs import Array, Params
-from tests.models.drawn import TINY, draw, left_padded
+from tests.models.drawn import (
+    LENGTHS,
+    ONE_KV_HEAD,
+    draw,
+    left_padded,
+    loss,
+    value_and_grad,
+)
 
-# One kv head: it cannot be split, and need not be.
-CONFIG = dataclasses.replace(TINY, num_kv_heads=1)
+CONFIG = ONE_KV_HEAD  # it cannot be split, and need not be
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +45,7 @@ def test_an_unknown_axis_is_an_error() -> None:
 
 
 def test_without_a_mesh_nothing_is_constrained() -> None:
-  x = jnp.arange(6.0).reshape(2, 3)
+  x = jnp.asarray(np.ones((2, 3)))
   assert constrain(x, ('batch', 'width')) is x
   leaves = jax.tree.leaves(heads.abstract_params('scalar', CONFIG))
   assert all(leaf.sharding is None for leaf in leaves)
@@ -64,41 +66,29 @@ def test_parameters_are_split_as_named(mesh: Mesh) -> None:
   assert piece(params['head']) == (12,)
 
 
-def test_parameters_are_created_in_their_pieces(mesh: Mesh) -> None:
-  with jax.set_mesh(mesh):
-    params = heads.init_params('policy', CONFIG, jax.random.key(0))
-  query = params['layers']['attention']['query']
-  assert {s.data.shape for s in query.addressable_shards} == {(3, 12, 2, 10)}
-  assert len(query.sharding.device_set) == 8
-
-
-def _loss(params: Params, tokens: Array, mask: Array) -> Array:
-  hidden = gemma.hidden_states(CONFIG, params, tokens, mask)
-  logits = gemma.head_logits(hidden, params['embedding'])
-  return masking.masked_mean(jnp.sin(logits).sum(-1), mask)
-
-
 def test_eight_devices_agree_with_one(mesh: Mesh) -> None:
   params = draw('policy', CONFIG, seed=3)
-  tokens, mask = left_padded([9, 4, 6, 1, 0, 9, 8, 3], 9)
-  alone = jax.jit(jax.value_and_grad(_loss))(params, tokens, mask)
+  tokens, mask = left_padded(LENGTHS, 9)
+  alone = value_and_grad(CONFIG, params, tokens, mask)
   with jax.set_mesh(mesh):
     shardings = jax.tree.map(
         lambda x: x.sharding, heads.abstract_params('policy', CONFIG)
     )
     spread = jax.jit(
-        jax.value_and_grad(_loss), out_shardings=(None, shardings)
-    )(jax.device_put(params, shardings), *place((tokens, mask), mesh))
+        jax.value_and_grad(loss, argnums=1),
+        static_argnums=0,
+        out_shardings=(None, shardings),
+    )(CONFIG, jax.device_put(params, shardings), *place((tokens, mask), mesh))
   assert len(spread[1]['embedding'].sharding.device_set) == 8
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4),
       spread,
       alone,
   )
 
 
 def test_micro_batches_by_hand() -> None:
-  rows = {'x': jnp.arange(12).reshape(6, 2), 'y': jnp.arange(6)}
+  rows = {'x': np.arange(12).reshape(6, 2), 'y': np.arange(6)}
   split = micro_batches(rows, 3)
   # Micro-batch j holds rows j and 3 + j.
   np.testing.assert_array_equal(split['y'], [[0, 3], [1, 4], [2, 5]])
