@@ -4,10 +4,13 @@ Command:   python -m ma_rlhf_jax.train --config=configs/tiny.py
 Hardware:  2 CPU cores, no downloads
 """
 
+from ml_collections import ConfigDict
+
 from ma_rlhf_jax.config import apply_arguments, base
 
 
-def get_config(arguments: str = ''):
+def get_config(arguments: str = '') -> ConfigDict:
+  """The recipe; `arguments` follow the colon of --config."""
   config = base()
   config.model.remat = False
   config.sft.epochs = 1.5

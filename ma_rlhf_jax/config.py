@@ -83,79 +83,104 @@ def _data() -> ConfigDict:
   return c
 
 
-def _stages(c: ConfigDict) -> None:
-  """Adds the fields of the training stages and of the comparison."""
-  c.sft = ConfigDict()
-  c.sft.init = ''  # Hugging Face folder or id, or a workdir; '' = random
-  c.sft.epochs = 1.0  # passes over the SFT part
-  c.sft.steps = 0  # updates; 0 = from epochs
-  c.sft.batch_size = 64  # sequences per update
-  c.sft.micro_batch_size = 0  # sequences per gradient pass; 0 = batch_size
-  c.sft.loss_on = 'response'  # response | text | everything (authors: + pads)
-  c.sft.eval_every = 50  # updates
-  c.sft.optim = _optim(2e-5)
+def _sft() -> ConfigDict:
+  """Supervised fine-tuning."""
+  c = ConfigDict()
+  c.init = ''  # Hugging Face folder or id, or a workdir; '' = random
+  c.epochs = 1.0  # passes over the SFT part
+  c.steps = 0  # updates; 0 = from epochs
+  c.batch_size = 64  # sequences per update
+  c.micro_batch_size = 0  # sequences per gradient pass; 0 = batch_size
+  c.loss_on = 'response'  # response | text | everything (authors: + pads)
+  c.eval_every = 50  # updates
+  c.optim = _optim(2e-5)
+  return c
 
-  c.reward_model = ConfigDict()
-  c.reward_model.init = ''  # folder, id or workdir; '' = this run's SFT
-  c.reward_model.epochs = 1.0
-  c.reward_model.steps = 0
-  c.reward_model.batch_size = 64  # pairs per update
-  c.reward_model.micro_batch_size = 0  # pairs per gradient pass
-  c.reward_model.loss = 'per_token'  # per_token | last_token | authors
-  c.reward_model.num_padding_at_beginning = 0  # loss=authors; Gemma needs 0
-  c.reward_model.eval_every = 50
-  c.reward_model.optim = _optim(1e-5)
 
-  c.ppo = ConfigDict()
-  c.ppo.policy_init = ''  # folder, id or workdir; '' = this run's SFT
-  c.ppo.reward_model = ''  # folder, id or workdir; '' = this run's own
-  c.ppo.critic_init = ''  # folder, id or workdir; '' = the reward model
-  c.ppo.from_run = ''  # a workdir whose SFT and reward model are reused; also
+def _reward_model() -> ConfigDict:
+  """Reward modelling."""
+  c = ConfigDict()
+  c.init = ''  # folder, id or workdir; '' = this run's SFT
+  c.epochs = 1.0
+  c.steps = 0
+  c.batch_size = 64  # pairs per update
+  c.micro_batch_size = 0  # pairs per gradient pass
+  c.loss = 'per_token'  # per_token | last_token | authors
+  c.num_padding_at_beginning = 0  # loss=authors; Gemma needs 0
+  c.eval_every = 50
+  c.optim = _optim(1e-5)
+  return c
+
+
+def _ppo() -> ConfigDict:
+  """MA-PPO and its policy."""
+  c = ConfigDict()
+  c.policy_init = ''  # folder, id or workdir; '' = this run's SFT
+  c.reward_model = ''  # folder, id or workdir; '' = this run's own
+  c.critic_init = ''  # folder, id or workdir; '' = the reward model
+  c.from_run = ''  # a workdir whose SFT and reward model are reused; also
   # spelt --config.ppo.from=DIR (`from` is a Python keyword)
-  c.ppo.epochs = 1.0  # passes over the PPO prompts
-  c.ppo.steps = 0  # updates of the whole batch; 0 = from epochs
-  c.ppo.batch_size = 256  # prompts per step, paper
-  c.ppo.samples_per_prompt = 1
-  c.ppo.ppo_epochs = 1  # passes over one batch of rollouts, paper
-  c.ppo.minibatches = 1  # optimizer updates per such pass, paper
-  c.ppo.micro_batch_size = 0  # sequences per forward pass; 0 = all
-  c.ppo.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
-  c.ppo.score_clip = 2.5  # reward-model units, authors; 0 = no clipping
-  c.ppo.clip_eps = 0.2  # paper
-  c.ppo.gamma = 1.0  # per macro action, paper
-  c.ppo.gae_lambda = 0.95  # per macro action, paper
-  c.ppo.whiten_advantages = False
-  c.ppo.loss_reduction = 'sequence'  # sequence | token
-  c.ppo.logprob_temperature = 0.0  # of log-probs in ratio and KL;
+  c.epochs = 1.0  # passes over the PPO prompts
+  c.steps = 0  # updates of the whole batch; 0 = from epochs
+  c.batch_size = 256  # prompts per step, paper
+  c.samples_per_prompt = 1
+  c.ppo_epochs = 1  # passes over one batch of rollouts, paper
+  c.minibatches = 1  # optimizer updates per such pass, paper
+  c.micro_batch_size = 0  # sequences per forward pass; 0 = all
+  c.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
+  c.score_clip = 2.5  # reward-model units, authors; 0 = no clipping
+  c.clip_eps = 0.2  # paper
+  c.gamma = 1.0  # per macro action, paper
+  c.gae_lambda = 0.95  # per macro action, paper
+  c.whiten_advantages = False
+  c.loss_reduction = 'sequence'  # sequence | token
+  c.logprob_temperature = 0.0  # of log-probs in ratio and KL;
   # 0 = rollout.temperature
-  c.ppo.critic_warmup_updates = 0  # steps in which only the critic learns
-  c.ppo.max_kl = 30.0  # nats per response; bound of the best checkpoint
-  c.ppo.eval_every = 10  # steps
-  c.ppo.optim = _optim(1.5e-5)
+  c.critic_warmup_updates = 0  # steps in which only the critic learns
+  c.max_kl = 30.0  # nats per response; bound of the best checkpoint
+  c.eval_every = 10  # steps
+  c.optim = _optim(1.5e-5)
+  return c
 
-  c.critic = ConfigDict()
-  c.critic.target = 'token'  # token | macro (paper) | starts
-  c.critic.clip_eps = 0.2  # reward-model units, authors; 0 = no clipping
-  c.critic.optim = _optim(1.5e-5)
 
-  c.macro = ConfigDict()
-  c.macro.termination = 'fixed'  # fixed | randomised | ppl | ppl_adjacent
-  c.macro.ngram = 5  # tokens, paper; 0 = infinity (one macro action)
-  c.macro.random_lengths = (2, 3, 5, 10)  # tokens, paper
-  c.macro.random_repeats = 3  # of each length, paper
-  c.macro.reward = 'sum'  # sum (paper) | mean (authors)
-  c.macro.value = 'start'  # start (SMDP) | equal (paper) | unit | position
+def _critic() -> ConfigDict:
+  """The critic of MA-PPO."""
+  c = ConfigDict()
+  c.target = 'token'  # token | macro (paper) | starts
+  c.clip_eps = 0.2  # reward-model units, authors; 0 = no clipping
+  c.optim = _optim(1.5e-5)
+  return c
 
-  c.rollout = ConfigDict()
-  c.rollout.temperature = 1.0
-  c.rollout.top_k = 0  # 0 = off
-  c.rollout.top_p = 1.0  # 1 = off
-  c.rollout.min_new_tokens = 0  # tokens before EOS may be drawn
-  c.rollout.batch_size = 0  # sequences decoded at once; 0 = all
 
-  c.evaluate = ConfigDict()
-  c.evaluate.prompts = 256  # held-out prompts in the final comparison
-  c.evaluate.temperature = 1.0
+def _macro() -> ConfigDict:
+  """Macro actions: where they end, how tokens are pooled."""
+  c = ConfigDict()
+  c.termination = 'fixed'  # fixed | randomised | ppl | ppl_adjacent
+  c.ngram = 5  # tokens, paper; 0 = infinity (one macro action)
+  c.random_lengths = (2, 3, 5, 10)  # tokens, paper
+  c.random_repeats = 3  # of each length, paper
+  c.reward = 'sum'  # sum (paper) | mean (authors)
+  c.value = 'start'  # start (SMDP) | equal (paper) | unit | position
+  return c
+
+
+def _rollout() -> ConfigDict:
+  """How responses are drawn."""
+  c = ConfigDict()
+  c.temperature = 1.0
+  c.top_k = 0  # 0 = off
+  c.top_p = 1.0  # 1 = off
+  c.min_new_tokens = 0  # tokens before EOS may be drawn
+  c.batch_size = 0  # sequences decoded at once; 0 = all
+  return c
+
+
+def _evaluate() -> ConfigDict:
+  """The final comparison."""
+  c = ConfigDict()
+  c.prompts = 256  # held-out prompts in the final comparison
+  c.temperature = 1.0
+  return c
 
 
 def base() -> ConfigDict:
@@ -168,7 +193,13 @@ def base() -> ConfigDict:
   c.tokenizer.path = ''  # folder or id; '' = that of sft.init, else trained
   c.tokenizer.vocab_size = 1024  # of a tokenizer trained on the SFT part
   c.data = _data()
-  _stages(c)
+  c.sft = _sft()
+  c.reward_model = _reward_model()
+  c.ppo = _ppo()
+  c.critic = _critic()
+  c.macro = _macro()
+  c.rollout = _rollout()
+  c.evaluate = _evaluate()
   c.mesh = ConfigDict()
   c.mesh.data = -1  # devices along each axis; -1 = all that are left
   c.mesh.fsdp = 1

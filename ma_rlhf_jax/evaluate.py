@@ -116,6 +116,7 @@ def compare(run: Run) -> None:
 
 
 def main(argv: list[str]) -> None:
+  """Compares the policies of the workdir that the flags name."""
   workdir, prompts = flags.FLAGS.workdir, flags.FLAGS.prompts
   try:
     if len(argv) > 1 or not workdir:

@@ -185,6 +185,7 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
 
 
 def main(argv: list[str]) -> None:
+  """Sets up the run that the flags describe, and trains it."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   checkpoint.quiet_logging()
