@@ -80,10 +80,11 @@ def test_the_trained_tokenizer_is_kept(prepared: tuple) -> None:
 def test_synthetic_rows_fit_the_default_lengths(tmp_path: pathlib.Path) -> None:
   config = _config(**{'data.synthetic_rows': 1000})
   data, tokenizer = parts.prepare(config, None, tmp_path)
-  assert len(tokenizer) <= 512
+  assert len(tokenizer) <= config.tokenizer.vocab_size
+  prompt_len, response_len = config_lib.lengths(config)
   for part in (data.sft, data.reward_model, data.ppo):
-    assert part.prompt.lengths().max() <= 48
-    assert part.chosen.lengths().max() <= 24
+    assert part.prompt.lengths().max() <= prompt_len
+    assert part.chosen.lengths().max() <= response_len
     assert not part.chosen_truncated.any()
     assert not part.rejected_truncated.any()
   assert data.counts['ppo']['kept'] == 400
