@@ -50,7 +50,8 @@ def _model() -> ConfigDict:
   c.head_dim = 32
   c.rope_theta = 10_000.0
   c.norm_eps = 1e-6
-  c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16
+  c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16 |
+  # float64 (needs JAX_ENABLE_X64=1)
   c.param_dtype = 'float32'  # of the trained weights and Adam moments
   c.remat = True  # recompute layers in the backward pass
   c.logprob_chunk = 4096  # tokens whose logits exist at once in a chunked pass
@@ -66,15 +67,17 @@ def _data() -> ConfigDict:
   c.split = 'train'  # the data set's split to train on
   c.eval_path = ''  # rows to evaluate on; '' with eval_split '' = held out
   c.eval_split = ''  # a split of eval_path, or of path where that is ''
-  c.eval_rows = 256  # rows held out for evaluation
+  c.eval_rows = 256  # rows held out for evaluation, at most a quarter of all
   c.max_rows = 0  # use only the first rows; 0 = all
   c.prompt_column = 'prompt'  # task=columns
   c.chosen_column = 'chosen'  # task=columns
   c.rejected_column = 'rejected'  # task=columns
   c.parts = (2, 4, 4)  # SFT : reward model : PPO, authors
   c.split_seed = 1234  # authors
-  c.max_prompt_len = 0  # tokens, BOS included; 0 = the task's own
-  c.max_response_len = 0  # tokens, EOS included; 0 = the task's own
+  # Longest prompt (BOS included) and response (EOS included) in tokens; 0 = as
+  # long as the rows need, at most what TASK_LENGTHS gives the task.
+  c.max_prompt_len = 0
+  c.max_response_len = 0
   c.drop_truncated = True  # keep responses cut at the limit out of SFT
   c.cache_dir = ''  # tokenised rows; '' = <workdir>/data
   c.synthetic_rows = 16000  # task=synthetic: rows to generate
@@ -92,7 +95,7 @@ def _sft() -> ConfigDict:
   c.batch_size = 64  # sequences per update
   c.micro_batch_size = 0  # sequences per gradient pass; 0 = batch_size
   c.loss_on = 'response'  # response | text | everything (authors: + pads)
-  c.eval_every = 50  # updates
+  c.eval_every = 50  # updates; each checkpoint is evaluated too
   c.optim = _optim(2e-5)
   return c
 
@@ -207,8 +210,12 @@ def base() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 100  # updates between checkpoints
   c.checkpoint.keep = 1  # newest checkpoints kept, beside the best
-  c.checkpoint.best_metric = ''  # '' = sft -eval/loss, reward_model
-  # eval/accuracy, ppo eval/score where eval/kl <= ppo.max_kl; '-' = minimise
+  # What makes a checkpoint the best; '-' = less is better. In PPO only where
+  # eval/kl <= ppo.max_kl.
+  c.checkpoint.best_metric = ConfigDict()
+  c.checkpoint.best_metric.sft = '-eval/loss'
+  c.checkpoint.best_metric.reward_model = 'eval/accuracy'
+  c.checkpoint.best_metric.ppo = 'eval/score'
   c.export = ConfigDict()
   c.export.which = 'last'  # last | best
   c.log = ConfigDict()

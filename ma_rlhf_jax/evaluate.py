@@ -4,6 +4,7 @@
 finished run with its MA-PPO policy. `train` ends with the same comparison.
 """
 
+from collections.abc import Callable
 import json
 import sys
 
@@ -26,9 +27,19 @@ def interval(x_N: np.ndarray) -> tuple[float, float, float]:
   return mean, mean - half, mean + half
 
 
+def share_interval(x_N: np.ndarray) -> tuple[float, float, float]:
+  """`interval` of a share, cut to [0, 1]."""
+  mean, low, high = interval(x_N)
+  return mean, max(0.0, low), min(1.0, high)
+
+
 def wins(ours_N: np.ndarray, theirs_N: np.ndarray) -> np.ndarray:
   """1 where ours is larger, 0 where theirs is, 0.5 on a tie."""
   return 0.5 + 0.5 * np.sign(ours_N - theirs_N)
+
+
+def _interval_of(name: str) -> Callable[[np.ndarray], tuple]:
+  return share_interval if name == 'ended' else interval
 
 
 def summarise(sft: judge.Judged, ppo: judge.Judged) -> dict[str, dict]:
@@ -41,15 +52,15 @@ def summarise(sft: judge.Judged, ppo: judge.Judged) -> dict[str, dict]:
   """
   rows = {
       name: {
-          'sft': interval(sft.numbers[name]),
-          'ppo': interval(ppo.numbers[name]),
+          'sft': _interval_of(name)(sft.numbers[name]),
+          'ppo': _interval_of(name)(ppo.numbers[name]),
           'difference': interval(ppo.numbers[name] - sft.numbers[name]),
       }
       for name in ppo.numbers
   }
   judged_by = 'gold' if 'gold' in ppo.numbers else 'score'
   won = wins(ppo.numbers[judged_by], sft.numbers[judged_by])
-  rows[f'win rate by {judged_by}'] = {'ppo': interval(won)}
+  rows[f'win rate by {judged_by}'] = {'ppo': share_interval(won)}
   return rows
 
 
@@ -62,10 +73,12 @@ _UNITS = {
 }
 
 
-def describe(rows: dict[str, dict], num_prompts: int) -> str:
-  """The table of `summarise` as text."""
+def describe(
+    rows: dict[str, dict], num_prompts: int, trained: str = 'MA-PPO'
+) -> str:
+  """The table of `summarise` as text; `trained` heads the second column."""
   cell = lambda x: '' if x is None else '{:.3f} [{:.3f}, {:.3f}]'.format(*x)
-  titles = ('', 'SFT', 'MA-PPO', 'difference', '')
+  titles = ('', 'SFT', trained, 'difference', '')
   lines = [titles] + [
       (
           name,
@@ -108,7 +121,11 @@ def compare(run: Run) -> None:
       for name, model in (('sft', sft), ('ppo', load(trained, 'policy')))
   }
   rows = summarise(judged['sft'], judged['ppo'])
-  print(describe(rows, len(judged['ppo'].prompts)), flush=True)
+  count = len(judged['ppo'].prompts)
+  if count < c.evaluate.prompts:
+    print(f'only {count} of the {c.evaluate.prompts} wanted are held out')
+  plain = c.macro.termination == 'fixed' and c.macro.ngram == 1
+  print(describe(rows, count, 'PPO' if plain else 'MA-PPO'), flush=True)
   folder = run.workdir / 'evaluate'
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'comparison.json').write_text(json.dumps(rows, indent=2) + '\n')

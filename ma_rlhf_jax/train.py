@@ -1,7 +1,8 @@
 """Trains: `python -m ma_rlhf_jax.train --config=configs/tiny.py`.
 
 Runs the stages that the config lists, skips those that are done, and goes on
-from the newest checkpoint of the one that is not.
+from the newest checkpoint of the one that is not. The comparison at the end is
+made at every start.
 """
 
 from collections.abc import Callable
@@ -22,10 +23,9 @@ from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting
 from ma_rlhf_jax.parallel.mesh import mesh_shape
-from ma_rlhf_jax.training import checkpoint, sources
+from ma_rlhf_jax.training import checkpoint, metrics, sources
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
-from ma_rlhf_jax.training.metrics import NonFiniteError
 from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.reward_model import RewardModel
 from ma_rlhf_jax.training.run import Run
@@ -164,6 +164,7 @@ def train(run: Run) -> None:
 def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   """Everything that can be checked at the start is checked here."""
   validation.validate(config)
+  metrics.check_sinks(config.log.sinks)
   shape = mesh_shape(config.mesh, jax.device_count())
   validation.validate(config, shape[0] * shape[1])
   path = workdir or workdir_lib.default_workdir(recipe, config)
@@ -171,16 +172,19 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   path = workdir_lib.open_workdir(path, config)
   try:
     check_products(config, path)
-    sources.check(config, path)
     run = load_run(config, path)
+    sources.check(run)
   except (ValueError, OSError, ImportError):
     if first:
       workdir_lib.abandon(path)
     raise
   print(f'workdir: {path}')
-  for warning in validation.warnings(config):
+  print(parts.describe_counts(run.data.counts))
+  print(f'     columns: {run.prompt_len} prompt, {run.response_len} response')
+  warnings = validation.warnings(config) + parts.few_updates(config, run.data)
+  for warning in warnings:
     print(f'warning: {warning}')
-  print(parts.describe_counts(run.data.counts), flush=True)
+  sys.stdout.flush()
   return run
 
 
@@ -198,11 +202,14 @@ def main(argv: list[str]) -> None:
     try:
       train(run)
     except (
-        NonFiniteError,
+        metrics.NonFiniteError,
         checkpoint.CheckpointError,
         sources.SourceError,
     ) as error:
       sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+      print('interrupted; the same command goes on from the newest checkpoint')
+      sys.exit(130)
 
 
 def _words(error: BaseException) -> str:

@@ -1,8 +1,10 @@
 """Checks of a config before any device work: every problem in one message."""
 
 from collections.abc import Callable, Iterator
+import math
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
@@ -25,6 +27,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'export.which': ('last', 'best'),
     'profile.stage': _STAGES[:3],
     **{f'{o}.schedule': ('cosine', 'linear', 'constant') for o in _OPTIMS},
+    **{
+        f'checkpoint.best_metric.{stage}': tuple(
+            sign + f'eval/{name}' for name in names for sign in ('', '-')
+        )
+        for stage, names in (
+            ('sft', ('loss',)),
+            ('reward_model', ('accuracy', 'margin', 'loss')),
+            ('ppo', ('score', 'kl', 'length', 'ended', 'gold')),
+        )
+    },
 }
 
 _AT_LEAST_1 = (
@@ -43,7 +55,7 @@ _AT_LEAST_0 = (
     ' reward_model.num_padding_at_beginning ppo.steps ppo.micro_batch_size'
     ' ppo.kl_coef ppo.score_clip ppo.logprob_temperature'
     ' ppo.critic_warmup_updates ppo.eval_every critic.clip_eps macro.ngram'
-    ' rollout.temperature rollout.top_k rollout.min_new_tokens'
+    ' data.split_seed rollout.temperature rollout.top_k rollout.min_new_tokens'
     ' rollout.batch_size checkpoint.every log.samples evaluate.temperature'
 ).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('weight_decay', 'clip_norm')]
 _ABOVE_0 = (
@@ -53,10 +65,11 @@ _ABOVE_0 = (
 _UP_TO_1 = (
     'ppo.gamma ppo.gae_lambda rollout.top_p data.label_noise'
 ).split() + [
-    f'{o}.{f}'
-    for o in _OPTIMS
-    for f in ('warmup_ratio', 'final_lr_ratio', 'b1', 'b2')
+    f'{o}.{f}' for o in _OPTIMS for f in ('warmup_ratio', 'final_lr_ratio')
 ]
+_BELOW_1 = [f'{o}.{f}' for o in _OPTIMS for f in ('b1', 'b2')]
+_BELOW_2_31 = ['macro.ngram', 'macro.random_repeats']
+_BELOW_2_32 = ['seed', 'data.split_seed']  # what random generators take
 
 # Fields, the bound they keep, and its name.
 RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
@@ -65,11 +78,45 @@ RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
     (_AT_LEAST_0, lambda v: v >= 0, 'at least 0'),
     (_ABOVE_0, lambda v: v > 0, 'above 0'),
     (_UP_TO_1, lambda v: 0 <= v <= 1, 'between 0 and 1'),
+    (_BELOW_1, lambda v: 0 <= v < 1, 'at least 0 and below 1'),
+    (_BELOW_2_31, lambda v: v < 2**31, 'below 2**31'),
+    (_BELOW_2_32, lambda v: v < 2**32, 'below 2**32'),
 )
 
 
 class ConfigError(ValueError):
   """The config asks for something that cannot be done."""
+
+
+# Tuples, what each entry must be, and its name.
+ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'data.parts': (
+        lambda v: _is_number(v) and v >= 0,
+        'numbers of at least 0',
+    ),
+    'macro.random_lengths': (
+        lambda v: type(v) is int and 1 <= v < 2**31,
+        'whole numbers of at least 1 and below 2**31',
+    ),
+    'profile.steps': (
+        lambda v: type(v) is int and v >= 1,
+        'whole numbers of at least 1',
+    ),
+}
+
+
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float) and math.isfinite(value)
+
+
+def _of_types(flat: dict[str, Any]) -> Iterator[str]:
+  """Fields that hold no usable value at all."""
+  for name, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      yield f'{name}={value!r} must be a finite number'
+  for name, (holds, words) in ENTRIES.items():
+    if not all(map(holds, flat[name])):
+      yield f'{name}={tuple(flat[name])} must hold {words}'
 
 
 def _of_values(flat: dict[str, Any]) -> Iterator[str]:
@@ -86,6 +133,8 @@ def _of_values(flat: dict[str, Any]) -> Iterator[str]:
 
 def _of_model(c: ConfigDict) -> Iterator[str]:
   m = c.model
+  if 'float64' in (m.dtype, m.param_dtype) and not jax.config.jax_enable_x64:
+    yield 'model.dtype or param_dtype float64 needs JAX_ENABLE_X64=1 to be set'
   if m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads:
     yield (
         f'model.num_kv_heads={m.num_kv_heads} must divide '
@@ -138,8 +187,13 @@ def _of_data(c: ConfigDict) -> Iterator[str]:
   d = c.data
   if d.task != 'synthetic' and not d.path:
     yield f'data.path is empty; data.task={d.task!r} needs a file or a hub name'
-  if len(d.parts) != 3 or any(p < 0 for p in d.parts) or not sum(d.parts):
-    yield f'data.parts={tuple(d.parts)} must be three shares, none negative'
+  if len(d.parts) != 3 or not sum(d.parts):
+    yield f'data.parts={tuple(d.parts)} must be three shares, not all 0'
+  if d.task not in ('synthetic',) and 'gold' in c.checkpoint.best_metric.ppo:
+    yield (
+        f'checkpoint.best_metric.ppo={c.checkpoint.best_metric.ppo!r}: no true '
+        f'quality is known in data.task={d.task!r}'
+    )
   if d.task in config_lib.TASK_LENGTHS:
     prompt, response = config_lib.lengths(c)
     if prompt < 2 or response < 2:
@@ -156,15 +210,20 @@ def _of_stages(c: ConfigDict) -> Iterator[str]:
   in_order = sorted(set(c.stages) - set(unknown), key=_STAGES.index)
   if unknown or list(c.stages) != in_order:
     yield f'stages={tuple(c.stages)} must be some of {_STAGES}, in this order'
-  if c.rollout.temperature == 0 and 'ppo' in c.stages:
-    yield 'rollout.temperature=0 draws greedily; PPO needs samples (above 0)'
-  if len(c.profile.steps) not in (0, 2):
+  if c.rollout.temperature < 0.01 and 'ppo' in c.stages:
+    yield (
+        f'rollout.temperature={c.rollout.temperature} draws (almost) greedily; '
+        'PPO needs samples, at 0.01 or above'
+    )
+  if len(c.profile.steps) not in (0, 2) or list(c.profile.steps) != sorted(
+      c.profile.steps
+  ):
     yield f'profile.steps={tuple(c.profile.steps)} must be () or (first, last)'
   sinks = set(c.log.sinks) - {'jsonl', 'tensorboard', 'wandb'}
   if sinks:
     yield f'log.sinks has {sorted(sinks)}; known: jsonl, tensorboard, wandb'
-  if not c.macro.random_lengths or min(c.macro.random_lengths) < 1:
-    yield 'macro.random_lengths must hold lengths of at least 1 token'
+  if not c.macro.random_lengths:
+    yield 'macro.random_lengths is empty; it must hold lengths in tokens'
   if c.macro.reward == 'mean' and c.critic.target == 'token':
     yield (
         "critic.target='token' aims at summed rewards; with macro.reward="
@@ -179,12 +238,15 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
     config: see `config.base`.
     num_devices: devices that share a batch.
   """
-  flat = {name: config for name, config in config_lib.flatten(config).items()}
-  found = list(_of_values(flat))
+  flat = config_lib.flatten(config)
+  found = list(_of_types(flat))
+  if found:  # the other checks compute with the values
+    return found
+  found += _of_values(flat)
   found += _of_model(config)
   found += _of_data(config)
   found += _of_stages(config)
-  if not any('batch_size' in line or 'minibatches' in line for line in found):
+  if all(config[s].batch_size > 0 for s in ('sft', 'reward_model', 'ppo')):
     found += _of_batches(config, num_devices)
   return found
 
@@ -199,8 +261,14 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
 
 
 def warnings(config: ConfigDict) -> list[str]:
-  """What is allowed but biases the training, one line each."""
+  """What is allowed but biases or weakens the training, one line each."""
   r, found = config.rollout, []
+  if config.model.param_dtype == 'bfloat16':
+    found.append(
+        'model.param_dtype=bfloat16: a weight keeps 8 bits, so that updates '
+        "below 0.4 % of it are lost; 'float32' with model.dtype=bfloat16 "
+        'computes in bfloat16 as well'
+    )
   if r.top_k or r.top_p < 1 or r.min_new_tokens:
     found.append(
         f'rollout.top_k={r.top_k}, top_p={r.top_p}, min_new_tokens='

@@ -1,5 +1,6 @@
 """What a config may hold; every problem is named with field, value and need."""
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ def _config(fields: dict[str, Any] | None = None) -> ConfigDict:
 
 # Names, paths and switches, of which every value is allowed.
 _FREE = set(
-    'checkpoint.best_metric data.cache_dir data.chosen_column'
+    'data.cache_dir data.chosen_column'
     ' data.drop_truncated data.eval_path data.eval_split data.path'
     ' data.prompt_column data.rejected_column data.shuffle_labels data.split'
     ' data.subset model.remat ppo.critic_init ppo.from_run ppo.policy_init'
@@ -27,7 +28,7 @@ _FREE = set(
 )
 # Checked together with other fields, or by `parallel.mesh`.
 _RULES = set(
-    'data.parts data.split_seed log.sinks macro.random_lengths mesh.data'
+    'data.parts log.sinks macro.random_lengths mesh.data'
     ' mesh.fsdp mesh.tensor profile.steps stages tokenizer.vocab_size'.split()
 )
 
@@ -104,7 +105,7 @@ _REFUSED = [
     ({'data.task': 'hh'}, "data.path is empty; data.task='hh' needs a file"),
     ({'data.parts': (1, 2)}, 'data.parts=(1, 2) must be three shares'),
     ({'data.parts': (0, 0, 0)}, 'data.parts=(0, 0, 0) must be three shares'),
-    ({'data.parts': (2, -1, 4)}, 'data.parts=(2, -1, 4) must be three shares'),
+    ({'data.parts': (2, -1, 4)}, 'data.parts=(2, -1, 4) must hold numbers'),
     ({'data.max_prompt_len': 1}, 'must be at least 2'),
     (
         {'rollout.min_new_tokens': 24, 'data.max_response_len': 24},
@@ -113,11 +114,30 @@ _REFUSED = [
     ({'stages': ('ppo', 'sft')}, "stages=('ppo', 'sft') must be some of"),
     ({'stages': ('sft', 'rm')}, "stages=('sft', 'rm') must be some of"),
     ({'stages': ('sft', 'sft')}, "stages=('sft', 'sft') must be some of"),
-    ({'rollout.temperature': 0.0}, 'rollout.temperature=0 draws greedily'),
+    ({'data.parts': ('a', 'b', 'c')}, 'must hold numbers of at least 0'),
+    ({'data.parts': (math.nan, 5, 5)}, 'must hold numbers of at least 0'),
+    ({'rollout.temperature': 0.0}, 'rollout.temperature=0.0 draws'),
+    ({'rollout.temperature': 1e-20}, 'rollout.temperature=1e-20 draws'),
+    ({'ppo.optim.lr': math.inf}, 'ppo.optim.lr=inf must be a finite number'),
+    ({'seed': 2**40}, 'seed=1099511627776 must be below 2**32'),
+    ({'macro.ngram': 3 * 10**9}, 'macro.ngram=3000000000 must be below'),
+    ({'sft.optim.b1': 1.0}, 'sft.optim.b1=1.0 must be at least 0 and below 1'),
+    ({'model.dtype': 'float64'}, 'float64 needs JAX_ENABLE_X64=1'),
+    ({'profile.steps': (5, 2)}, 'profile.steps=(5, 2) must be () or (first'),
+    ({'profile.steps': ('a', 'b')}, 'must hold whole numbers of at least 1'),
     ({'profile.steps': (1,)}, 'profile.steps=(1,) must be () or (first, last)'),
     ({'log.sinks': ('jsonl', 'csv')}, "log.sinks has ['csv']; known: jsonl"),
-    ({'macro.random_lengths': ()}, 'macro.random_lengths must hold lengths'),
-    ({'macro.random_lengths': (2, 0)}, 'macro.random_lengths must hold'),
+    ({'macro.random_lengths': ()}, 'macro.random_lengths is empty'),
+    ({'macro.random_lengths': (2, 0)}, 'must hold whole numbers of at least 1'),
+    ({'macro.random_lengths': (2.5,)}, 'must hold whole numbers of at least 1'),
+    (
+        {
+            'checkpoint.best_metric.ppo': 'eval/gold',
+            'data.task': 'hh',
+            'data.path': 'rows.jsonl',
+        },
+        "no true quality is known in data.task='hh'",
+    ),
     ({'macro.reward': 'mean'}, "use critic.target='macro'"),
 ]
 

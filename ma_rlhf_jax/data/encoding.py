@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 from typing import TYPE_CHECKING
+import zipfile
 
 from etils import epath
 import numpy as np
@@ -79,6 +81,14 @@ class EncodedSet:
 
   def __len__(self) -> int:
     return len(self.prompt)
+
+  def digest(self) -> str:
+    """SHA-256 (hex) of all token ids."""
+    total = hashlib.sha256()
+    for ragged in (self.prompt, self.chosen, self.rejected):
+      total.update(ragged.offsets.tobytes())
+      total.update(ragged.flat.tobytes())
+    return total.hexdigest()
 
   def take(self, rows: Sequence[int]) -> 'EncodedSet':
     """Those rows, in that order."""
@@ -199,7 +209,10 @@ def load_or_encode(
     digest.update(json.dumps(example).encode())
   path = epath.Path(cache_dir) / f'{digest.hexdigest()[:32]}.npz'
   if epath.Path(f'{path}.done').exists():
-    return load(path)
+    try:
+      return load(path)
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as why:
+      logging.warning('%s is damaged (%s); it is made again', path, why)
   encoded, counts = encode_examples(
       examples, tokenizer, prompt_len=prompt_len, response_len=response_len
   )

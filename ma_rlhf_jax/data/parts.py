@@ -91,17 +91,20 @@ def shuffle_labels(encoded: EncodedSet, seed: int) -> EncodedSet:
   )
 
 
-def _check_sizes(config: ConfigDict, sets: dict[str, EncodedSet]) -> None:
-  """Every part must fill one batch of its stage, and eval hold a row."""
+def _check_sizes(
+    config: ConfigDict, sets: dict[str, EncodedSet], stages: Sequence[str]
+) -> None:
+  """Every part must fill one batch of its stage, and eval hold two rows."""
   problems = [
       f'the {name} part has {len(sets[name])} rows, fewer than '
       f'{name}.batch_size={config[name].batch_size}'
       for name in STAGES
-      if name in config.stages
-      and len(sets[name]) < max(1, config[name].batch_size)
+      if name in stages and len(sets[name]) < config[name].batch_size
   ]
-  if not len(sets['eval']):
-    problems.append('no held-out row is left to evaluate on')
+  if len(sets['eval']) < 2:
+    problems.append(
+        f'{len(sets["eval"])} held-out rows are left; an interval needs 2'
+    )
   if problems:
     raise ValueError(
         f'{"; ".join(problems)}. Give more rows, other data.parts='
@@ -115,6 +118,7 @@ def prepare(
     config: ConfigDict,
     tokenizer: 'PreTrainedTokenizerBase | None',
     workdir: epath.PathLike,
+    stages: Sequence[str] | None = None,
 ) -> tuple[Datasets, 'PreTrainedTokenizerBase']:
   """Loads, splits and tokenises all that a run needs.
 
@@ -125,6 +129,7 @@ def prepare(
     tokenizer: None = that of `tokenizer.path`, or where that is empty one
       trained on the SFT part and kept in `<workdir>/tokenizer`.
     workdir: of the run; holds tokenizer and cached rows (also gs://).
+    stages: those that will train; None = those of the config.
 
   Raises:
     FileNotFoundError, ValueError: as `tasks.load_examples`, and where a part
@@ -155,8 +160,42 @@ def prepare(
     sets['sft'], counts['sft'] = _drop_truncated(sets['sft'], counts['sft'])
   if config.data.shuffle_labels:
     sets['reward_model'] = shuffle_labels(sets['reward_model'], config.seed)
-  _check_sizes(config, sets)
+  _check_sizes(config, sets, config.stages if stages is None else stages)
   return Datasets(**sets, counts=counts), tokenizer
+
+
+def widths(config: ConfigDict, data: Datasets) -> tuple[int, int]:
+  """(prompt columns P, response columns T) of every batch.
+
+  What the config gives; where it gives 0 the longest row, rounded up to a
+  multiple of 8, so that short rows are not padded to the limit of the task.
+  """
+  sets = (data.sft, data.reward_model, data.ppo, data.eval)
+  longest = lambda rows: -(-max([8, *rows.lengths()]) // 8) * 8
+  needed = (
+      max(longest(s.prompt) for s in sets),
+      max(longest(r) for s in sets for r in (s.chosen, s.rejected)),
+  )
+  given = config.data.max_prompt_len, config.data.max_response_len
+  limits = config_lib.lengths(config)
+  return tuple(
+      int(g or min(n, limit))
+      for g, n, limit in zip(given, needed, limits, strict=True)
+  )
+
+
+def few_updates(config: ConfigDict, data: Datasets) -> list[str]:
+  """A warning for each stage that makes less than ten updates."""
+  sets = {'sft': data.sft, 'reward_model': data.reward_model, 'ppo': data.ppo}
+  return [
+      f'{name} makes {steps} update(s): {len(rows)} rows in batches of '
+      f'{config[name].batch_size}; for more set {name}.epochs, {name}.steps or '
+      f'a smaller {name}.batch_size'
+      for name, rows in sets.items()
+      if name in config.stages
+      and len(rows)
+      and (steps := config_lib.num_steps(config[name], len(rows))) < 10
+  ]
 
 
 def describe_counts(counts: dict[str, Counts]) -> str:

@@ -204,13 +204,15 @@ def _synthetic_rows(config: ConfigDict) -> tuple[list[Row], list[Row]]:
 def _hold_out(
     config: ConfigDict, rows: list[Row]
 ) -> tuple[list[Row], list[Row]]:
-  """The rows in their order without the held-out ones, and those."""
-  count = config.data.eval_rows
-  if len(rows) <= count:
+  """The rows in their order without the held-out ones, and those.
+
+  At most a quarter of the rows is held out.
+  """
+  count = min(config.data.eval_rows, len(rows) // 4)
+  if not count:
     raise ValueError(
-        f'data.path={config.data.path!r} has {len(rows)} rows, of which '
-        f'data.eval_rows={count} would be held out; lower data.eval_rows or '
-        'set data.eval_path'
+        f'data.path={config.data.path!r} has {len(rows)} rows; at least 4 are '
+        'needed, of which a quarter is held out, or data.eval_path'
     )
   rng = np.random.default_rng(config.data.split_seed)
   keep, held_out = np.split(rng.permutation(len(rows)), [len(rows) - count])

@@ -176,21 +176,39 @@ def load_params(
     FileNotFoundError: if there are no safetensors.
     ValueError: if a file is broken, or tensors do not fit; lists all of them.
   """
-  folder = pathlib.Path(folder)
   with contextlib.ExitStack() as stack:
-    found = _open_tensors(folder, stack)
-    wanted = list_tensors(kind, config, **_their_names(kind, found))
-    if problems := list(_tensor_problems(found, wanted)):
-      raise ValueError(
-          f'{folder} does not fit a {kind} of {config}:\n  '
-          + '\n  '.join(problems)
-      )
+    found, wanted = _checked_tensors(folder, config, kind, stack)
     targets = traverse_util.flatten_dict(abstract_params(kind, config), sep='/')
     leaves = {}
     for path, target in targets.items():
       parts = [t for t in wanted if t.path == path]
       leaves[path] = _place(_read(found, parts, target), target.sharding)
   return traverse_util.unflatten_dict(leaves, sep='/')
+
+
+def check_params(
+    folder: str | os.PathLike[str], config: GemmaConfig, kind: str
+) -> None:
+  """Raises what `load_params` would, without reading a weight."""
+  with contextlib.ExitStack() as stack:
+    _checked_tensors(folder, config, kind, stack)
+
+
+def _checked_tensors(
+    folder: str | os.PathLike[str],
+    config: GemmaConfig,
+    kind: str,
+    stack: contextlib.ExitStack,
+) -> tuple[dict[str, Any], list[Tensor]]:
+  """The open files by tensor name, and the tensors that make up the model."""
+  found = _open_tensors(pathlib.Path(folder), stack)
+  wanted = list_tensors(kind, config, **_their_names(kind, found))
+  if problems := list(_tensor_problems(found, wanted)):
+    raise ValueError(
+        f'{folder} does not fit a {kind} of {config}:\n  '
+        + '\n  '.join(problems)
+    )
+  return found, wanted
 
 
 def _open_tensors(

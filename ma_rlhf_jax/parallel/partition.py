@@ -49,6 +49,23 @@ def logical_shardings(boxed: Any) -> Any:
   )
 
 
+def indivisible(abstract: Any) -> list[str]:
+  """The arrays that their mesh cannot split evenly, one line each.
+
+  Args:
+    abstract: a tree of `jax.ShapeDtypeStruct` with shardings.
+  """
+  found = []
+  for path, x in jax.tree_util.tree_leaves_with_path(abstract):
+    try:
+      if x.sharding is not None:
+        x.sharding.shard_shape(x.shape)
+    except ValueError:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      found.append(f'{name} of shape {x.shape} by {x.sharding.spec}')
+  return found
+
+
 def micro_batches(tree: Any, num: int) -> Any:
   """Splits the rows of every array into `num` micro-batches.
 

@@ -16,6 +16,7 @@ does not notice a flipped bit in the data.
 from collections.abc import Sequence
 import logging
 import math
+import os
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -286,8 +287,12 @@ def abstract_of(state: State) -> State:
 
 
 def quiet_logging() -> None:
-  """Hides what Orbax logs below WARNING; entry points call it once."""
+  """Hides what libraries log below WARNING; entry points call it once."""
   logging.getLogger('absl').addFilter(_is_no_chatter)
+  for name in ('jax', 'datasets'):
+    logging.getLogger(name).setLevel(logging.WARNING)
+  # It says that PyTorch, which nothing here uses, is missing.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 
 def _is_no_chatter(record: logging.LogRecord) -> bool:

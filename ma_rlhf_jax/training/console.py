@@ -22,8 +22,8 @@ class Progress:
   """A bar with tokens per second and time left; a context manager.
 
   Where the stream is no terminal, a plain line from time to time instead, so
-  that log files stay readable. Rates count from the end of this start's first
-  update, which compiles; steps done by earlier starts do not count.
+  that log files stay readable. Rates count the updates of this start after its
+  first, which compiles; evaluations and saves do not count.
   """
 
   def __init__(
@@ -49,8 +49,8 @@ class Progress:
     self._stage, self._total = stage, total
     self._seconds, self._clock = seconds, clock
     self._stream = stream or sys.stderr
-    self._tokens = 0
-    self._began: tuple[float, int] | None = None  # time, step of first update
+    self._first: int | None = None  # step of the first update, which compiles
+    self._tokens, self._passed = 0, 0.0  # of the updates after it
     self._printed = -float('inf')
     self._bar = None
     if self._stream.isatty():
@@ -70,21 +70,27 @@ class Progress:
     self.close()
 
   def update(
-      self, step: int, tokens: int, shown: Mapping[str, float] | None = None
+      self,
+      step: int,
+      tokens: int,
+      seconds: float,
+      shown: Mapping[str, float] | None = None,
   ) -> None:
     """Shows that `step` updates are done.
 
     Args:
       step: updates done, those of earlier starts included.
       tokens: real tokens of this update.
+      seconds: it took.
       shown: values to show, in this order.
     """
     now = self._clock()
-    if self._began is None:
-      self._began = (now, step)
+    if self._first is None:
+      self._first = step
     else:
       self._tokens += tokens
-    text = self._describe(step, now, shown or {})
+      self._passed += seconds
+    text = self._describe(step, shown or {})
     if self._bar is not None:
       self._bar.set_postfix_str(text, refresh=False)
       self._bar.update(step - self._bar.n)
@@ -104,12 +110,12 @@ class Progress:
     if self._bar is not None:
       self._bar.close()
 
-  def _describe(self, step: int, now: float, shown: Mapping[str, float]) -> str:
+  def _describe(self, step: int, shown: Mapping[str, float]) -> str:
     words = [f'{name}={value:.4g}' for name, value in shown.items()]
-    began, first = self._began
-    if step > first and now > began:
-      rate = self._tokens / (now - began)
-      left = (now - began) / (step - first) * max(0, self._total - step)
+    if step > self._first and self._passed > 0:
+      rate = self._tokens / self._passed
+      each = self._passed / (step - self._first)
+      left = each * max(0, self._total - step)
       words = [f'{_si(rate)} tokens/s', f'{_hours(left)} left', *words]
     return '  '.join(words)
 
@@ -142,8 +148,7 @@ def one_line(text: str) -> str:
 def samples_table(
     prompts: Sequence[str],
     responses: Sequence[str],
-    scores: Sequence[float],
-    columns: Mapping[str, Sequence[Any]] | None = None,
+    columns: Mapping[str, Sequence[Any]],
     *,
     width: int = 100,
 ) -> str:
@@ -155,20 +160,18 @@ def samples_table(
   Args:
     prompts: text.
     responses: text, as long as `prompts`.
-    scores: reward-model units.
-    columns: further columns by title; floats get three decimals.
+    columns: numbers or texts by title; floats get three decimals.
     width: characters of a line; each text keeps at least 10.
 
   Raises:
     ValueError: if the columns differ in length.
   """
-  cells = {'score': scores, **(columns or {})}
-  lengths = {k: len(v) for k, v in cells.items()}
+  lengths = {k: len(v) for k, v in columns.items()}
   lengths |= {'prompt': len(prompts), 'response': len(responses)}
   if len(set(lengths.values())) > 1:
     raise ValueError(f'columns of a table differ in length: {lengths}')
   right = []
-  for title, values in cells.items():
+  for title, values in columns.items():
     texts = [title, *(_cell(value) for value in values)]
     size = max(map(len, texts))
     right.append([text.rjust(size) for text in texts])

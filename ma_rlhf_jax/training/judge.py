@@ -55,17 +55,14 @@ class Judged:
 
   def table(self, count: int) -> str:
     """The first `count` rows as text."""
-    unscored = np.full(len(self.prompts), np.nan)
     shown = {
         name: self.numbers[name][:count].tolist()
-        for name in ('gold', 'kl', 'length')
+        for name in ('score', 'gold', 'kl')
         if name in self.numbers
     }
+    shown['length'] = self.numbers['length'][:count].astype(int).tolist()
     return console.samples_table(
-        self.prompts[:count],
-        self.responses[:count],
-        self.numbers.get('score', unscored)[:count].tolist(),
-        shown,
+        self.prompts[:count], self.responses[:count], shown
     )
 
 
@@ -186,7 +183,8 @@ def judge(
     policy: draws the responses.
     num_prompts: at most this many; fewer where fewer are held out.
     stream: of the random keys, see `Run.key`.
-    temperature: of the sampling.
+    temperature: of the sampling. At another one than the rollout's, the KL is
+      that of the policies at this temperature (at 1 for greedy responses).
     ref_policy: for the KL; None = no KL and no score.
     reward_model: gives the score.
   """
@@ -203,7 +201,8 @@ def judge(
         settings=run.sampling(temperature),
         num_rollouts=update.num_micro(run.rows, run.config.rollout.batch_size),
     )
-    parts.append(_judge_batch(run, rollout, policy, ref_policy, reward_model))
+    models = (policy, ref_policy, reward_model)
+    parts.append(_judge_batch(run, rollout, temperature, *models))
   join = lambda lists: [x for part in lists for x in part][:count]
   names = parts[0].numbers
   return Judged(
@@ -219,19 +218,23 @@ def judge(
 def _judge_batch(
     run: Run,
     rollout: Rollout,
+    sampled_at: float,
     policy: Model,
     ref_policy: Model | None,
     reward_model: Model | None,
 ) -> Judged:
   prompts, responses = _texts(run, rollout)
   numbers: dict[str, Any] = {}
+  temperature = sampled_at or 1.0
+  if sampled_at == run.config.rollout.temperature:
+    temperature = run.logprob_temperature
   if ref_policy is not None and reward_model is not None:
     models = (policy, ref_policy, reward_model)
     numbers |= _measure(
         tuple(model.params for model in models),
         rollout,
         shapes=tuple(model.shape for model in models),
-        temperature=run.logprob_temperature,
+        temperature=temperature,
         chunk_tokens=run.config.model.logprob_chunk,
         num_micro=update.num_micro(run.rows, run.config.ppo.micro_batch_size),
     )

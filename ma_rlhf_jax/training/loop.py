@@ -1,6 +1,8 @@
 """The loop around every stage: resume, log, evaluate, save, profile."""
 
 import abc
+from collections.abc import Iterator
+import contextlib
 import time
 from typing import Any
 
@@ -34,13 +36,13 @@ class Stage(abc.ABC):
     states: what is trained, before the first update.
   """
 
-  best_metric: str
   shown: tuple[str, ...]
   states: States
 
   def __init__(self, run: Run, name: str, config: ConfigDict, data: EncodedSet):
     self.run, self.name, self.config, self.data = run, name, config, data
     self.num_steps = config_lib.num_steps(config, len(data))
+    self.best_metric = run.config.checkpoint.best_metric[name]
 
   def rows(self, index: int) -> np.ndarray:
     """The rows of the update number `index`, a function of it and the seed."""
@@ -50,6 +52,11 @@ class Stage(abc.ABC):
         size=len(self.data),
         batch_size=self.config.batch_size,
     )
+
+  @property
+  def micro_size(self) -> int:
+    """Sequences or pairs in one pass."""
+    return self.config.micro_batch_size or self.config.batch_size
 
   @abc.abstractmethod
   def step(self, states: States, index: int) -> tuple[States, dict[str, Any]]:
@@ -106,13 +113,19 @@ class _Log:
   ):
     self._stage, self._writer = stage, writer
     self._progress, self._checkpoints = progress, checkpoints
-    self._pending: tuple[int, dict[str, Any]] | None = None
+    self._pending: tuple[int, dict[str, Any], float] | None = None
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """The next update's seconds count from here."""
     self._last = time.monotonic()
 
   def add(self, step: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of an update and writes those of the one before."""
     self.flush()
-    self._pending = step, metrics
+    now = time.monotonic()
+    self._pending = step, metrics, now - self._last
+    self._last = now
 
   def check(self, step: int, metrics: dict[str, float]) -> None:
     """Stops the run on a value that is not finite."""
@@ -127,15 +140,13 @@ class _Log:
     """Writes what is pending; stops the run on a value that is not finite."""
     if self._pending is None:
       return
-    step, metrics = self._pending
+    step, metrics, seconds = self._pending
     self._pending = None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     self.check(step, metrics)
     tokens = int(metrics.pop('tokens'))
-    now = time.monotonic()
-    seconds, self._last = now - self._last, now
     shown = {name: metrics[name] for name in self._stage.shown}
-    self._progress.update(step, tokens, shown)
+    self._progress.update(step, tokens, seconds, shown)
     if step % self._stage.run.config.log.every == 0:
       speed = {
           'time/seconds': seconds,
@@ -153,7 +164,18 @@ def _meta(stage: Stage, step: int) -> dict[str, Any]:
       'data_position': {'epoch': epoch, 'row': row},
       'root_key': np.asarray(root).tolist(),
       'config': config_lib.fingerprint(stage.run.config),
+      'data': stage.data.digest(),
   }
+
+
+def _check_rows(stage: Stage, restored: checkpoint.Restored) -> None:
+  """A checkpoint's position in the data means nothing in other rows."""
+  if restored.meta['data'] != stage.data.digest():
+    raise checkpoint.CheckpointError(
+        f'{stage.name}: the rows of {stage.run.config.data.path!r} are not '
+        f'those that the checkpoint of step {restored.step} was trained on; '
+        'restore them, or start in a new --workdir'
+    )
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -176,16 +198,16 @@ def run_stage(stage: Stage) -> tuple[States, int]:
   c = stage.run.config
   folder = stage.run.workdir / stage.name
   abstract = checkpoint.abstract_of(stage.states)
-  stage.best_metric = c.checkpoint.best_metric or stage.best_metric
   with checkpoint.Checkpoints(
       folder / 'checkpoints',
       keep=c.checkpoint.keep,
       best_metric=stage.best_metric,
   ) as checkpoints:
     restored = checkpoints.restore_latest(abstract)
-    first, states = (restored.step, restored.state) if restored else (0, None)
-    if states is None:
-      states = stage.states
+    first, states = 0, stage.states
+    if restored:
+      _check_rows(stage, restored)
+      first, states = restored.step, restored.state
     stage.states = {}  # donated by the first update
     states = _train(stage, states, first, checkpoints)
     step = stage.num_steps
@@ -196,6 +218,21 @@ def run_stage(stage: Stage) -> tuple[States, int]:
       else:
         states, step = best.state, best.step
   return states, step
+
+
+@contextlib.contextmanager
+def _step_named(
+    stage: Stage, step: int, checkpoints: checkpoint.Checkpoints
+) -> Iterator[None]:
+  """What the device reports, out of memory say, is told with the step."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    error.add_note(
+        f'{stage.name} stopped at step {step}; last good checkpoint: '
+        f'{checkpoints.describe_latest()}'
+    )
+    raise
 
 
 def _train(
@@ -224,21 +261,18 @@ def _train(
       progress.message(f'{stage.name} step {step}: {_words(metrics)}')
       if c.log.samples:
         progress.message(stage.samples(states))
+      log.restart_clock()
       return metrics
 
     if first == 0:
       evaluate(0)
+    else:
+      progress.message(f'{stage.name}: goes on after step {first}')
     for index in range(first, stage.num_steps):
       step = index + 1
       trace.before(step)
-      try:
+      with _step_named(stage, step, checkpoints):
         states, metrics = stage.step(states, index)
-      except jax.errors.JaxRuntimeError as error:  # out of memory, say
-        error.add_note(
-            f'{stage.name} stopped at step {step}; last good checkpoint: '
-            f'{checkpoints.describe_latest()}'
-        )
-        raise
       trace.after(step, states)
       log.add(step, metrics)
       save = _due(step, c.checkpoint.every, stage.num_steps)
@@ -252,6 +286,7 @@ def _train(
             _meta(stage, step),
             metric=stage.best_value(metrics),
         )
+        log.restart_clock()
   return states
 
 

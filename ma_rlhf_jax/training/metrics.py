@@ -14,6 +14,7 @@ writes again, bit for bit except for the fields under `time/` and `host/`.
 
 from collections.abc import Mapping, Sequence
 import hashlib
+import importlib.util
 import json
 import math
 import time
@@ -103,6 +104,7 @@ class MetricsWriter:
         raise ValueError(
             f'log.sinks has {name!r}; known are {", ".join(sorted(SINKS))}'
         )
+    check_sinks(sinks)
     folder = epath.Path(folder)
     self._sinks = [
         SINKS[name](folder, stage, first_step, flush_seconds) for name in sinks
@@ -187,12 +189,8 @@ class _TensorBoard:
       flush_seconds: float,
   ) -> None:
     del stage
-    try:
-      import tensorboardX
-    except ImportError as error:
-      raise ImportError(
-          "log.sinks has 'tensorboard', which needs `pip install tensorboardX`"
-      ) from error
+    import tensorboardX
+
     self._writer = tensorboardX.SummaryWriter(
         str(folder / 'tensorboard'),
         # A start from the beginning writes step 0 again.
@@ -224,12 +222,8 @@ class _Wandb:
       flush_seconds: float,
   ) -> None:
     del first_step, flush_seconds
-    try:
-      import wandb
-    except ImportError as error:
-      raise ImportError(
-          "log.sinks has 'wandb', which needs `pip install wandb`"
-      ) from error
+    import wandb
+
     self._run = wandb.init(
         id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
         name=f'{folder.parent.name}/{stage}',
@@ -251,6 +245,19 @@ class _Wandb:
 
 
 SINKS = {'jsonl': _JsonLines, 'tensorboard': _TensorBoard, 'wandb': _Wandb}
+
+
+_PACKAGES = {'tensorboard': 'tensorboardX', 'wandb': 'wandb'}
+
+
+def check_sinks(sinks: Sequence[str]) -> None:
+  """Raises ImportError if the package of a sink is missing."""
+  for name in sinks:
+    package = _PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+      raise ImportError(
+          f'log.sinks has {name!r}, which needs `pip install {package}`'
+      )
 
 
 def read_metrics(folder: epath.PathLike) -> list[dict[str, Any]]:

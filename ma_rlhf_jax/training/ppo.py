@@ -125,7 +125,6 @@ class PPO(Stage):
   def __init__(self, run: Run, shapes: Models, params: Models):
     super().__init__(run, 'ppo', run.config.ppo, run.data.ppo)
     config, c = run.config, self.config
-    self.best_metric = 'eval/score'
     self.shown = ('objective/score', 'objective/kl', 'response/length')
     self.shapes = shapes
     self.frozen = {
@@ -134,8 +133,8 @@ class PPO(Stage):
     }
     # Optimizer updates of policy and critic in one step, and in all.
     self._per_step = c.ppo_epochs * c.minibatches
-    warmup = min(c.critic_warmup_updates, self.num_steps - 1)
-    policy_updates = (self.num_steps - warmup) * self._per_step
+    policy_steps = self.num_steps - c.critic_warmup_updates
+    policy_updates = policy_steps * self._per_step
     critic_updates = self.num_steps * self._per_step
     policy_optimizer = optim.make_optimizer(c.optim, policy_updates)
     critic_optimizer = optim.make_optimizer(config.critic.optim, critic_updates)

@@ -85,7 +85,6 @@ class RewardModel(Stage):
         run, 'reward_model', run.config.reward_model, run.data.reward_model
     )
     c = self.config
-    self.best_metric = 'eval/accuracy'
     self.shown = ('loss/reward_model', 'reward_model/accuracy')
     optimizer = optim.make_optimizer(c.optim, self.num_steps)
     self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
@@ -116,10 +115,9 @@ class RewardModel(Stage):
   def held_out_scores(self, states: dict) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the chosen and of the rejected held-out responses."""
     params = states['reward_model'].params
-    size = self.config.batch_size
     found = [
         self._end_scores(params, batch)
-        for batch in self.run.held_out(batches.pair_batch, size)
+        for batch in self.run.held_out(batches.pair_batch, self.micro_size)
     ]
     join = lambda column: np.concatenate(column)[: len(self.run.data.eval)]
     chosen, rejected = (join(c) for c in zip(*found, strict=True))
@@ -144,6 +142,8 @@ class RewardModel(Stage):
     return console.samples_table(
         texts(data.prompt),
         texts(data.chosen),
-        chosen[:count].tolist(),
-        {'score of rejected': rejected[:count].tolist()},
+        {
+            'score': chosen[:count].tolist(),
+            'score of rejected': rejected[:count].tolist(),
+        },
     )

@@ -123,7 +123,6 @@ class SFT(Stage):
   def __init__(self, run: Run, shape: GemmaConfig, params: Params):
     super().__init__(run, 'sft', run.config.sft, run.data.sft)
     c = self.config
-    self.best_metric = '-eval/loss'
     self.shown = ('loss/sft',)
     optimizer = optim.make_optimizer(c.optim, self.num_steps)
     self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
@@ -158,9 +157,7 @@ class SFT(Stage):
   def evaluate(self, states: dict) -> dict[str, float]:
     sums = [
         self._held_out_sums(states['policy'].params, batch)
-        for batch in self.run.held_out(
-            batches.sft_batch, self.config.batch_size
-        )
+        for batch in self.run.held_out(batches.sft_batch, self.micro_size)
     ]
     nll, count = (float(sum(column)) for column in zip(*sums, strict=True))
     return {'eval/loss': nll / count}

@@ -7,15 +7,18 @@ next stage reads it from there as it would read any other folder.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import pathlib
 from typing import TypeVar
 
 from etils import epath
+import jax
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import heads, huggingface, presets
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training.run import Run
 
@@ -47,6 +50,8 @@ def product(workdir: epath.PathLike, stage: str) -> str:
 
 def _named(field: str, value: str, stage: str) -> Source:
   """The source that `value` (folder, hub id or workdir) stands for."""
+  if value.startswith('~'):
+    value = str(epath.Path(value).expanduser())
   if not workdir_lib.is_workdir(value):
     return Source(field, value)
   done = workdir_lib.read_done(
@@ -130,25 +135,59 @@ def _check_tokenizer(run: Run, source: Source, folder: epath.Path) -> None:
     )
 
 
-def check(config: ConfigDict, workdir: epath.PathLike) -> None:
-  """Raises where a named source is no model folder; fetches those of the hub.
+def _named_sources(
+    config: ConfigDict, workdir: epath.PathLike
+) -> list[tuple[Source, str]]:
+  """The models that the config names, and the kind each is used as."""
+  starts = (
+      ('sft.init', config.sft.init),
+      ('reward_model.init', config.reward_model.init),
+  )
+  named = [(_named(f, v, 'sft'), 'policy') for f, v in starts if v]
+  named.append((policy_source(config, workdir), 'policy'))
+  named.append((reward_model_source(config, workdir), 'scalar'))
+  named.append((critic_source(config, workdir), 'scalar'))
+  return [(source, kind) for source, kind in named if source.field]
+
+
+def check(run: Run) -> None:
+  """Raises where a model does not fit the run; fetches those of the hub.
+
+  Names, shapes and dtypes of all tensors are compared, no weight is read.
 
   Raises:
     SourceError: with the field, the value and the reason.
   """
-  named = [
-      _named(field, value, 'sft')
-      for field, value in (
-          ('sft.init', config.sft.init),
-          ('reward_model.init', config.reward_model.init),
-      )
-      if value
-  ]
-  sources = (policy_source, reward_model_source, critic_source)
-  named += [source(config, workdir) for source in sources]
-  for source in named:
-    if source.field:
-      _read(source, huggingface.read_shape)
+  for source, kind in _named_sources(run.config, run.workdir):
+    shape = inspect(run, source, kind)
+    check_tensors = functools.partial(
+        huggingface.check_params, config=shape, kind=kind
+    )
+    _read(source, check_tensors)
+  if not run.config.sft.init:
+    shape = presets.from_fields(run.config.model, len(run.tokenizer))
+    _check_fit(run, Source('config.model', ''), shape, 'scalar')
+
+
+def _check_fit(
+    run: Run, source: Source, shape: presets.GemmaConfig, kind: str
+) -> None:
+  """The embedding must hold the tokenizer, the mesh must split the weights."""
+  where = ' '.join(filter(None, [source.field or 'this run', source.path]))
+  if shape.vocab_size < len(run.tokenizer):
+    raise SourceError(
+        f'{where}: the embedding has {shape.vocab_size} rows, fewer than the '
+        f'{len(run.tokenizer)} entries of the tokenizer; use the tokenizer '
+        'that belongs to the model, or set model.vocab_size to 0 for a new one'
+    )
+  with jax.set_mesh(run.mesh):
+    uneven = partition.indivisible(heads.abstract_params(kind, shape))
+  if uneven:
+    raise SourceError(
+        f'{where}: the mesh {dict(run.mesh.shape)} does not split evenly '
+        f'{"; ".join(uneven)}; set config.mesh.fsdp and .tensor to divisors, '
+        'or model.vocab_size to a multiple'
+    )
 
 
 def _read(source: Source, read: Callable[[pathlib.Path], T]) -> T:
@@ -161,27 +200,29 @@ def _read(source: Source, read: Callable[[pathlib.Path], T]) -> T:
     ) from error
 
 
+def inspect(run: Run, source: Source, kind: str) -> presets.GemmaConfig:
+  """The shape of a source, once tokenizer, embedding and mesh fit the run."""
+  folder = _read(source, lambda folder: folder)
+  _check_tokenizer(run, source, epath.Path(folder))
+  shape = presets.with_runtime(
+      _read(source, huggingface.read_shape), run.config.model
+  )
+  _check_fit(run, source, shape, kind)
+  _check_shape(run, source, shape)
+  return shape
+
+
 def load(
     run: Run, source: Source, kind: str
 ) -> tuple[presets.GemmaConfig, Params]:
-  """Shape and parameters of a source, checked against the run's tokenizer.
+  """Shape and parameters of a source, checked against the run.
 
   Args:
     run: what the stages share.
     source: where the model is.
     kind: 'policy' or 'scalar'.
   """
-  _check_tokenizer(run, source, epath.Path(huggingface.resolve(source.path)))
-  shape = presets.with_runtime(
-      _read(source, huggingface.read_shape), run.config.model
-  )
-  if shape.vocab_size < len(run.tokenizer):
-    raise SourceError(
-        f'{source.field or "this run"}: the embedding in {source.path} has '
-        f'{shape.vocab_size} rows, fewer than the {len(run.tokenizer)} entries '
-        'of the tokenizer; use the tokenizer that belongs to the model'
-    )
-  _check_shape(run, source, shape)
+  shape = inspect(run, source, kind)
   params = _read(
       source, lambda folder: huggingface.load_params(folder, shape, kind)
   )

@@ -4,6 +4,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts, tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import huggingface
@@ -12,14 +13,32 @@ from ma_rlhf_jax.training import sources
 from ma_rlhf_jax.training.run import Run
 
 
+def _check_warmup(config: ConfigDict, num_steps: int) -> None:
+  warmup = config.ppo.critic_warmup_updates
+  if warmup >= num_steps:
+    raise ValueError(
+        f'ppo.critic_warmup_updates={warmup} leaves the policy none of the '
+        f'{num_steps} steps of PPO; make it smaller, or ppo.steps or '
+        'ppo.epochs larger'
+    )
+
+
 def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
   """Data, tokenizer and devices of a run; raises what a user can mend."""
   path = sources.tokenizer_path(config)
   tokenizer = None
   if path:
     tokenizer = tokenizer_lib.load_tokenizer(str(huggingface.resolve(path)))
-  data, tokenizer = parts.prepare(config, tokenizer, workdir)
-  prompt_len, response_len = config_lib.lengths(config)
+  given = sources.given_stages(config, workdir)
+  to_train = [
+      stage
+      for stage in config.stages
+      if stage not in given and workdir_lib.read_done(workdir, stage) is None
+  ]
+  data, tokenizer = parts.prepare(config, tokenizer, workdir, to_train)
+  if 'ppo' in to_train:
+    _check_warmup(config, config_lib.num_steps(config.ppo, len(data.ppo)))
+  prompt_len, response_len = parts.widths(config, data)
   return Run(
       config=config,
       workdir=workdir,

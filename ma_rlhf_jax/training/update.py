@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ma_rlhf_jax import masking
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Array, Params, TrainState
 
@@ -51,12 +52,14 @@ def accumulate_gradients(
   if num_micro == 1:
     return one(batch)
   micro = partition.micro_batches(batch, num_micro)
-  first = jax.tree.map(lambda x: x[0], micro)
+  shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
+  # A bfloat16 sum stops growing after a few hundred terms.
   zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
+      lambda x: jnp.zeros(x.shape, masking.wide(x.dtype)), shapes
   )
   add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)
-  return jax.lax.scan(add, zeros, micro)[0]
+  total, _ = jax.lax.scan(add, zeros, micro)
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
 
 
 def apply_gradients(

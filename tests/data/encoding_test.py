@@ -58,7 +58,7 @@ def test_limits_by_hand(tokenizer: object) -> None:
   }
 
 
-def test_a_cache_hit_gives_the_samearrays(
+def test_a_cache_hit_gives_the_same_arrays(
     tokenizer: object,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -91,6 +91,20 @@ def test_a_half_written_cache_is_made_again(
       first,
       encoding.load_or_encode(examples, tokenizer, tmp_path, **lengths)[0],
   )
+
+
+def test_a_damaged_cache_is_made_again(
+    tokenizer: object, tmp_path: pathlib.Path
+) -> None:
+  examples = [Example('the', ' boat', ' goat')]
+  load = lambda: encoding.load_or_encode(
+      examples, tokenizer, tmp_path, prompt_len=5, response_len=8
+  )
+  first, _ = load()
+  (stored,) = tmp_path.glob('*.npz')
+  for damage in (b'', stored.read_bytes()[:50], b'no archive'):
+    stored.write_bytes(damage)
+    assert_same(first, load()[0])
 
 
 def test_the_cache_key_covers_texts_and_lengths(

@@ -165,3 +165,27 @@ def test_counts_are_told_in_a_line_a_part() -> None:
       '        data: 9 training rows, 1 prompts differ\n'
       '         sft: 4 rows, 4 prompt too long, 0 kept'
   )
+
+
+def test_columns_are_as_wide_as_the_rows_need() -> None:
+  rows = lambda prompt, response: encoded_set(
+      [([BOS] * prompt, [7] * response + [EOS], [EOS])]
+  )
+  data = parts.Datasets(rows(9, 3), rows(3, 2), rows(17, 4), rows(2, 8), {})
+  config = config_lib.base()  # at most 24 and 16
+  assert parts.widths(config, data) == (24, 16)  # 17 and 8 + 1, in eights
+  config.data.max_prompt_len = 30
+  assert parts.widths(config, data) == (30, 16)
+  long = parts.Datasets(rows(99, 3), rows(3, 2), rows(17, 4), rows(2, 8), {})
+  config.data.max_prompt_len = 0
+  assert parts.widths(config, long) == (24, 16)
+
+
+def test_stages_of_few_updates_are_told() -> None:
+  config = config_lib.base()
+  config.sft.batch_size, config.sft.steps = 2, 9
+  config.reward_model.batch_size, config.reward_model.steps = 2, 10
+  config.stages = ('sft', 'reward_model')
+  data = parts.Datasets(DATA, DATA, DATA, DATA, {})
+  (line,) = parts.few_updates(config, data)
+  assert line.startswith('sft makes 9 update(s): 3 rows in batches of 2; ')

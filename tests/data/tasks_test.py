@@ -125,7 +125,7 @@ def test_every_local_form_gives_the_same_examples(
 
 
 def test_columns_can_have_other_names(tmp_path: pathlib.Path) -> None:
-  rows = [{'q': f'{i}', 'good': 'a', 'bad': 'b', 'extra': i} for i in range(3)]
+  rows = [{'q': f'{i}', 'good': 'a', 'bad': 'b', 'extra': i} for i in range(4)]
   config = _config(
       _write(tmp_path / 'q.jsonl', rows),
       prompt_column='q',
@@ -134,7 +134,7 @@ def test_columns_can_have_other_names(tmp_path: pathlib.Path) -> None:
       eval_rows=1,
   )
   train, held_out, _ = load_examples(config)
-  assert sorted(train + held_out) == [(f'{i}', 'a', 'b') for i in range(3)]
+  assert sorted(train + held_out) == [(f'{i}', 'a', 'b') for i in range(4)]
 
 
 def test_dropped_rows_keep_their_place(tmp_path: pathlib.Path) -> None:
@@ -211,7 +211,7 @@ BAD = {
         ValueError,
         'no column question.*prompt, chosen, rejected',
     ),
-    'few.jsonl': (ROWS, {'eval_rows': 8}, ValueError, '8 rows.*eval_rows=8'),
+    'few.jsonl': (ROWS[:3], {}, ValueError, '3 rows; at least 4 are needed'),
     'split.jsonl': (ROWS, {'split': 'test'}, ValueError, "'test'.*train"),
     'same.jsonl': (ROWS, {'eval_split': 'train'}, ValueError, 'eval_split'),
     'form.csv': (ROWS, {}, ValueError, 'must end in .jsonl'),

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from ma_rlhf_jax.models import heads
 from ma_rlhf_jax.parallel.mesh import make_mesh, place
 from ma_rlhf_jax.parallel.partition import (
     constrain,
+    indivisible,
     merge_micro_batches,
     micro_batches,
     spec,
@@ -104,3 +105,16 @@ def test_micro_batches_move_nothing_between_devices(mesh: Mesh) -> None:
     program = split.lower(rows).compile().as_text()
   for moved in ('all-to-all', 'all-gather', 'collective-permute'):
     assert moved not in program
+
+
+def test_what_a_mesh_cannot_split_is_named(mesh: Mesh) -> None:
+  # (data, fsdp, tensor) = (2, 2, 2)
+  sharding = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+  struct = lambda shape, s: jax.ShapeDtypeStruct(shape, np.float32, sharding=s)
+  tree = {
+      'even': struct((4, 3), sharding('fsdp', None)),
+      'odd': struct((4, 3), sharding(None, 'tensor')),
+      'whole': struct((3,), None),
+  }
+  (line,) = indivisible(tree)
+  assert line.startswith('odd of shape (4, 3) by ')

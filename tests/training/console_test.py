@@ -29,11 +29,11 @@ def test_rate_and_time_left_count_this_start_after_its_first_update():
       'ppo', 50, 30, seconds=5.0, stream=stream, clock=clock
   ) as progress:
     clock.now = 160.0  # compiling
-    progress.update(31, 9999, {'kl': 0.25})
+    progress.update(31, 9999, 60.0, {'kl': 0.25})
     clock.now = 162.0  # too soon for another line
-    progress.update(32, 3000, {'kl': 0.5})
-    clock.now = 166.0
-    progress.update(33, 6000, {'kl': 2.0, 'loss': 1 / 3})
+    progress.update(32, 3000, 2.0, {'kl': 0.5})
+    clock.now = 190.0  # an evaluation between does not count
+    progress.update(33, 6000, 4.0, {'kl': 2.0, 'loss': 1 / 3})
   # 3000 + 6000 tokens in 6 s; 2 updates in 6 s, 17 updates left
   assert stream.getvalue() == (
       'ppo 31/50  kl=0.25\n'
@@ -44,25 +44,23 @@ def test_rate_and_time_left_count_this_start_after_its_first_update():
 def test_the_last_update_is_always_shown():
   clock, stream = _Clock(), io.StringIO()
   progress = Progress('sft', 2, seconds=1e6, stream=stream, clock=clock)
-  progress.update(1, 10)
-  clock.now += 7200.0 + 60.0
-  progress.update(2, 7260 * 950)
+  progress.update(1, 10, 5.0)
+  progress.update(2, 7260 * 950, 7260.0)
   assert stream.getvalue() == 'sft 1/2  \nsft 2/2  950 tokens/s  00:00 left\n'
 
 
 def test_time_left_has_hours_and_large_rates_have_units():
   clock, stream = _Clock(), io.StringIO()
   progress = Progress('sft', 3724, seconds=0.0, stream=stream, clock=clock)
-  progress.update(1, 0)
-  clock.now += 1.0
-  progress.update(2, 4_567_000)  # 3722 s = 1 h 2 min 2 s
+  progress.update(1, 0, 9.0)
+  progress.update(2, 4_567_000, 1.0)  # 3722 s = 1 h 2 min 2 s
   assert '4.57M tokens/s  1:02:02 left' in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes():
   stream = _Terminal()
   with Progress('ppo', 50, 30, stream=stream) as progress:
-    progress.update(31, 10, {'kl': 0.25})
+    progress.update(31, 10, 1.0, {'kl': 0.25})
     progress.message('a table')
   text = stream.getvalue()
   assert 'ppo 30/50' in text
@@ -90,8 +88,7 @@ def test_the_table_is_cut_to_width_and_aligned():
   table = samples_table(
       ['0123456789abcdef', 'Hi'],
       ['one\ntwo three four', '\x1b[2J'],
-      np.float32([1.5, -10.25]).tolist(),
-      {'length': [17, 0]},
+      {'score': np.float32([1.5, -10.25]).tolist(), 'length': [17, 0]},
       width=40,
   )
   # score and length take 7 + 2 and 6 + 2; (40 - 17 - 2) // 2 = 10 each
@@ -101,4 +98,4 @@ def test_the_table_is_cut_to_width_and_aligned():
       'Hi                      -10.250       0',
   ]
   with pytest.raises(ValueError, match="'response': 1"):
-    samples_table(['a', 'b'], ['c'], [1.0, 2.0])
+    samples_table(['a', 'b'], ['c'], {'score': [1.0, 2.0]})

@@ -41,7 +41,7 @@ class _Counter(Stage):
   ):
     run = tiny.run(workdir, config)
     super().__init__(run, 'ppo', config.ppo, run.data.ppo)
-    self.best_metric, self.shown = 'eval/x', ('loss',)
+    self.shown = ('loss',)
     self.states = {'policy': _state(1.0)}
     self.break_at, self.metrics, self.evaluation = break_at, metrics, evaluation
     self.indices: list[int] = []
@@ -70,6 +70,7 @@ def _config(**fields: Any) -> ConfigDict:
       'ppo__eval_every': 0,
       'checkpoint__every': 0,
       'checkpoint__keep': 9,
+      'checkpoint__best_metric__ppo': 'eval/x',
       'log__sinks': ('jsonl',),
   }
   return tiny.config(**{**defaults, **fields})
@@ -221,8 +222,8 @@ def test_without_a_checkpoint_the_message_says_so(
     'fields, want',
     [
         ({}, (5.0, 2)),  # eval/good is largest at step 2
-        ({'checkpoint__best_metric': '-eval/good'}, (58.0, 5)),
-        ({'checkpoint__best_metric': '-eval/x'}, (5.0, 2)),
+        ({'checkpoint__best_metric__ppo': '-eval/good'}, (58.0, 5)),
+        ({'checkpoint__best_metric__ppo': '-eval/x'}, (5.0, 2)),
         ({'export__which': 'last'}, (58.0, 5)),
     ],
 )
@@ -233,6 +234,7 @@ def test_the_best_or_the_last_state_goes_on(
       **{
           'checkpoint__every': 2,
           'checkpoint__keep': 1,
+          'checkpoint__best_metric__ppo': 'eval/good',
           'export__which': 'best',
           **fields,
       }
@@ -241,9 +243,22 @@ def test_the_best_or_the_last_state_goes_on(
   stage = _Counter(
       tmp_path, config, evaluation=lambda k: {'eval/good': good[k]}
   )
-  stage.best_metric = 'eval/good'
   states, step = run_stage(stage)
   assert (_x(states), step) == want
+
+
+def test_other_rows_are_not_taken_up_where_these_were_left(
+    tmp_path: pathlib.Path,
+) -> None:
+  config = _config(checkpoint__every=2)
+  with pytest.raises(KeyboardInterrupt):
+    run_stage(_Counter(tmp_path, config, break_at=3))
+  other = _Counter(tmp_path, config)
+  other.data = other.data.take([1, 0, *range(2, len(other.data))])
+  with pytest.raises(
+      checkpoint.CheckpointError, match='the checkpoint of step 2'
+  ):
+    run_stage(other)
 
 
 def test_a_step_that_may_not_be_best_is_passed_over(

@@ -221,7 +221,8 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
     calls.append(arguments)
     return Run()
 
-  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+  wandb = types.SimpleNamespace(init=init, __spec__='installed')
+  monkeypatch.setitem(sys.modules, 'wandb', wandb)
   for folder in ('run/ppo', 'run/ppo', 'other/ppo'):
     with MetricsWriter(tmp_path / folder, 'ppo', sinks=('wandb',)) as writer:
       writer.write(3, {'objective/kl': 0.5})

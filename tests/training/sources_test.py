@@ -292,6 +292,46 @@ def test_an_embedding_too_small_for_the_tokenizer_is_refused(
   assert need in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'ppo__reward_model': 'policy'}, 'score.weight is missing'),
+        ({'ppo__policy_init': 'foreign'}, 'differs from the one of this run'),
+    ],
+)
+def test_what_cannot_be_loaded_later_is_refused_at_the_start(
+    store: _Store, tmp_path: pathlib.Path, fields: dict, message: str
+) -> None:
+  (field,) = fields
+  with pytest.raises(SourceError, match=message) as error:
+    sources.check(_run(store, tmp_path, **fields))
+  assert field.replace('__', '.') in str(error.value)
+
+
+def test_a_new_model_must_hold_the_tokenizer_and_suit_the_mesh(
+    store: _Store, tmp_path: pathlib.Path
+) -> None:
+  sources.check(_run(store, tmp_path))
+  config = _config(store)
+  config.model.vocab_size = 10
+  run = tiny.run(tmp_path, config, tokenizer=store.tokenizer)
+  with pytest.raises(SourceError, match='the embedding has 10 rows'):
+    sources.check(run)
+  uneven = _run(store, tmp_path)
+  uneven = dataclasses.replace(uneven, mesh=tiny.mesh(1, 1, 8))
+  with pytest.raises(SourceError, match="'tensor': 8} does not split evenly"):
+    sources.check(uneven)
+
+
+def test_a_home_folder_is_found(
+    store: _Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv('HOME', str(pathlib.Path(store.workdir).parent))
+  config = tiny.config(**_MODEL, ppo__from_run='~/workdir')
+  source = sources.policy_source(config, '/w')
+  assert source == Source('ppo.from', f'{store.workdir}/sft/hf')
+
+
 def test_a_run_of_another_shape_is_not_reused(
     store: _Store, tmp_path: pathlib.Path
 ) -> None:

@@ -57,3 +57,20 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
   missing = str(tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match='nothing.* is not a folder'):
     load_run(_config(ppo__policy_init=missing), epath.Path(tmp_path))
+
+
+def test_a_warm_up_that_leaves_the_policy_no_step_is_refused(
+    tmp_path: pathlib.Path,
+) -> None:
+  config = _config(ppo__steps=3, ppo__critic_warmup_updates=3)
+  with pytest.raises(ValueError, match='none of the 3 steps of PPO'):
+    load_run(config, epath.Path(tmp_path))
+
+
+def test_the_parts_of_given_stages_may_be_empty(tmp_path: pathlib.Path) -> None:
+  folder = tmp_path / 'model'
+  tokenizer_lib.train_tokenizer(['My boss was late. TL;DR:'], 300, str(folder))
+  given = {'ppo__policy_init': str(folder), 'ppo__reward_model': str(folder)}
+  config = _config(data__parts=(0, 0, 1), **given)
+  run = load_run(config, epath.Path(tmp_path / 'run'))
+  assert (len(run.data.sft), len(run.data.ppo)) == (0, 120)

@@ -129,3 +129,16 @@ def test_number_of_micro_batches():
   assert update.num_micro(64, 0) == 1
   assert update.num_micro(64, 16) == 4
   assert update.num_micro(64, 64) == 1
+
+
+def test_bfloat16_gradients_of_many_micro_batches_are_not_lost():
+  # 512 rows of gradient 1/512; a bfloat16 sum stops at 0.5.
+  params = {'w': jnp.ones((), jnp.bfloat16)}
+  rows = jnp.full((512, 1), 1 / 512, jnp.bfloat16)
+  loss = lambda params, rows: (jnp.sum(params['w'] * rows), {})
+  grads, metrics = jax.jit(
+      lambda p, x: update.accumulate_gradients(loss, p, x, 512)
+  )(params, rows)
+  assert grads['w'].dtype == jnp.bfloat16
+  assert float(grads['w']) == 1.0
+  assert float(metrics['loss']) == 1.0
