@@ -10,7 +10,7 @@ from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.tasks import load_examples, split_parts
-from tests.data.rows import DATA, EOS, assert_same
+from tests.data.rows import BOS, DATA, EOS, assert_same, encoded_set
 
 
 def _config(**fields: object) -> ConfigDict:
