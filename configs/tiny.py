@@ -2,6 +2,9 @@
 
 Command:   python -m ma_rlhf_jax.train --config=configs/tiny.py
 Hardware:  2 CPU cores, no downloads
+Time:      a minute and a half, of which half is compiling
+Expect:    gold score 0.01 after SFT and 0.29 to 0.38 after MA-PPO (seeds 0 to
+           4), at most 1.33 times as long; with labels by coin toss no gain
 """
 
 from ml_collections import ConfigDict
