@@ -75,21 +75,22 @@ def _finish(
 
 def train_sft(run: Run) -> None:
   """SFT, from `sft.init` or random weights to `sft/hf`."""
-  shape, params = sources.initial_policy(run)
-  states, step = run_stage(SFT(run, shape, params))
-  _finish(run, 'sft', step, {'sft': ('policy', shape, states['policy'].params)})
+  stage = SFT(run, *sources.initial_policy(run))
+  states, step = run_stage(stage)
+  trained = ('policy', stage.shape, states['policy'].params)
+  _finish(run, 'sft', step, {'sft': trained})
 
 
 def train_reward_model(run: Run) -> None:
   """The reward model, from the SFT policy to `reward_model/hf`."""
-  shape, params = sources.initial_reward_model(run)
-  states, step = run_stage(RewardModel(run, shape, params))
-  trained = ('scalar', shape, states['reward_model'].params)
+  stage = RewardModel(run, *sources.initial_reward_model(run))
+  states, step = run_stage(stage)
+  trained = ('scalar', stage.shape, states['reward_model'].params)
   _finish(run, 'reward_model', step, {'reward_model': trained})
 
 
-def train_ppo(run: Run) -> None:
-  """MA-PPO, from SFT policy and reward model to `ppo/hf`."""
+def _ppo_models(run: Run) -> tuple[Models, Models]:
+  """Shapes and parameters of the four models of PPO."""
   policy = sources.policy_source(run.config, run.workdir)
   reward_model = sources.reward_model_source(run.config, run.workdir)
   critic = sources.critic_source(run.config, run.workdir)
@@ -99,16 +100,21 @@ def train_ppo(run: Run) -> None:
       critic=sources.load(run, critic, 'scalar'),
       reward_model=sources.load(run, reward_model, 'scalar'),
   )
-  shapes = Models(*(shape for shape, _ in loaded))
-  stage = PPO(run, shapes, Models(*(params for _, params in loaded)))
+  shapes, params = zip(*loaded, strict=True)
+  return Models(*shapes), Models(*params)
+
+
+def train_ppo(run: Run) -> None:
+  """MA-PPO, from SFT policy and reward model to `ppo/hf`."""
+  stage = PPO(run, *_ppo_models(run))
   states, step = run_stage(stage)
   _finish(
       run,
       'ppo',
       step,
       {
-          'ppo': ('policy', shapes.policy, states['policy'].params),
-          'critic': ('scalar', shapes.critic, states['critic'].params),
+          'ppo': ('policy', stage.shapes.policy, states['policy'].params),
+          'critic': ('scalar', stage.shapes.critic, states['critic'].params),
       },
       used_sha256={
           'sft': workdir_lib.params_sha256(stage.frozen['ref_policy']),
@@ -212,6 +218,19 @@ def main(argv: list[str]) -> None:
       sys.exit(130)
 
 
+def _missing_recipe(argv: list[str]) -> str:
+  """What to say where --config names no file; '' where it does."""
+  for flag, following in zip(argv, [*argv[1:], ''], strict=True):
+    if match := re.fullmatch(r'--?config(?:=(.*))?', flag):
+      path = (match.group(1) or following).partition(':')[0]
+      if not pathlib.Path(path).is_file():
+        return (
+            f'--config={path}: there is no such file in {pathlib.Path.cwd()}; '
+            f'give the path of a recipe, {default_recipe()} for example'
+        )
+  return ''
+
+
 def _words(error: BaseException) -> str:
   """The message; that of the cause where ml_collections wraps one."""
   while 'Traceback' in str(error) and error.__context__ is not None:
@@ -236,7 +255,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(spelt)
   except (flags.Error, AttributeError, ValueError, OSError) as error:
-    sys.exit(f'error: {_words(error)}')
+    sys.exit(f'error: {_missing_recipe(spelt) or _words(error)}')
 
 
 def entry_point() -> None:

@@ -83,7 +83,8 @@ def test_values_that_look_like_flags_are_left_alone() -> None:
     [
         ([f'{_TINY}:n=1'], "error: recipe argument 'n' is unknown; known are"),
         ([f'{_TINY}:ngram=x'], "'x' is not of type int"),
-        (['--config=/nowhere/tiny.py'], '/nowhere/tiny.py'),
+        (['--config=/nowhere/tiny.py'], '/nowhere/tiny.py: there is no such'),
+        (['--config', 'nowhere.py:ngram=1'], 'nowhere.py: there is no such'),
         ([_TINY, '--config.ppo.kl_coef=much'], '--config.ppo.kl_coef=much'),
         (
             [_TINY, '--config.ppo.kl_coeff=1'],

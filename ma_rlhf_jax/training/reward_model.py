@@ -86,6 +86,7 @@ class RewardModel(Stage):
     )
     c = self.config
     self.shown = ('loss/reward_model', 'reward_model/accuracy')
+    self.shape = shape
     optimizer = optim.make_optimizer(c.optim, self.num_steps)
     self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
     self.states = {'reward_model': update.init_state(params, optimizer)}
