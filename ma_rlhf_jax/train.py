@@ -251,11 +251,13 @@ def parse_flags(argv: list[str]) -> list[str]:
   ]
   if not any(re.match(r'--?config(=|$)', a) for a in spelt):
     spelt.insert(1, f'--config={default_recipe()}')
+  if missing := _missing_recipe(spelt):
+    sys.exit(f'error: {missing}')
   _ARGV[:] = spelt
   try:
     return flags.FLAGS(spelt)
   except (flags.Error, AttributeError, ValueError, OSError) as error:
-    sys.exit(f'error: {_missing_recipe(spelt) or _words(error)}')
+    sys.exit(f'error: {_words(error)}')
 
 
 def entry_point() -> None:
