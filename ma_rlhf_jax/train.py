@@ -187,7 +187,9 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   print(f'workdir: {path}')
   print(parts.describe_counts(run.data.counts))
   print(f'     columns: {run.prompt_len} prompt, {run.response_len} response')
-  warnings = validation.warnings(config) + parts.few_updates(config, run.data)
+  to_train = sources.stages_to_train(config, path)
+  warnings = validation.warnings(config)
+  warnings += parts.few_updates(config, run.data, to_train)
   for warning in warnings:
     print(f'warning: {warning}')
   sys.stdout.flush()

@@ -6,6 +6,7 @@ response that was not cut.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -82,6 +83,7 @@ class EncodedSet:
   def __len__(self) -> int:
     return len(self.prompt)
 
+  @functools.cached_property
   def digest(self) -> str:
     """SHA-256 (hex) of all token ids."""
     total = hashlib.sha256()

@@ -184,16 +184,17 @@ def widths(config: ConfigDict, data: Datasets) -> tuple[int, int]:
   )
 
 
-def few_updates(config: ConfigDict, data: Datasets) -> list[str]:
-  """A warning for each stage that makes less than ten updates."""
+def few_updates(
+    config: ConfigDict, data: Datasets, stages: Sequence[str]
+) -> list[str]:
+  """A warning for each of `stages` that makes less than ten updates."""
   sets = {'sft': data.sft, 'reward_model': data.reward_model, 'ppo': data.ppo}
   return [
       f'{name} makes {steps} update(s): {len(rows)} rows in batches of '
       f'{config[name].batch_size}; for more set {name}.epochs, {name}.steps or '
       f'a smaller {name}.batch_size'
       for name, rows in sets.items()
-      if name in config.stages
-      and len(rows)
+      if name in stages
       and (steps := config_lib.num_steps(config[name], len(rows))) < 10
   ]
 

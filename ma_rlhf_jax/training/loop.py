@@ -71,11 +71,11 @@ class Stage(abc.ABC):
 
   @abc.abstractmethod
   def samples(self, states: States) -> str:
-    """A small table of what the models do; '' for none."""
+    """A small table of what the evaluation just before has seen."""
 
   def best_value(self, metrics: dict[str, float]) -> float | None:
     """The value of `best_metric`, or None where this step may not be best."""
-    return metrics.get(self.best_metric.lstrip('-'))
+    return metrics.get(self.best_metric.removeprefix('-'))
 
 
 class _Trace:
@@ -164,13 +164,13 @@ def _meta(stage: Stage, step: int) -> dict[str, Any]:
       'data_position': {'epoch': epoch, 'row': row},
       'root_key': np.asarray(root).tolist(),
       'config': config_lib.fingerprint(stage.run.config),
-      'data': stage.data.digest(),
+      'data': stage.data.digest,
   }
 
 
 def _check_rows(stage: Stage, restored: checkpoint.Restored) -> None:
   """A checkpoint's position in the data means nothing in other rows."""
-  if restored.meta['data'] != stage.data.digest():
+  if restored.meta['data'] != stage.data.digest:
     raise checkpoint.CheckpointError(
         f'{stage.name}: the rows of {stage.run.config.data.path!r} are not '
         f'those that the checkpoint of step {restored.step} was trained on; '

@@ -125,7 +125,8 @@ class RewardModel(Stage):
     return chosen, rejected
 
   def evaluate(self, states: dict) -> dict[str, float]:
-    chosen, rejected = self.held_out_scores(states)
+    self._scores = self.held_out_scores(states)
+    chosen, rejected = self._scores
     margin = chosen - rejected
     return {
         'eval/accuracy': float(np.mean(margin > 0)),
@@ -136,7 +137,8 @@ class RewardModel(Stage):
     }
 
   def samples(self, states: dict) -> str:
-    chosen, rejected = self.held_out_scores(states)
+    del states  # those of the evaluation just before
+    chosen, rejected = self._scores
     data = self.run.data.eval
     count = min(self.run.config.log.samples, len(data))
     texts = lambda ragged: [self.run.text(ragged[row]) for row in range(count)]

@@ -103,6 +103,16 @@ def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
   return given
 
 
+def stages_to_train(config: ConfigDict, workdir: epath.PathLike) -> list[str]:
+  """The stages of the config that are neither given nor done."""
+  given = given_stages(config, workdir)
+  return [
+      stage
+      for stage in config.stages
+      if stage not in given and workdir_lib.read_done(workdir, stage) is None
+  ]
+
+
 def tokenizer_path(config: ConfigDict) -> str:
   """The folder or id whose tokenizer the run uses; '' = train one."""
   if config.tokenizer.path:

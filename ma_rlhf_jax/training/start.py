@@ -4,7 +4,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts, tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import huggingface
@@ -29,12 +28,7 @@ def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
   tokenizer = None
   if path:
     tokenizer = tokenizer_lib.load_tokenizer(str(huggingface.resolve(path)))
-  given = sources.given_stages(config, workdir)
-  to_train = [
-      stage
-      for stage in config.stages
-      if stage not in given and workdir_lib.read_done(workdir, stage) is None
-  ]
+  to_train = sources.stages_to_train(config, workdir)
   data, tokenizer = parts.prepare(config, tokenizer, workdir, to_train)
   if 'ppo' in to_train:
     _check_warmup(config, config_lib.num_steps(config.ppo, len(data.ppo)))

@@ -185,7 +185,6 @@ def test_stages_of_few_updates_are_told() -> None:
   config = config_lib.base()
   config.sft.batch_size, config.sft.steps = 2, 9
   config.reward_model.batch_size, config.reward_model.steps = 2, 10
-  config.stages = ('sft', 'reward_model')
   data = parts.Datasets(DATA, DATA, DATA, DATA, {})
-  (line,) = parts.few_updates(config, data)
+  (line,) = parts.few_updates(config, data, ['sft', 'reward_model'])
   assert line.startswith('sft makes 9 update(s): 3 rows in batches of 2; ')

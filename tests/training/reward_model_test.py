@@ -179,6 +179,7 @@ def test_the_table_shows_no_more_rows_than_are_held_out(
   stage = _stage(tmp_path, log__samples=99)
   scores = np.arange(8) + 0.25, np.arange(8) - 10.5
   monkeypatch.setattr(stage, 'held_out_scores', lambda _: scores)
+  stage.evaluate(stage.states)
   lines = stage.samples(stage.states).split('\n')
   assert len(lines) == 1 + 8
   assert 'score of rejected' in lines[0]
