@@ -20,6 +20,8 @@ from typing import Any
 import ml_collections
 from ml_collections import ConfigDict
 
+from ma_rlhf_jax import switches
+
 
 def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
   """AdamW with the authors' betas, decay and clipping."""
@@ -131,12 +133,19 @@ def _ppo() -> ConfigDict:
   c.minibatches = 1  # optimizer updates per such pass, paper
   c.micro_batch_size = 0  # sequences per forward pass; 0 = all
   c.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
+  c.kl_estimator = 'k1'  # in the reward; no other has the right gradient
+  c.kl_target = 0.0  # nats per response that kl_coef adapts to; 0 = fixed
+  c.kl_horizon = 10_000  # responses in which it can change by a factor of e^.2
   c.score_clip = 2.5  # reward-model units, authors; 0 = no clipping
   c.clip_eps = 0.2  # paper
-  c.gamma = 1.0  # per macro action, paper
+  c.gamma = 1.0  # paper
+  c.discount = 'macro'  # gamma per macro action (authors) | per token (SMDP)
   c.gae_lambda = 0.95  # per macro action, paper
+  c.advantage = 'shared'  # by a macro action's tokens (paper) | own
+  c.baseline = 'critic'  # critic | rloo (other samples of the prompt)
   c.whiten_advantages = False
-  c.loss_reduction = 'sequence'  # sequence | token
+  c.ratio = 'token'  # token (authors) | macro (paper) | geometric
+  c.loss_reduction = 'sequence'  # sequence (authors) | token | macro | constant
   c.logprob_temperature = 0.0  # of log-probs in ratio and KL;
   # 0 = rollout.temperature
   c.critic_warmup_updates = 0  # steps in which only the critic learns
@@ -150,6 +159,7 @@ def _critic() -> ConfigDict:
   """The critic of MA-PPO."""
   c = ConfigDict()
   c.target = 'token'  # token | macro (paper) | starts
+  c.gae_lambda = -1.0  # of its returns; -1 = ppo.gae_lambda
   c.clip_eps = 0.2  # reward-model units, authors; 0 = no clipping
   c.optim = _optim(1.5e-5)
   return c
@@ -158,12 +168,29 @@ def _critic() -> ConfigDict:
 def _macro() -> ConfigDict:
   """Macro actions: where they end, how tokens are pooled."""
   c = ConfigDict()
-  c.termination = 'fixed'  # fixed | randomised | ppl | ppl_adjacent
+  c.variant = 'ours'  # ours | paper | authors; set by --config=recipe.py:paper
+  # On the device: fixed | randomised | ppl | ppl_adjacent | ppl_authors |
+  # low_probability; on the host: parsing | sentences | clauses | python.
+  c.termination = 'fixed'
   c.ngram = 5  # tokens, paper; 0 = infinity (one macro action)
   c.random_lengths = (2, 3, 5, 10)  # tokens, paper
   c.random_repeats = 3  # of each length, paper
-  c.reward = 'sum'  # sum (paper) | mean (authors)
-  c.value = 'start'  # start (SMDP) | equal (paper) | unit | position
+  c.random_leftover = 'one'  # what follows: one (paper) | cycle
+  c.logprobs = 'ref'  # of ppl* and low_probability: ref (paper) | old policy
+  c.cut_probability = 0.9  # low_probability: below it is a cut point, SPO
+  c.cut_count = 5  # low_probability: cut points per macro action, SPO
+  # parsing: 'module:function', a .jsonl file of trees, or 'command: ...'.
+  c.parser = ''
+  c.parse_cutoff = 5  # tokens; a smaller constituent is a macro action, paper
+  c.parse_fallback = 'fixed'  # of a sentence without a tree: fixed | one
+  c.parse_workers = 0  # processes that parse; 0 = this one
+  c.min_len = 1  # tokens, of every macro action of every rule
+  c.max_len = 0  # tokens; 0 = no bound
+  c.last_token_alone = False  # as a macro action of its own, authors
+  c.empty_step = False  # the authors' step of no tokens before it
+  c.reward = 'sum'  # sum (paper) | mean | position_reversed (authors)
+  c.value = 'start'  # start (SMDP) | equal (paper) | unit | position (paper) |
+  # position_reversed (authors)
   return c
 
 
@@ -243,7 +270,8 @@ RESUMABLE = (
     'data.cache_dir',
 )
 
-# What follows the colon in --config=recipe.py:name=value,name=value.
+# What follows the colon in --config=recipe.py:word,name=value. Words are the
+# variants and controls of `switches`.
 ARGUMENTS = {
     'ngram': ('macro.ngram', int),
     'seed': ('seed', int),
@@ -252,7 +280,7 @@ ARGUMENTS = {
 
 
 def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
-  """`config` after the recipe arguments `name=value,name=value`.
+  """`config` after the recipe arguments `word,name=value`, in their order.
 
   Args:
     config: what `base()` and the recipe made.
@@ -262,11 +290,16 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
     ValueError: on an unknown name or a value of the wrong type.
   """
   for item in filter(None, (arguments or '').split(',')):
+    if item in switches.VARIANTS or item in switches.CONTROLS:
+      switches.select(config, item)
+      continue
     name, _, text = item.partition('=')
     if name not in ARGUMENTS:
+      words = [*switches.VARIANTS, *switches.CONTROLS]
       raise ValueError(
           f'recipe argument {name!r} is unknown; known are '
-          f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5'
+          f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5, '
+          f'and the words {", ".join(words)}'
       )
     field, parse = ARGUMENTS[name]
     try:

@@ -119,11 +119,15 @@ class MacroActions:
       which `segment_sum` drops.
     starts_BT: bool, true on the first token of each macro action.
     mask_BT: bool, true on real response tokens.
+    empty_B: int32, the macro action before which an empty step of reward 0 and
+      value 0 takes part in the estimation, T where there is none; None = none
+      at all. Only `macro.authors` makes such steps.
   """
 
   ids_BT: Array
   starts_BT: Array
   mask_BT: Array
+  empty_B: Array | None = None
 
 
 @struct.dataclass
@@ -137,6 +141,19 @@ class Targets:
 
   advantages_BT: Array
   returns_BT: Array
+
+
+@struct.dataclass
+class LossWeights:
+  """What each token of a batch counts; 0 on padding.
+
+  Attributes:
+    loss_BT: float, in the loss, of which they are all the normalisation.
+    metric_BT: float, in the metrics beside it; they add up to 1.
+  """
+
+  loss_BT: Array
+  metric_BT: Array
 
 
 @struct.dataclass

@@ -17,7 +17,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ma_rlhf_jax import validation
+from ma_rlhf_jax import switches, validation
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
@@ -93,11 +93,14 @@ def _ppo_models(run: Run) -> tuple[Models, Models]:
   """Shapes and parameters of the four models of PPO."""
   policy = sources.policy_source(run.config, run.workdir)
   reward_model = sources.reward_model_source(run.config, run.workdir)
-  critic = sources.critic_source(run.config, run.workdir)
+  critic = (None, None)
+  if run.config.ppo.baseline == 'critic':
+    source = sources.critic_source(run.config, run.workdir)
+    critic = sources.load(run, source, 'scalar')
   loaded = Models(
       policy=sources.load(run, policy, 'policy'),
       ref_policy=sources.load(run, policy, 'policy'),
-      critic=sources.load(run, critic, 'scalar'),
+      critic=critic,
       reward_model=sources.load(run, reward_model, 'scalar'),
   )
   shapes, params = zip(*loaded, strict=True)
@@ -108,14 +111,15 @@ def train_ppo(run: Run) -> None:
   """MA-PPO, from SFT policy and reward model to `ppo/hf`."""
   stage = PPO(run, *_ppo_models(run))
   states, step = run_stage(stage)
+  exports = {'ppo': ('policy', stage.shapes.policy, states['policy'].params)}
+  if 'critic' in states:
+    trained = ('scalar', stage.shapes.critic, states['critic'].params)
+    exports['critic'] = trained
   _finish(
       run,
       'ppo',
       step,
-      {
-          'ppo': ('policy', stage.shapes.policy, states['policy'].params),
-          'critic': ('scalar', stage.shapes.critic, states['critic'].params),
-      },
+      exports,
       used_sha256={
           'sft': workdir_lib.params_sha256(stage.frozen['ref_policy']),
           'reward_model': workdir_lib.params_sha256(
@@ -180,6 +184,9 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
     check_products(config, path)
     run = load_run(config, path)
     sources.check(run)
+    to_train = sources.stages_to_train(config, path)
+    if 'ppo' in to_train and (host := run.host_termination()):
+      host.close()
   except (ValueError, OSError, ImportError):
     if first:
       workdir_lib.abandon(path)
@@ -187,7 +194,8 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   print(f'workdir: {path}')
   print(parts.describe_counts(run.data.counts))
   print(f'     columns: {run.prompt_len} prompt, {run.response_len} response')
-  to_train = sources.stages_to_train(config, path)
+  if 'ppo' in to_train:
+    print(switches.describe(config))
   warnings = validation.warnings(config)
   warnings += parts.few_updates(config, run.data, to_train)
   for warning in warnings:

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import switches
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
 _OPTIMS = ('sft.optim', 'reward_model.optim', 'ppo.optim', 'critic.optim')
@@ -19,11 +20,30 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'data.task': tuple(config_lib.TASK_LENGTHS),
     'sft.loss_on': ('response', 'text', 'everything'),
     'reward_model.loss': ('per_token', 'last_token', 'authors'),
-    'ppo.loss_reduction': ('sequence', 'token'),
+    'ppo.discount': ('macro', 'token'),
+    'ppo.advantage': ('shared', 'own'),
+    'ppo.baseline': ('critic', 'rloo'),
+    'ppo.ratio': ('token', 'macro', 'geometric'),
+    'ppo.loss_reduction': ('sequence', 'token', 'macro', 'constant'),
     'critic.target': ('token', 'macro', 'starts'),
-    'macro.termination': ('fixed', 'randomised', 'ppl', 'ppl_adjacent'),
-    'macro.reward': ('sum', 'mean'),
-    'macro.value': ('start', 'equal', 'unit', 'position'),
+    'macro.variant': tuple(switches.VARIANTS),
+    'macro.termination': (
+        'fixed',
+        'randomised',
+        'ppl',
+        'ppl_adjacent',
+        'ppl_authors',
+        'low_probability',
+        'parsing',
+        'sentences',
+        'clauses',
+        'python',
+    ),
+    'macro.random_leftover': ('one', 'cycle'),
+    'macro.logprobs': ('ref', 'old'),
+    'macro.parse_fallback': ('fixed', 'one'),
+    'macro.reward': ('sum', 'mean', 'position_reversed'),
+    'macro.value': ('start', 'equal', 'unit', 'position', 'position_reversed'),
     'export.which': ('last', 'best'),
     'profile.stage': _STAGES[:3],
     **{f'{o}.schedule': ('cosine', 'linear', 'constant') for o in _OPTIMS},
@@ -44,7 +64,8 @@ _AT_LEAST_1 = (
     ' model.num_kv_heads model.head_dim model.logprob_chunk'
     ' data.synthetic_rows sft.batch_size reward_model.batch_size'
     ' ppo.batch_size ppo.samples_per_prompt ppo.ppo_epochs ppo.minibatches'
-    ' macro.random_repeats checkpoint.keep log.every'
+    ' ppo.kl_horizon macro.random_repeats macro.cut_count macro.parse_cutoff'
+    ' macro.min_len checkpoint.keep log.every'
 ).split()
 # One number alone has no interval.
 _AT_LEAST_2 = ['data.eval_rows', 'evaluate.prompts']
@@ -53,22 +74,27 @@ _AT_LEAST_0 = (
     ' data.max_response_len sft.steps sft.micro_batch_size sft.eval_every'
     ' reward_model.steps reward_model.micro_batch_size reward_model.eval_every'
     ' reward_model.num_padding_at_beginning ppo.steps ppo.micro_batch_size'
-    ' ppo.kl_coef ppo.score_clip ppo.logprob_temperature'
+    ' ppo.kl_coef ppo.kl_target ppo.score_clip ppo.logprob_temperature'
+    ' macro.parse_workers macro.max_len'
     ' ppo.critic_warmup_updates ppo.eval_every critic.clip_eps macro.ngram'
     ' data.split_seed rollout.temperature rollout.top_k rollout.min_new_tokens'
     ' rollout.batch_size checkpoint.every log.samples evaluate.temperature'
 ).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('weight_decay', 'clip_norm')]
 _ABOVE_0 = (
     'model.rope_theta model.norm_eps ppo.clip_eps rollout.top_p ppo.max_kl'
-    ' sft.epochs reward_model.epochs ppo.epochs'
+    ' sft.epochs reward_model.epochs ppo.epochs macro.cut_probability'
 ).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('lr', 'eps')]
 _UP_TO_1 = (
     'ppo.gamma ppo.gae_lambda rollout.top_p data.label_noise'
+    ' macro.cut_probability'
 ).split() + [
     f'{o}.{f}' for o in _OPTIMS for f in ('warmup_ratio', 'final_lr_ratio')
 ]
 _BELOW_1 = [f'{o}.{f}' for o in _OPTIMS for f in ('b1', 'b2')]
-_BELOW_2_31 = ['macro.ngram', 'macro.random_repeats']
+_BELOW_2_31 = (
+    'macro.ngram macro.random_repeats macro.min_len macro.max_len'
+    ' macro.cut_count'
+).split()
 _BELOW_2_32 = ['seed', 'data.split_seed']  # what random generators take
 
 # Fields, the bound they keep, and its name.
@@ -224,10 +250,10 @@ def _of_stages(c: ConfigDict) -> Iterator[str]:
     yield f'log.sinks has {sorted(sinks)}; known: jsonl, tensorboard, wandb'
   if not c.macro.random_lengths:
     yield 'macro.random_lengths is empty; it must hold lengths in tokens'
-  if c.macro.reward == 'mean' and c.critic.target == 'token':
+  if not (0 <= c.critic.gae_lambda <= 1 or c.critic.gae_lambda == -1):
     yield (
-        "critic.target='token' aims at summed rewards; with macro.reward="
-        "'mean' use critic.target='macro'"
+        f'critic.gae_lambda={c.critic.gae_lambda} must be between 0 and 1, or '
+        '-1 for that of ppo'
     )
 
 
@@ -246,6 +272,7 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
   found += _of_model(config)
   found += _of_data(config)
   found += _of_stages(config)
+  found += switches.problems(flat)
   if all(config[s].batch_size > 0 for s in ('sft', 'reward_model', 'ppo')):
     found += _of_batches(config, num_devices)
   return found
@@ -282,4 +309,4 @@ def warnings(config: ConfigDict) -> list[str]:
         f' rollout.temperature={r.temperature}: the ratio is not that of the '
         'sampling distribution, which biases the gradient; watch sampler/kl'
     )
-  return found
+  return found + switches.warnings(config)

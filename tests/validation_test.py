@@ -24,11 +24,12 @@ _FREE = set(
     ' data.prompt_column data.rejected_column data.shuffle_labels data.split'
     ' data.subset model.remat ppo.critic_init ppo.from_run ppo.policy_init'
     ' ppo.reward_model ppo.whiten_advantages reward_model.init sft.init'
-    ' tokenizer.path'.split()
+    ' tokenizer.path macro.parser macro.last_token_alone macro.empty_step'.split()
 )
 # Checked together with other fields, or by `parallel.mesh`.
 _RULES = set(
-    'data.parts log.sinks macro.random_lengths mesh.data'
+    'critic.gae_lambda data.parts log.sinks macro.random_lengths mesh.data'
+    ' ppo.kl_estimator'
     ' mesh.fsdp mesh.tensor profile.steps stages tokenizer.vocab_size'.split()
 )
 
@@ -139,6 +140,8 @@ _REFUSED = [
         "no true quality is known in data.task='hh'",
     ),
     ({'macro.reward': 'mean'}, "use critic.target='macro'"),
+    ({'critic.gae_lambda': -0.5}, 'critic.gae_lambda=-0.5 must be between'),
+    ({'critic.gae_lambda': 1.5}, 'or -1 for that of ppo'),
 ]
 
 

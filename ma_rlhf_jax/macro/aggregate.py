@@ -75,6 +75,13 @@ def _position(offset_BT: Array, length_BT: Array, dtype: jnp.dtype) -> Array:
   return 1 / (left_BT * harmonic_T[length_BT - 1])
 
 
+def _position_reversed(
+    offset_BT: Array, length_BT: Array, dtype: jnp.dtype
+) -> Array:
+  """1 / ((offset + 1) H): `_position` from the other end."""
+  return _position(length_BT - 1 - offset_BT, length_BT, dtype)
+
+
 def _equal(offset_BT: Array, length_BT: Array, dtype: jnp.dtype) -> Array:
   return 1 / length_BT.astype(dtype)
 
@@ -98,8 +105,15 @@ WEIGHTS: dict[str, Callable[[Array, Array, jnp.dtype], Array]] = {
     'start': _start,  # the macro action's first token: the SMDP value
     'equal': _equal,  # the paper's default for values
     'unit': _unit,  # the last token
-    'position': _position,  # later tokens weigh more
+    'position': _position,  # paper: later tokens weigh more
+    'position_reversed': _position_reversed,  # authors' code: earlier ones do
 }
+
+
+def sigma(macro: MacroActions, weights: str, dtype: jnp.dtype) -> Array:
+  """[B, T]: what each token counts in `pool`; 0 on padding."""
+  sigma_BT = WEIGHTS[weights](*places(macro), dtype)
+  return jnp.where(macro.mask_BT, sigma_BT, 0)
 
 
 def pool(x_BT: Array, macro: MacroActions, *, weights: str) -> Array:
@@ -119,8 +133,9 @@ def pool(x_BT: Array, macro: MacroActions, *, weights: str) -> Array:
   """
   chex.assert_equal_shape([x_BT, macro.ids_BT])
   dtype = masking.wide(x_BT.dtype)
-  sigma_BT = WEIGHTS[weights](*places(macro), dtype)
-  return _segment_sum(sigma_BT * x_BT.astype(dtype), macro)
+  sigma_BT = sigma(macro, weights, dtype)
+  x_BT = jnp.where(macro.mask_BT, x_BT, 0).astype(dtype)
+  return _segment_sum(sigma_BT * x_BT, macro)
 
 
 def statistics(macro: MacroActions) -> dict[str, Array]:

@@ -8,13 +8,15 @@ A rule looks at finished responses and says which tokens open a macro action:
 
 A new rule is one function of `TerminationInputs` and `TerminationSettings` and
 one entry in `RULES`. Whatever a rule says, `macro_actions` opens one at the
-first real token, so that every response token belongs to exactly one.
+first real token, so that every response token belongs to exactly one. Rules
+that read the text instead live in `macro.host` and hand over `given_BT`.
 
 Source: MA-RLHF, arXiv 2410.02743, appendix B.4.
 """
 
 from collections.abc import Callable
 import dataclasses
+import math
 
 import chex
 from flax import struct
@@ -23,6 +25,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.macro import authors
 from ma_rlhf_jax.structs import Array, MacroActions
 
 
@@ -35,12 +38,26 @@ class TerminationSettings:
     ngram: tokens per macro action of `fixed`; 0 = infinity.
     random_lengths: tokens, the lengths that `randomised` shuffles.
     random_repeats: how often each of them occurs.
+    random_leftover: `one` or `cycle`, what follows after all of them.
+    cut_probability: of `low_probability`; less probable tokens are cut points.
+    cut_count: cut points in each macro action of `low_probability`.
+    min_len: tokens, at least 1, of every macro action of every rule.
+    max_len: tokens, at most; 0 = no bound.
+    last_token_alone: the last token of a response is a macro action.
+    empty_step: with that, the empty step of the authors' code.
   """
 
   termination: str
-  ngram: int
-  random_lengths: tuple[int, ...]
-  random_repeats: int
+  ngram: int = 5
+  random_lengths: tuple[int, ...] = (2, 3, 5, 10)
+  random_repeats: int = 3
+  random_leftover: str = 'one'
+  cut_probability: float = 0.9
+  cut_count: int = 5
+  min_len: int = 1
+  max_len: int = 0
+  last_token_alone: bool = False
+  empty_step: bool = False
 
 
 @struct.dataclass
@@ -49,14 +66,17 @@ class TerminationInputs:
 
   Attributes:
     mask_BT: bool, true on real response tokens.
-    ref_logprobs_BT: float, nats, under the reference policy; anything on
-      padding.
+    logprobs_BT: float, nats, under the model that rules of probability ask;
+      anything on padding.
     keys_B: one random key for each row.
+    given_BT: bool, true where a rule of the host opens a macro action; None
+      where `RULES` has the rule.
   """
 
   mask_BT: Array
-  ref_logprobs_BT: Array
+  logprobs_BT: Array
   keys_B: Array
+  given_BT: Array | None = None
 
 
 def _check(mask_BT: Array) -> None:
@@ -72,27 +92,39 @@ def fixed(mask_BT: Array, *, ngram: int) -> Array:
   return mask_BT & (place_BT == 0)
 
 
-def from_lengths(mask_BT: Array, lengths_BR: Array) -> Array:
+def from_lengths(
+    mask_BT: Array, lengths_BR: Array, *, leftover: str = 'one'
+) -> Array:
   """Macro actions of given lengths, consumed in order.
 
   Args:
     mask_BT: bool, true on real response tokens.
     lengths_BR: int32 >= 1, tokens, of the first R macro actions of each row.
-      What a response has beyond their sum is one more macro action.
+    leftover: what a response has beyond their sum is `one` more macro action
+      (paper), or the list is gone through again, `cycle`.
 
   Returns:
     bool [B, T], true where a macro action opens.
   """
   _check(mask_BT)
   chex.assert_shape(lengths_BR, (mask_BT.shape[0], None))
-  position_BT1 = masking.positions(mask_BT)[:, :, None]
-  starts_B1R = jnp.cumsum(lengths_BR, axis=1, dtype=jnp.int32)[:, None, :]
-  opens_BT = jnp.any(position_BT1 == starts_B1R, axis=-1)
-  return mask_BT & (opens_BT | (position_BT1[..., 0] == 0))
+  position_BT = masking.positions(mask_BT)
+  # No response is longer than T, so longer lengths change nothing.
+  lengths_BR = jnp.minimum(lengths_BR, mask_BT.shape[1]).astype(jnp.int32)
+  ends_BR = jnp.cumsum(lengths_BR, axis=1, dtype=jnp.int32)
+  if leftover == 'cycle':
+    position_BT = position_BT % ends_BR[:, -1:]
+  opens_BT = jnp.any(position_BT[:, :, None] == ends_BR[:, None, :], axis=-1)
+  return mask_BT & (opens_BT | (position_BT == 0))
 
 
 def randomised(
-    mask_BT: Array, keys_B: Array, *, lengths: tuple[int, ...], repeats: int
+    mask_BT: Array,
+    keys_B: Array,
+    *,
+    lengths: tuple[int, ...],
+    repeats: int,
+    leftover: str = 'one',
 ) -> Array:
   """Macro actions of shuffled lengths, each row in its own order.
 
@@ -101,13 +133,15 @@ def randomised(
     keys_B: one random key for each row.
     lengths: tokens, >= 1.
     repeats: how often each length occurs in the shuffled list.
+    leftover: see `from_lengths`.
 
   Returns:
     bool [B, T], true where a macro action opens; see `from_lengths`.
   """
   list_R = jnp.tile(jnp.asarray(lengths, dtype=jnp.int32), repeats)
   shuffle = lambda key: jax.random.permutation(key, list_R)
-  return from_lengths(mask_BT, jax.vmap(shuffle)(keys_B))
+  lengths_BR = jax.vmap(shuffle)(keys_B)
+  return from_lengths(mask_BT, lengths_BR, leftover=leftover)
 
 
 def _cut_on_rise(
@@ -189,6 +223,85 @@ def ppl_adjacent(logprobs_BT: Array, mask_BT: Array) -> Array:
   return _cut_on_rise(logprobs_BT, mask_BT, lambda level, nll, count: nll)
 
 
+def low_probability(
+    logprobs_BT: Array,
+    mask_BT: Array,
+    *,
+    cut_probability: float,
+    cut_count: int,
+) -> Array:
+  """Opens a macro action at every `cut_count`-th improbable token.
+
+  A token less probable than `cut_probability` is a cut point: a place where
+  the response could have gone another way.
+
+  Args:
+    logprobs_BT: float, nats; anything on padding.
+    mask_BT: bool, true on real response tokens.
+    cut_probability: in (0, 1].
+    cut_count: >= 1.
+
+  Returns:
+    bool [B, T], true where a macro action opens.
+
+  Source: SPO, arXiv 2505.23564, section 4.1, whose segments hold a number of
+  tokens with probability below 0.9. There the first cut point counts; here too.
+  """
+  _check(mask_BT)
+  chex.assert_equal_shape([logprobs_BT, mask_BT])
+  cut_BT = mask_BT & (logprobs_BT < math.log(cut_probability))
+  cuts_BT = jnp.cumsum(cut_BT, axis=1, dtype=jnp.int32)
+  return cut_BT & (cuts_BT % cut_count == 0)
+
+
+def bounded(
+    starts_BT: Array, mask_BT: Array, *, min_len: int, max_len: int
+) -> Array:
+  """The starts, thinned and filled until every length is within bounds.
+
+  From left to right, a start too early is dropped, one too late is put in, and
+  so is one without which the rest would not come out. A response shorter than
+  `min_len` is one macro action.
+
+  Args:
+    starts_BT: bool, true where a macro action should open.
+    mask_BT: bool, true on real response tokens.
+    min_len: tokens, >= 1.
+    max_len: tokens, >= 2 * min_len - 1, so that every length from `min_len` on
+      is a sum of allowed ones; 0 = no bound.
+
+  Returns:
+    bool [B, T], true where a macro action opens.
+
+  Raises:
+    ValueError: if the bounds contradict each other.
+  """
+  _check(mask_BT)
+  chex.assert_equal_shape([starts_BT, mask_BT])
+  if max_len and max_len < 2 * min_len - 1:
+    raise ValueError(
+        f'max_len={max_len} must be 0 or at least {2 * min_len - 1} with '
+        f'min_len={min_len}: no lengths in between add up to {max_len + 1}'
+    )
+  most = max_len or mask_BT.shape[1]
+  tokens_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32)
+  left_BT = tokens_BT[:, -1:] - tokens_BT + 1  # this token included
+
+  def step(length_B: Array, x: tuple[Array, ...]) -> tuple[Array, Array]:
+    wanted_B, left_B, mask_B = x
+    # Without a cut here the last `min_len` tokens could not stand alone.
+    now_B = (left_B == min_len) & (length_B + left_B > most)
+    may_B = (length_B >= min_len) & (left_B >= min_len)
+    cut_B = may_B & (wanted_B | (length_B >= most) | now_B)
+    cut_B = mask_B & (cut_B | (length_B == 0))
+    grown_B = jnp.where(cut_B, 1, length_B + 1)
+    return jnp.where(mask_B, grown_B, length_B), cut_B
+
+  none_B = jnp.zeros_like(left_BT[:, 0])
+  _, cuts_TB = lax.scan(step, none_B, (starts_BT.T, left_BT.T, mask_BT.T))
+  return cuts_TB.T
+
+
 Rule = Callable[[TerminationInputs, TerminationSettings], Array]
 
 RULES: dict[str, Rule] = {
@@ -198,9 +311,17 @@ RULES: dict[str, Rule] = {
         x.keys_B,
         lengths=s.random_lengths,
         repeats=s.random_repeats,
+        leftover=s.random_leftover,
     ),
-    'ppl': lambda x, s: ppl(x.ref_logprobs_BT, x.mask_BT),
-    'ppl_adjacent': lambda x, s: ppl_adjacent(x.ref_logprobs_BT, x.mask_BT),
+    'ppl': lambda x, s: ppl(x.logprobs_BT, x.mask_BT),
+    'ppl_adjacent': lambda x, s: ppl_adjacent(x.logprobs_BT, x.mask_BT),
+    'ppl_authors': lambda x, s: authors.ppl(x.logprobs_BT, x.mask_BT),
+    'low_probability': lambda x, s: low_probability(
+        x.logprobs_BT,
+        x.mask_BT,
+        cut_probability=s.cut_probability,
+        cut_count=s.cut_count,
+    ),
 }
 
 
@@ -231,5 +352,22 @@ def segment(
     inputs: TerminationInputs, settings: TerminationSettings
 ) -> MacroActions:
   """The macro actions of a batch under the rule that `settings` names."""
-  starts_BT = RULES[settings.termination](inputs, settings)
-  return macro_actions(starts_BT, inputs.mask_BT)
+  mask_BT, starts_BT = inputs.mask_BT, inputs.given_BT
+  if starts_BT is None:
+    starts_BT = RULES[settings.termination](inputs, settings)
+  if settings.min_len > 1 or settings.max_len:
+    starts_BT = bounded(
+        starts_BT,
+        mask_BT,
+        min_len=settings.min_len,
+        max_len=settings.max_len,
+    )
+  if not settings.last_token_alone:
+    return macro_actions(starts_BT, mask_BT)
+  starts_BT, empty_B = authors.last_column_alone(
+      macro_actions(starts_BT, mask_BT).starts_BT,
+      mask_BT,
+      masking.last_real(mask_BT) + 1,
+  )
+  macro = macro_actions(starts_BT, mask_BT)
+  return macro.replace(empty_B=empty_B) if settings.empty_step else macro

@@ -1,4 +1,11 @@
-"""Generalised advantage estimation, over tokens or over macro actions."""
+"""Advantages and returns, over tokens or over macro actions.
+
+Two discounts, both 1 by default (t is a token, m a macro action):
+
+  discount   token t -> t + 1              macro action m -> m + 1
+  macro      gamma where t ends m, else 1  gamma
+  token      gamma                         gamma ** length of m
+"""
 
 from collections.abc import Callable
 
@@ -7,8 +14,22 @@ from jax import lax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.macro import aggregate
-from ma_rlhf_jax.structs import Array, MacroActions, Targets
+from ma_rlhf_jax.macro import aggregate, authors
+from ma_rlhf_jax.structs import Array, MacroActions
+
+
+def _backward(gains_BT: Array, decay_BT: Array) -> Array:
+  """`y_t = gains_t + decay_t y_{t+1}`, 0 past the last column."""
+
+  def step(later_B: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
+    gain_B, decay_B = x
+    sum_B = gain_B + decay_B * later_B
+    return sum_B, sum_B
+
+  start_B = jnp.zeros_like(gains_BT[:, 0])
+  inputs = gains_BT.T, decay_BT.T.astype(gains_BT.dtype)
+  _, sums_TB = lax.scan(step, start_B, inputs, reverse=True)
+  return sums_TB.T
 
 
 def gae(
@@ -51,18 +72,8 @@ def gae(
   next_values_BM = jnp.pad(values_BM[:, 1:], ((0, 0), (0, 1)))
   deltas_BM = rewards_BM + gamma_BM * next_values_BM - values_BM
 
-  def step(later_B: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
-    delta_B, decay_B = x
-    advantage_B = delta_B + decay_B * later_B
-    return advantage_B, advantage_B
-
-  _, advantages_MB = lax.scan(
-      step,
-      jnp.zeros_like(deltas_BM[:, 0]),
-      (deltas_BM.T, (gamma_BM * trace_BM).T),
-      reverse=True,
-  )
-  advantages_BM = jnp.where(mask_BM, advantages_MB.T, 0)
+  advantages_BM = _backward(deltas_BM, gamma_BM * trace_BM)
+  advantages_BM = jnp.where(mask_BM, advantages_BM, 0)
   return advantages_BM, advantages_BM + values_BM
 
 
@@ -75,108 +86,132 @@ def piecewise(macro: MacroActions, value: float) -> Array:
   return jnp.where(aggregate.ends(macro), value, 1.0)
 
 
-def _token_returns(
-    values_BT: Array,
-    rewards_BT: Array,
-    macro: MacroActions,
-    macro_returns_BM: Array,
-    *,
-    gamma: float,
-    gae_lambda: float,
-) -> Array:
-  """Each token's own lambda-return under the piecewise lambda and gamma."""
-  del macro_returns_BM
-  _, returns_BT = gae(
-      values_BT,
-      rewards_BT,
-      macro.mask_BT,
-      gamma=piecewise(macro, gamma),
-      gae_lambda=piecewise(macro, gae_lambda),
-  )
-  return returns_BT
+def _discount_per_macro(macro: MacroActions, gamma: float) -> Array:
+  """[B, T]: gamma where a macro action ends, 1 inside."""
+  return piecewise(macro, gamma)
 
 
-def _shared_returns(
-    values_BT: Array,
-    rewards_BT: Array,
-    macro: MacroActions,
-    macro_returns_BM: Array,
-    *,
-    gamma: float,
-    gae_lambda: float,
-) -> Array:
-  """The macro action's return at each of its tokens."""
-  del values_BT, rewards_BT, gamma, gae_lambda
-  return aggregate.spread(macro_returns_BM, macro)
+def _discount_per_token(macro: MacroActions, gamma: float) -> Array:
+  """[B, T]: gamma everywhere."""
+  return jnp.full(macro.mask_BT.shape, gamma, jnp.result_type(float))
 
 
-# Name of config.critic.target -> what the critic regresses to.
-CRITIC_TARGETS: dict[str, Callable[..., Array]] = {
-    'token': _token_returns,
-    'macro': _shared_returns,
-    'starts': _shared_returns,  # counted at `critic_mask` only
+# Name of config.ppo.discount -> [B, T], the discount from token t to t + 1.
+DISCOUNTS: dict[str, Callable[[MacroActions, float], Array]] = {
+    'macro': _discount_per_macro,  # authors; gamma per decision
+    'token': _discount_per_token,  # SMDP: gamma per step of the environment
 }
 
 
-def critic_mask(macro: MacroActions, *, critic_target: str) -> Array:
-  """bool [B, T]: tokens whose values the critic loss sees."""
-  return macro.starts_BT if critic_target == 'starts' else macro.mask_BT
+def _inside(macro: MacroActions, gamma: float, discount: str) -> Array:
+  """[B, T]: discount from the first token of the macro action to token t."""
+  offset_BT, _ = aggregate.places(macro)
+  base = gamma if discount == 'token' else 1.0
+  return jnp.asarray(base, jnp.result_type(float)) ** offset_BT
 
 
-def macro_targets(
+def macro_gae(
     values_BT: Array,
     rewards_BT: Array,
     macro: MacroActions,
     *,
     gamma: float,
     gae_lambda: float,
+    discount: str,
     reward: str,
     value: str,
-    critic_target: str,
-) -> Targets:
-  """Advantages shared within macro actions, and what the critic aims at.
+) -> tuple[Array, Array]:
+  """Advantages and returns of macro actions, float [B, M]; see `gae`.
 
-  R_m = pool(rewards), V_m = pool(values); GAE over m = 0, 1, ...; token t of
-  macro action m gets advantage_m. With one-token macro actions this is token
-  PPO.
+  R_m = pool(rewards), V_m = pool(values). Under the discount per token the k-th
+  reward of a macro action is worth gamma ** k, and what follows it gamma **
+  length, as in a semi-Markov decision process; the trace is gae_lambda a macro
+  action either way. An empty step of `macro.empty_B` has R = V = 0.
 
   Args:
     values_BT: float, reward-model units; anything on padding.
     rewards_BT: float, reward-model units; anything on padding.
     macro: the macro actions.
-    gamma: discount per macro action, whatever its length.
+    gamma: discount per macro action or per token.
     gae_lambda: trace per macro action, whatever its length.
-    reward: `sum` (paper) or `mean` (authors).
+    discount: a key of `DISCOUNTS`.
+    reward: `sum` (paper), `mean` (authors) or another of `aggregate.WEIGHTS`.
     value: `start` (SMDP: the value of the state in which the macro action is
-      chosen), `equal` (paper), `unit` or `position`.
-    critic_target: `macro` (paper): return_m at every token; `starts`: the same,
-      for a critic loss over `critic_mask`; `token`: each token's own
-      lambda-return from token rewards and token values, with lambda and gamma
-      at the last token of a macro action and 1 inside. The token rewards enter
-      it undivided, whatever `reward` says.
-
-  Returns:
-    float [B, T] advantages and returns; 0 on padding.
+      chosen), `equal` (paper), `unit`, `position` or `position_reversed`.
 
   Source: arXiv 2410.02743, section 3. The authors' code averages the rewards.
   """
   chex.assert_equal_shape([values_BT, rewards_BT, macro.mask_BT])
-  advantages_BM, returns_BM = gae(
-      aggregate.pool(values_BT, macro, weights=value),
-      aggregate.pool(rewards_BT, macro, weights=reward),
-      aggregate.macro_mask(macro),
+  inside_BT = _inside(macro, gamma, discount)
+  rewards_BM = aggregate.pool(rewards_BT * inside_BT, macro, weights=reward)
+  values_BM = aggregate.pool(values_BT, macro, weights=value)
+  mask_BM = aggregate.macro_mask(macro)
+  decay_BM = jnp.full(mask_BM.shape, gamma, jnp.result_type(float))
+  if discount == 'token':
+    decay_BM = decay_BM ** aggregate.lengths(macro)
+  if macro.empty_B is None:
+    return gae(
+        values_BM, rewards_BM, mask_BM, gamma=decay_BM, gae_lambda=gae_lambda
+    )
+  insert = lambda x_BM: authors.insert_empty_steps(x_BM, macro.empty_B)
+  advantages_BS, returns_BS = gae(
+      insert(values_BM),
+      insert(rewards_BM),
+      ~insert(~mask_BM),  # the empty step counts
       gamma=gamma,
       gae_lambda=gae_lambda,
   )
-  returns_BT = CRITIC_TARGETS[critic_target](
-      values_BT,
-      rewards_BT,
-      macro,
-      returns_BM,
-      gamma=gamma,
-      gae_lambda=gae_lambda,
+  remove = lambda x_BS: authors.remove_empty_steps(x_BS, macro.empty_B)
+  return remove(advantages_BS), remove(returns_BS)
+
+
+def own_advantages(
+    values_BT: Array,
+    rewards_BT: Array,
+    macro: MacroActions,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    discount: str,
+    reward: str,
+    value: str,
+) -> Array:
+  """Each token's own advantage, float [B, T]; arguments as in `macro_gae`.
+
+  Of the macro action's advantage, what token k cannot change is left out: the
+  rewards before it, and the values up to its own state, for which its own
+  value stands in,
+
+    own_k = advantage_m - sum_{i<k} r_i + sum_{i<=k} sigma_i V_i
+            - (sigma_0 + ... + sigma_k) V_k
+
+  so that the expected gradient stays and variance goes. At the first token it
+  is advantage_m. With `start` and `sum` it is token GAE with lambda = 1 inside
+  macro actions and gae_lambda at their ends; under the discount per token it
+  needs `start`.
+  """
+  chex.assert_equal_shape([values_BT, rewards_BT, macro.mask_BT])
+  dtype = masking.wide(jnp.result_type(values_BT, rewards_BT))
+  clean = lambda x_BT: jnp.where(macro.mask_BT, x_BT, 0).astype(dtype)
+  values_BT, rewards_BT = clean(values_BT), clean(rewards_BT)
+  sigma_BT = aggregate.sigma(macro, value, dtype)
+  rho_BT = aggregate.sigma(macro, reward, dtype)
+  values_BM = aggregate.pool(values_BT, macro, weights=value)
+  next_BM = jnp.pad(values_BM[:, 1:], ((0, 0), (0, 1)))
+  gamma_BT = DISCOUNTS[discount](macro, gamma)
+  ends_BT = aggregate.ends(macro)
+  bootstrap_BT = jnp.where(ends_BT, aggregate.spread(next_BM, macro), 0)
+  gains_BT = (
+      rho_BT * rewards_BT - sigma_BT * values_BT + gamma_BT * bootstrap_BT
   )
-  return Targets(
-      advantages_BT=aggregate.spread(advantages_BM, macro),
-      returns_BT=returns_BT,
-  )
+  decay_BT = gamma_BT * piecewise(macro, gae_lambda)
+  # Nothing is left to subtract before the first token of a macro action.
+  told_BT = _before(sigma_BT, macro)
+  return clean(_backward(gains_BT, clean(decay_BT)) - told_BT * values_BT)
+
+
+def _before(x_BT: Array, macro: MacroActions) -> Array:
+  """[B, T]: sum of `x` over the earlier tokens of the same macro action."""
+  earlier_BT = jnp.cumsum(x_BT, axis=1) - x_BT
+  at_start_BM = aggregate.pool(earlier_BT, macro, weights='start')
+  return earlier_BT - aggregate.spread(at_start_BM, macro)

@@ -30,8 +30,9 @@ def token_rewards(
     score_B: Array,
     mask_BT: Array,
     *,
-    kl_coef: float,
+    kl_coef: float | Array,
     score_clip: float,
+    score_column_B: Array | None = None,
 ) -> Array:
   """`-kl_coef * (logprobs - ref_logprobs)`, plus the score on the last token.
 
@@ -42,6 +43,8 @@ def token_rewards(
     mask_BT: bool, true on real response tokens; the rest may hold anything.
     kl_coef: reward-model units per nat.
     score_clip: the score is held within +- this; 0 = no clipping.
+    score_column_B: int32, where the score is added, if it is no padding; None =
+      on the last real token.
 
   Returns:
     float [B, T], reward-model units; 0 on padding. A row without a token gets
@@ -56,9 +59,35 @@ def token_rewards(
   score_B = score_B.astype(jnp.result_type(score_B, kl_BT))
   if score_clip:
     score_B = jnp.clip(score_B, -score_clip, score_clip)
+  if score_column_B is None:
+    score_column_B = masking.last_real(mask_BT)
   column_1T = jnp.arange(mask_BT.shape[1], dtype=jnp.int32)[None]
-  last_BT = mask_BT & (column_1T == masking.last_real(mask_BT)[:, None])
-  return -kl_coef * kl_BT + jnp.where(last_BT, score_B[:, None], 0)
+  scored_BT = mask_BT & (column_1T == score_column_B[:, None])
+  return -kl_coef * kl_BT + jnp.where(scored_BT, score_B[:, None], 0)
+
+
+def adapted_kl_coef(
+    kl_coef: Array, kl: Array, *, target: float, horizon: int, responses: int
+) -> Array:
+  """The coefficient of the next step, drawn towards a KL of `target`.
+
+  kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon)
+
+  Args:
+    kl_coef: scalar, reward-model units per nat.
+    kl: scalar, nats per response, measured in this step.
+    target: nats per response, > 0.
+    horizon: responses in which the coefficient can change by a factor of about
+      e^0.2.
+    responses: in this step.
+
+  Returns:
+    scalar, never negative.
+
+  Source: arXiv 1909.08593, section 2.2.
+  """
+  error = jnp.clip(kl / target - 1, -0.2, 0.2)
+  return kl_coef * jnp.maximum(1 + error * (responses / horizon), 0)
 
 
 def kl_estimates(

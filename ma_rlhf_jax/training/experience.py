@@ -1,5 +1,9 @@
-"""Rollouts -> what the PPO update reads, in one jitted program."""
+"""Rollouts -> scores -> what the PPO update reads, in two jitted programs.
 
+Between the two, the host may say where macro actions start.
+"""
+
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +14,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import aggregate, termination
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import advantage, losses, rewards
+from ma_rlhf_jax.objective import targets as targets_lib
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import (
     Array,
@@ -24,7 +29,10 @@ from ma_rlhf_jax.structs import (
 
 
 class Models(NamedTuple):
-  """One thing for each of the models of PPO: shapes, or parameters."""
+  """One thing for each of the models of PPO: shapes, or parameters.
+
+  Without a critic (`ppo.baseline=rloo`) its entry is None.
+  """
 
   policy: Any
   ref_policy: Any
@@ -36,12 +44,10 @@ def termination_settings(
     macro: ConfigDict,
 ) -> termination.TerminationSettings:
   """The `macro` block of a config, as the rules read it."""
-  return termination.TerminationSettings(
-      termination=macro.termination,
-      ngram=macro.ngram,
-      random_lengths=tuple(macro.random_lengths),
-      random_repeats=macro.random_repeats,
-  )
+  fields = dataclasses.fields(termination.TerminationSettings)
+  values = {field.name: macro[field.name] for field in fields}
+  values['random_lengths'] = tuple(values['random_lengths'])
+  return termination.TerminationSettings(**values)
 
 
 def score_sequences(
@@ -79,11 +85,14 @@ def score_sequences(
   def score(rows: SequenceBatch) -> Scored:
     new_BT, entropy_BT = logprobs(shapes.policy, params.policy, rows, True)
     ref_BT, _ = logprobs(shapes.ref_policy, params.ref_policy, rows, False)
+    values_BT = jnp.zeros_like(new_BT)
+    if params.critic is not None:
+      values_BT = scoring.response_values(shapes.critic, params.critic, rows)
     return Scored(
         logprobs_BT=new_BT,
         ref_logprobs_BT=ref_BT,
         entropy_BT=entropy_BT,
-        values_BT=scoring.response_values(shapes.critic, params.critic, rows),
+        values_BT=values_BT,
         score_B=scoring.sequence_scores(
             shapes.reward_model, params.reward_model, rows
         ),
@@ -93,28 +102,67 @@ def score_sequences(
     return scoring.in_micro_batches(score, sequences, num_micro)
 
 
+def _baseline(
+    rewards_BT: Array, macro: MacroActions, config: ConfigDict
+) -> Array:
+  """[B, T]: what the other responses to the prompt have earned in all."""
+  p = config.ppo
+  _, returns_BM = advantage.macro_gae(
+      jnp.zeros_like(rewards_BT),
+      rewards_BT,
+      macro,
+      gamma=p.gamma,
+      gae_lambda=1.0,
+      discount=p.discount,
+      reward=config.macro.reward,
+      value='start',
+  )
+  baseline_B = targets_lib.leave_one_out(
+      returns_BM[:, 0], samples=p.samples_per_prompt
+  )
+  return jnp.where(macro.mask_BT, baseline_B[:, None], 0)
+
+
 def make_targets(
-    scored: Scored, macro: MacroActions, config: ConfigDict
+    scored: Scored,
+    macro: MacroActions,
+    config: ConfigDict,
+    kl_coef: float | Array | None = None,
 ) -> tuple[Targets, Array]:
-  """Advantages and returns, and the token rewards [B, T] they come from."""
-  p, m = config.ppo, config.macro
+  """Advantages and returns, and the token rewards [B, T] they come from.
+
+  Args:
+    scored: of the responses.
+    macro: their macro actions.
+    config: the whole config; read while tracing only.
+    kl_coef: reward-model units per nat; None = `ppo.kl_coef`.
+  """
+  p, critic = config.ppo, config.critic
   rewards_BT = rewards.token_rewards(
       scored.logprobs_BT,
       scored.ref_logprobs_BT,
       scored.score_B,
       macro.mask_BT,
-      kl_coef=p.kl_coef,
+      kl_coef=p.kl_coef if kl_coef is None else kl_coef,
       score_clip=p.score_clip,
   )
-  targets = advantage.macro_targets(
-      scored.values_BT,
+  values_BT = scored.values_BT
+  if p.baseline == 'rloo':
+    values_BT = _baseline(rewards_BT, macro, config)
+  targets = targets_lib.macro_targets(
+      values_BT,
       rewards_BT,
       macro,
       gamma=p.gamma,
       gae_lambda=p.gae_lambda,
-      reward=m.reward,
-      value=m.value,
-      critic_target=config.critic.target,
+      critic_lambda=(
+          p.gae_lambda if critic.gae_lambda < 0 else critic.gae_lambda
+      ),
+      discount=p.discount,
+      reward=config.macro.reward,
+      value=config.macro.value,
+      advantage=p.advantage,
+      critic_target=critic.target,
   )
   if p.whiten_advantages:
     white_BT = masking.masked_whiten(targets.advantages_BT, macro.mask_BT)
@@ -123,52 +171,50 @@ def make_targets(
 
 
 def make_experience(
-    params: Models,
     rollout: Rollout,
+    scored: Scored,
     macro_keys_B: Array,
+    kl_coef: Array,
+    given_BT: Array | None,
     *,
-    shapes: Models,
     config: ConfigDict,
-    temperature: float,
-    num_micro: int,
 ) -> tuple[Experience, dict[str, Array]]:
-  """Scores rollouts, forms macro actions, and estimates advantages.
+  """Forms macro actions and estimates advantages.
 
   Args:
-    params: of the four models.
     rollout: prompts with sampled responses.
+    scored: what the models say about them.
     macro_keys_B: one random key a row, for random macro lengths.
-    shapes: of the four models.
+    kl_coef: scalar, reward-model units per nat.
+    given_BT: bool, where a rule of the host opens macro actions, or None.
     config: the whole config; read while tracing only.
-    temperature: of the log-probs in ratio, KL and perplexity.
-    num_micro: micro-batches of the scoring passes.
 
   Returns:
     The experience, and metrics of it.
   """
-  sequences = rollout.sequences
-  scored = score_sequences(
-      shapes,
-      params,
-      sequences,
-      temperature=temperature,
-      chunk_tokens=config.model.logprob_chunk,
-      num_micro=num_micro,
-  )
+  sequences, macro = rollout.sequences, config.macro
   with jax.named_scope('macro'):
+    logprobs_BT = {
+        'ref': scored.ref_logprobs_BT,
+        'old': scored.logprobs_BT,
+    }[macro.logprobs]
     macro = termination.segment(
         termination.TerminationInputs(
             mask_BT=sequences.response_mask_BT,
-            ref_logprobs_BT=scored.ref_logprobs_BT,
+            logprobs_BT=logprobs_BT,
             keys_B=macro_keys_B,
+            given_BT=given_BT,
         ),
-        termination_settings(config.macro),
+        termination_settings(macro),
     )
-    targets, rewards_BT = make_targets(scored, macro, config)
+    targets, rewards_BT = make_targets(scored, macro, config, kl_coef)
   experience = Experience(
       sequences=sequences, scored=scored, macro=macro, targets=targets
   )
   metrics = experience_metrics(experience, rewards_BT)
+  if config.ppo.baseline == 'critic':
+    metrics |= critic_metrics(experience)
+  metrics['objective/kl_coef'] = kl_coef
   metrics |= scoring.sampler_statistics(
       rollout.sample_logprobs_BT,
       rollout.kept_mass_BT,
@@ -176,6 +222,19 @@ def make_experience(
       macro.mask_BT,
   )
   return experience, metrics
+
+
+def critic_metrics(experience: Experience) -> dict[str, Array]:
+  """Scalars about the critic before the update, over real tokens."""
+  values_BT = experience.scored.values_BT
+  returns_BT, mask_BT = experience.targets.returns_BT, experience.macro.mask_BT
+  return {
+      'critic/value': masking.masked_mean(values_BT, mask_BT),
+      'critic/return': masking.masked_mean(returns_BT, mask_BT),
+      'critic/explained_variance': losses.explained_variance(
+          values_BT, returns_BT, mask_BT
+      ),
+  }
 
 
 def experience_metrics(
@@ -206,11 +265,6 @@ def experience_metrics(
       'objective/rlhf_reward': jnp.mean(reward_B),
       'response/length': jnp.mean(length_B),
       'response/length_max': jnp.max(length_B),
-      'critic/value': mean(scored.values_BT),
-      'critic/return': mean(targets.returns_BT),
-      'critic/explained_variance': losses.explained_variance(
-          scored.values_BT, targets.returns_BT, mask_BT
-      ),
       'policy/advantage_std': jnp.sqrt(
           mean(jnp.square(targets.advantages_BT - mean(targets.advantages_BT)))
       ),

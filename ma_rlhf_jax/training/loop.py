@@ -14,12 +14,12 @@ import numpy as np
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet
-from ma_rlhf_jax.structs import TrainState
+from ma_rlhf_jax.structs import Array, TrainState
 from ma_rlhf_jax.training import checkpoint, console
 from ma_rlhf_jax.training import metrics as metrics_lib
 from ma_rlhf_jax.training.run import Run
 
-States = dict[str, TrainState]
+States = dict[str, TrainState | Array]  # models, and scalars beside them
 
 
 class Stage(abc.ABC):

@@ -7,25 +7,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
+from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.objective import advantage, losses
+from ma_rlhf_jax.objective import losses, rewards, targets
+from ma_rlhf_jax.parallel.mesh import place
 from ma_rlhf_jax.rollout import sampling, scoring
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
+    LossWeights,
     Params,
     PromptBatch,
     Rollout,
     TrainState,
 )
 from ma_rlhf_jax.training import judge, optim, update
-from ma_rlhf_jax.training.experience import Models, make_experience
+from ma_rlhf_jax.training.experience import (
+    Models,
+    make_experience,
+    score_sequences,
+)
 from ma_rlhf_jax.training.loop import Stage
 from ma_rlhf_jax.training.run import Run
 
-Batch = tuple[Experience, Array]  # with the loss weights of its tokens
+Batch = tuple[Experience, LossWeights]
 
 
 def policy_loss_fn(
@@ -34,11 +42,12 @@ def policy_loss_fn(
     *,
     shape: GemmaConfig,
     clip_eps: float,
+    ratio: str,
     temperature: float,
     chunk_tokens: int,
 ) -> tuple[Array, dict[str, Array]]:
   """The clipped surrogate on a (micro-)batch, and its metrics."""
-  experience, weights_BT = batch
+  experience, weights = batch
   logprobs_BT, _ = scoring.response_logprobs(
       shape,
       params,
@@ -50,9 +59,10 @@ def policy_loss_fn(
       logprobs_BT,
       experience.scored.logprobs_BT,
       experience.targets.advantages_BT,
-      weights_BT,
-      experience.macro.mask_BT,
+      weights,
+      experience.macro,
       clip_eps=clip_eps,
+      ratio=ratio,
   )
 
 
@@ -60,13 +70,13 @@ def value_loss_fn(
     params: Params, batch: Batch, *, shape: GemmaConfig, config: ConfigDict
 ) -> tuple[Array, dict[str, Array]]:
   """The critic's loss on a (micro-)batch, and its metrics."""
-  experience, weights_BT = batch
+  experience, weights = batch
   return losses.value_loss(
       scoring.response_values(shape, params, experience.sequences),
       experience.scored.values_BT,
       experience.targets.returns_BT,
-      weights_BT,
-      advantage.critic_mask(experience.macro, critic_target=config.target),
+      weights,
+      targets.critic_mask(experience.macro, critic_target=config.target),
       clip_eps=config.clip_eps,
   )
 
@@ -77,7 +87,7 @@ def update_on(
     key: Array,
     *,
     loss_fn: update.LossFn,
-    weigh: Callable[[Experience], Array],
+    weigh: Callable[[Experience], LossWeights],
     optimizer: optax.GradientTransformation,
     ppo: ConfigDict,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -88,7 +98,7 @@ def update_on(
     experience: all rows of the step.
     key: orders the rows of each pass; used only with several minibatches.
     loss_fn: takes (params, (experience, weights)).
-    weigh: the loss weights [B, T] of the tokens of one minibatch.
+    weigh: the weights of the tokens of one minibatch.
     optimizer: of this model.
     ppo: `config.ppo`.
 
@@ -144,8 +154,11 @@ class PPO(Stage):
     }
     self.states = {
         'policy': update.init_state(params.policy, policy_optimizer),
-        'critic': update.init_state(params.critic, critic_optimizer),
+        'kl_coef': jnp.asarray(c.kl_coef, jnp.float32),
     }
+    if c.baseline == 'critic':
+      self.states['critic'] = update.init_state(params.critic, critic_optimizer)
+    self._host = run.host_termination()
     self._make_programs(policy_optimizer, critic_optimizer)
 
   def _make_programs(
@@ -156,13 +169,24 @@ class PPO(Stage):
     run, c, shapes = self.run, self.config, self.shapes
     temperature = run.logprob_temperature
     num_rows = c.batch_size * c.samples_per_prompt
-    self.experience = jax.jit(
+    self._score = jax.jit(
         functools.partial(
-            make_experience,
-            shapes=shapes,
-            config=run.config,
+            score_sequences,
+            shapes,
             temperature=temperature,
+            chunk_tokens=run.config.model.logprob_chunk,
             num_micro=update.num_micro(num_rows, c.micro_batch_size),
+        )
+    )
+    self._experience = jax.jit(
+        functools.partial(make_experience, config=run.config)
+    )
+    self._adapt = jax.jit(
+        functools.partial(
+            rewards.adapted_kl_coef,
+            target=c.kl_target,
+            horizon=c.kl_horizon,
+            responses=num_rows,
         )
     )
     self._update_policy = jax.jit(
@@ -172,11 +196,14 @@ class PPO(Stage):
                 policy_loss_fn,
                 shape=shapes.policy,
                 clip_eps=c.clip_eps,
+                ratio=c.ratio,
                 temperature=temperature,
                 chunk_tokens=run.config.model.logprob_chunk,
             ),
             weigh=lambda batch: losses.loss_weights(
-                batch.macro.mask_BT, reduction=c.loss_reduction
+                batch.macro.mask_BT,
+                batch.macro.starts_BT,
+                reduction=c.loss_reduction,
             ),
             optimizer=policy_optimizer,
             ppo=c,
@@ -191,7 +218,8 @@ class PPO(Stage):
                 value_loss_fn, shape=shapes.critic, config=critic
             ),
             weigh=lambda batch: losses.loss_weights(
-                advantage.critic_mask(batch.macro, critic_target=critic.target),
+                targets.critic_mask(batch.macro, critic_target=critic.target),
+                batch.macro.starts_BT,
                 reduction=c.loss_reduction,
             ),
             optimizer=critic_optimizer,
@@ -202,11 +230,23 @@ class PPO(Stage):
 
   def params(self, states: dict) -> Models:
     """The parameters of the four models."""
+    critic = states.get('critic')
     return Models(
         policy=states['policy'].params,
-        critic=states['critic'].params,
+        critic=critic and critic.params,
         **self.frozen,
     )
+
+  def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, float]]:
+    """Where a rule of the host opens macro actions, and its metrics."""
+    if self._host is None:
+      return None, {}
+    rows = rollout.sequences
+    starts_BT, metrics = self._host(
+        np.asarray(masking.response_tokens(rows)),
+        np.asarray(rows.response_mask_BT),
+    )
+    return place(starts_BT, self.run.mesh), metrics
 
   def _rollout(
       self, params: Params, prompts: PromptBatch, index: int
@@ -234,19 +274,25 @@ class PPO(Stage):
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )
     with jax.profiler.TraceAnnotation('score'):
-      experience, metrics = self.experience(
-          self.params(states), rollout, macro_keys_B
+      scored = self._score(self.params(states), rollout.sequences)
+      given_BT, told = self._starts(rollout)  # while the devices score
+      experience, metrics = self._experience(
+          rollout, scored, macro_keys_B, states['kl_coef'], given_BT
       )
+    metrics |= told
     key = jax.random.fold_in(run.key('minibatches'), index)
     with jax.profiler.TraceAnnotation('update'):
-      new, learned = {'policy': states['policy']}, {}
+      new, learned = dict(states), {}
       if index >= self.config.critic_warmup_updates:
         new['policy'], learned['policy'] = self._update_policy(
             states['policy'], experience, key
         )
-      new['critic'], learned['critic'] = self._update_critic(
-          states['critic'], experience, key
-      )
+      if 'critic' in states:
+        new['critic'], learned['critic'] = self._update_critic(
+            states['critic'], experience, key
+        )
+    if self.config.kl_target:
+      new['kl_coef'] = self._adapt(states['kl_coef'], metrics['objective/kl'])
     for model, found in learned.items():
       metrics[f'loss/{model}'] = found.pop('loss')
       done = new[model].step - self._per_step  # before this step

@@ -13,6 +13,7 @@ import numpy as np
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.data.parts import Datasets
+from ma_rlhf_jax.macro.host import NAMES, HostSettings, HostTermination
 from ma_rlhf_jax.parallel.mesh import place
 from ma_rlhf_jax.rollout.decode import SamplingSettings
 from ma_rlhf_jax.structs import Array
@@ -126,3 +127,16 @@ class Run:
         eos_id=self.tokenizer.eos_token_id,
         pad_id=self.tokenizer.pad_token_id,
     )
+
+  def host_termination(self) -> HostTermination | None:
+    """The rule of the host that the config names; None = one of the device.
+
+    Raises:
+      ValueError, ImportError, OSError: if the rule cannot work, with the field.
+    """
+    m = self.config.macro
+    if m.termination not in NAMES:
+      return None
+    fields = dataclasses.fields(HostSettings)
+    settings = HostSettings(**{field.name: m[field.name] for field in fields})
+    return HostTermination(settings, self.tokenizer)

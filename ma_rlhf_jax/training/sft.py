@@ -12,7 +12,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.models.gemma import hidden_states
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.objective.losses import loss_weights, sft_loss
+from ma_rlhf_jax.objective.losses import sft_loss, token_weights
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
 from ma_rlhf_jax.structs import Array, Params, SequenceBatch, TrainState
 from ma_rlhf_jax.training import judge, optim, update
@@ -93,7 +93,7 @@ def _step(
   _, _, learned_BW = LOSS_ON[loss_on](sequences)
   state, metrics = update.train_step(
       state,
-      (sequences, loss_weights(learned_BW, reduction='token')),
+      (sequences, token_weights(learned_BW)),
       loss_fn=loss_fn,
       optimizer=optimizer,
       num_micro=num_micro,

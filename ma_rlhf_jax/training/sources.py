@@ -156,7 +156,8 @@ def _named_sources(
   named = [(_named(f, v, 'sft'), 'policy') for f, v in starts if v]
   named.append((policy_source(config, workdir), 'policy'))
   named.append((reward_model_source(config, workdir), 'scalar'))
-  named.append((critic_source(config, workdir), 'scalar'))
+  if config.ppo.baseline == 'critic':
+    named.append((critic_source(config, workdir), 'scalar'))
   return [(source, kind) for source, kind in named if source.field]
 
 

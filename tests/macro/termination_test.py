@@ -30,7 +30,7 @@ def _inputs(padding: float = 0.0) -> termination.TerminationInputs:
   logprobs = -np.random.default_rng(5).exponential(size=MASK.shape)
   return termination.TerminationInputs(
       mask_BT=jnp.asarray(MASK),
-      ref_logprobs_BT=jnp.asarray(np.where(MASK, logprobs, padding), 'float32'),
+      logprobs_BT=jnp.asarray(np.where(MASK, logprobs, padding), 'float32'),
       keys_B=jax.random.split(jax.random.key(7), len(MASK)),
   )
 

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import losses
+from ma_rlhf_jax.structs import LossWeights, MacroActions
 
 # Two tokens, three tokens, none.
 MASK = np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]], bool)
 LOG = math.log
+# Macro actions of 2 tokens; 2 and 1.
+STARTS = np.array([[1, 0, 0], [1, 0, 1], [0, 0, 0]], bool)
 # Ratios 1.5, .9; .5, 2, 1.
 LOGPROBS = np.array(
     [[LOG(1.5) - 1, LOG(0.9) - 2, 9], [LOG(0.5), LOG(2) - 3, -4], [9] * 3]
@@ -19,55 +23,154 @@ LOGPROBS = np.array(
 OLD = np.array([[-1.0, -2, 7], [0, -3, -4], [7] * 3])
 ADVANTAGES = np.array([[2.0, -3, 5], [-4, -0.5, 3], [5] * 3])
 loss_weights = jax.jit(losses.loss_weights, static_argnames='reduction')
-policy_loss = jax.jit(losses.policy_loss, static_argnames='clip_eps')
+macro_actions = jax.jit(termination.macro_actions)
+policy_loss = jax.jit(losses.policy_loss, static_argnames=('clip_eps', 'ratio'))
 explained_variance = jax.jit(losses.explained_variance)
 value_loss = jax.jit(losses.value_loss, static_argnames='clip_eps')
 
 
-def _weights(mask: np.ndarray = MASK, reduction: str = 'sequence'):
-  return np.asarray(loss_weights(mask, reduction=reduction))
+def _weights(
+    mask: np.ndarray = MASK,
+    reduction: str = 'sequence',
+    starts: np.ndarray = STARTS,
+) -> LossWeights:
+  return jax.device_get(loss_weights(mask, starts, reduction=reduction))
+
+
+def _take(x: LossWeights, order: np.ndarray) -> LossWeights:
+  return jax.tree.map(lambda a: a[order], x)
+
+
+def _macro(order: np.ndarray | slice = slice(None)) -> MacroActions:
+  return jax.device_get(macro_actions(STARTS[order], MASK[order]))
 
 
 def _fill(x: np.ndarray, pad: float = math.nan) -> np.ndarray:
   return np.where(MASK, x, pad).astype(jnp.result_type(float))
 
 
-def _policy(pad: float = math.nan, order=(0, 1, 2), reduction='sequence'):
+def _policy(
+    pad: float = math.nan,
+    order=(0, 1, 2),
+    reduction='sequence',
+    ratio='token',
+):
   order = np.array(order)
   arrays = (_fill(x, pad)[order] for x in (LOGPROBS, OLD, ADVANTAGES))
-  weights = _weights(reduction=reduction)[order]
-  return policy_loss(*arrays, weights, MASK[order], clip_eps=0.2)
+  weights = _take(_weights(reduction=reduction), order)
+  return policy_loss(*arrays, weights, _macro(order), clip_eps=0.2, ratio=ratio)
 
 
-def _cost(logprobs, old_logprobs, advantages, weights, mask):
+def _cost(logprobs, old_logprobs, advantages, weights, macro, ratio):
   return losses.policy_loss(
-      logprobs, old_logprobs, advantages, weights, mask, clip_eps=0.2
+      logprobs,
+      old_logprobs,
+      advantages,
+      weights,
+      macro,
+      clip_eps=0.2,
+      ratio=ratio,
   )[0]
 
 
-policy_grad = jax.jit(jax.grad(_cost))
+policy_grad = jax.jit(jax.grad(_cost), static_argnames='ratio')
 
 
-def _policy_grad(logprobs: np.ndarray) -> jax.Array:
+def _policy_grad(
+    logprobs: np.ndarray,
+    advantages: np.ndarray = ADVANTAGES,
+    reduction: str = 'sequence',
+    ratio: str = 'token',
+) -> jax.Array:
   """Gradient of the policy loss; padding holds nan."""
-  arrays = (_fill(x) for x in (logprobs, OLD, ADVANTAGES))
-  return policy_grad(*arrays, _weights(), MASK)
+  arrays = (_fill(x) for x in (logprobs, OLD, advantages))
+  weights = _weights(reduction=reduction)
+  return policy_grad(*arrays, weights, _macro(), ratio=ratio)
 
 
-def test_weights_of_both_reductions():
-  # Two rows have tokens: 1/(2 * 2) and 1/(3 * 2); five tokens.
+@pytest.mark.parametrize(
+    ('reduction', 'rows'),
+    [
+        ('sequence', (1 / 4, 1 / 6)),  # two rows have tokens: 2 * 2, 3 * 2
+        ('token', (1 / 5, 1 / 5)),
+        ('macro', (1 / 3, 1 / 3)),  # three macro actions
+        ('constant', (1 / 9, 1 / 9)),  # three rows of three columns
+    ],
+)
+def test_weights_of_every_reduction(reduction: str, rows: tuple[float, ...]):
+  a, b = rows
+  got = _weights(reduction=reduction)
   np.testing.assert_allclose(
-      _weights(), [[1 / 4, 1 / 4, 0], [1 / 6] * 3, [0] * 3], rtol=1e-6
+      got.loss_BT, [[a, a, 0], [b, b, b], [0] * 3], rtol=1e-6
   )
   np.testing.assert_allclose(
-      _weights(reduction='token'), [[0.2, 0.2, 0], [0.2] * 3, [0] * 3]
+      got.metric_BT, [[0.2, 0.2, 0], [0.2] * 3, [0] * 3], rtol=1e-6
   )
+  tokens = jax.jit(losses.token_weights)(MASK)
+  np.testing.assert_array_equal(tokens, got.metric_BT)
 
 
 @pytest.mark.parametrize('reduction', losses.REDUCTIONS)
 def test_weights_without_tokens_are_zero(reduction: str):
-  got = _weights(np.zeros((2, 3), bool), reduction)
-  assert got.tolist() == [[0, 0, 0], [0, 0, 0]]
+  got = _weights(np.zeros((3, 3), bool), reduction, np.zeros((3, 3), bool))
+  assert got.loss_BT.tolist() == got.metric_BT.tolist() == [[0, 0, 0]] * 3
+
+
+# One advantage for each macro action: 2; -4 and 3.
+SHARED = np.array([[2.0, 2, 5], [-4, -4, 3], [5] * 3])
+
+
+def test_macro_ratios_by_hand():
+  # Products 1.5 * .9 = 1.35; .5 * 2 = 1; 1. Each macro action counts once.
+  #   A 2   max(-2.7, -2.4) = -2.4, clipped;  A -4: 4;  A 3: -3
+  # Sequences: -2.4/4 + (4 - 3)/6
+  weights = _weights()
+  arrays = (_fill(x) for x in (LOGPROBS, OLD, SHARED))
+  loss, metrics = policy_loss(
+      *arrays, weights, _macro(), clip_eps=0.2, ratio='macro'
+  )
+  np.testing.assert_allclose(loss, -0.6 + 1 / 6, rtol=1e-5)
+  # Of five tokens two are in a clipped macro action.
+  np.testing.assert_allclose(metrics['clipfrac'], 0.4, rtol=1e-5)
+  np.testing.assert_allclose(metrics['ratio'], (2.7 + 3) / 5, rtol=1e-5)
+  # Unclipped, the gradient of a product is the product, at each token of it:
+  # 4/6 twice, -3/6.
+  np.testing.assert_allclose(
+      _policy_grad(LOGPROBS, SHARED, ratio='macro'),
+      [[0, 0, 0], [4 / 6, 4 / 6, -0.5], [0, 0, 0]],
+      rtol=1e-5,
+  )
+
+
+def test_geometric_ratios_by_hand():
+  # sqrt(1.35) = 1.161895, inside; 1; 1. Each token counts.
+  # -2 * 1.161895 * 2/4 + (4 * 2 - 3)/6
+  weights, root = _weights(), math.sqrt(1.35)
+  arrays = (_fill(x) for x in (LOGPROBS, OLD, SHARED))
+  loss, metrics = policy_loss(
+      *arrays, weights, _macro(), clip_eps=0.2, ratio='geometric'
+  )
+  np.testing.assert_allclose(loss, -root + 5 / 6, rtol=1e-5)
+  assert metrics['clipfrac'] == 0
+  # Half the gradient from each of two tokens.
+  np.testing.assert_allclose(
+      _policy_grad(LOGPROBS, SHARED, ratio='geometric'),
+      [[-root / 2, -root / 2, 0], [4 / 6, 4 / 6, -0.5], [0, 0, 0]],
+      rtol=1e-5,
+  )
+
+
+@pytest.mark.parametrize('reduction', losses.REDUCTIONS)
+@pytest.mark.parametrize('ratio', losses.RATIOS)
+def test_before_an_update_all_ratios_have_one_gradient(
+    ratio: str, reduction: str
+):
+  want = -SHARED * _weights(reduction=reduction).loss_BT
+  np.testing.assert_allclose(
+      _policy_grad(OLD, SHARED, reduction, ratio),
+      np.where(MASK, want, 0),
+      rtol=1e-6,
+  )
 
 
 def test_policy_loss_by_hand():
@@ -80,11 +183,11 @@ def test_policy_loss_by_hand():
   # Sequences: (-2.4 + 2.7) / 2 = .15, (3.2 + 1 - 3) / 3 = .4; mean .275
   loss, metrics = _policy()
   np.testing.assert_allclose(loss, 0.275, rtol=1e-5)
-  # Outside: 1.5; .5 and 2. (1/2 + 2/3) / 2; ratios (2.4/2 + 3.5/3) / 2
-  np.testing.assert_allclose(metrics['clipfrac'], 7 / 12, rtol=1e-5)
-  np.testing.assert_allclose(metrics['ratio'], (1.2 + 3.5 / 3) / 2, rtol=1e-5)
+  # Outside: 1.5; .5 and 2, of five; ratios 2.4 + 3.5
+  np.testing.assert_allclose(metrics['clipfrac'], 3 / 5, rtol=1e-5)
+  np.testing.assert_allclose(metrics['ratio'], 5.9 / 5, rtol=1e-5)
   kl = lambda r: r - 1 - LOG(r)
-  want = (kl(1.5) + kl(0.9)) / 4 + (kl(0.5) + kl(2)) / 6
+  want = (kl(1.5) + kl(0.9) + kl(0.5) + kl(2)) / 5
   np.testing.assert_allclose(metrics['approxkl'], want, rtol=1e-5)
   # Tokens: (-2.4 + 2.7 + 3.2 + 1 - 3) / 5
   np.testing.assert_allclose(_policy(reduction='token')[0], 0.3, rtol=1e-5)
@@ -102,19 +205,20 @@ def test_policy_gradient_by_hand():
 def test_at_ratio_one_the_gradient_is_that_of_reinforce():
   np.testing.assert_allclose(
       _policy_grad(OLD),
-      np.where(MASK, -ADVANTAGES * _weights(), 0),
+      np.where(MASK, -ADVANTAGES * _weights().loss_BT, 0),
       rtol=1e-6,
   )
 
 
 @pytest.mark.parametrize('gap', [-800.0, 800.0])
 def test_huge_log_ratios_stay_finite(gap: float):
-  mask = jnp.ones((1, 1), bool)
-  weights, one = jnp.ones((1, 1)), jnp.ones((1, 1))
+  mask, one = jnp.ones((1, 1), bool), jnp.ones((1, 1))
+  weights = LossWeights(loss_BT=one, metric_BT=one)
+  macro = termination.macro_actions(mask, mask)
 
   def cost(logprobs):
     return losses.policy_loss(
-        logprobs, logprobs * 0 - gap, -one, weights, mask, clip_eps=0.2
+        logprobs, logprobs * 0 - gap, -one, weights, macro, clip_eps=0.2
     )
 
   run = jax.jit(jax.value_and_grad(cost, has_aux=True))
@@ -131,7 +235,7 @@ RETURNS = np.array([[2.25, 5, 9], [0, 1, -2], [9] * 3])
 def _value(pad: float = math.nan, order=(0, 1, 2), clip_eps: float = 0.5):
   order = np.array(order)
   arrays = (_fill(x, pad)[order] for x in (VALUES, OLD_VALUES, RETURNS))
-  weights, mask = _weights()[order], MASK[order]
+  weights, mask = _take(_weights(), order), MASK[order]
   return value_loss(*arrays, weights, mask, clip_eps=clip_eps)
 
 
@@ -144,7 +248,7 @@ def test_value_loss_by_hand():
   # .5 * (7.25/4 + 7.3125/6)
   loss, metrics = _value()
   np.testing.assert_allclose(loss, 0.5 * (7.25 / 4 + 7.3125 / 6), rtol=1e-6)
-  np.testing.assert_allclose(metrics['clipfrac'], 1 / 4 + 1 / 6, rtol=1e-6)
+  np.testing.assert_allclose(metrics['clipfrac'], 2 / 5, rtol=1e-6)
 
 
 def test_value_loss_without_clipping_is_half_the_squared_error():
@@ -187,20 +291,25 @@ def test_padding_row_order_and_jit_change_nothing(loss):
     np.testing.assert_allclose(moved[name], value, rtol=1e-6)
 
 
-def test_micro_batches_add_up_to_the_batch():
+@pytest.mark.parametrize('ratio', losses.RATIOS)
+def test_micro_batches_add_up_to_the_batch(ratio: str):
   rng = np.random.default_rng(0)
   mask = np.arange(7)[None] < np.array([3, 7, 0, 1, 5, 2])[:, None]
-  run = jax.jit(jax.value_and_grad(_cost))
+  run = jax.jit(jax.value_and_grad(_cost), static_argnames='ratio')
   with jax.enable_x64(True):
+    macro = macro_actions(jnp.asarray(rng.random((6, 7)) < 0.4), mask)
     for reduction in losses.REDUCTIONS:
-      weights = _weights(mask, reduction)
-      batch = (*rng.normal(size=(3, 6, 7)), weights, mask)
-      whole, grad = run(*batch)
-      parts = [run(*(x[s : s + 2] for x in batch)) for s in (0, 2, 4)]
+      weights = _weights(mask, reduction, np.asarray(macro.starts_BT))
+      batch = (*rng.normal(size=(3, 6, 7)), weights, macro)
+      whole, grad = run(*batch, ratio=ratio)
+      part = lambda first, batch=batch: jax.tree.map(
+          lambda x: x[first : first + 2], batch
+      )
+      parts = [run(*part(first), ratio=ratio) for first in (0, 2, 4)]
       total = sum(float(loss) for loss, _ in parts)
-      np.testing.assert_allclose(total, whole, rtol=0, atol=1e-15)
+      np.testing.assert_allclose(total, whole, rtol=0, atol=1e-14)
       np.testing.assert_allclose(
-          np.concatenate([grad for _, grad in parts]), grad, atol=1e-15
+          np.concatenate([grad for _, grad in parts]), grad, atol=1e-14
       )
 
 
@@ -227,9 +336,9 @@ def test_sft_loss_by_hand():
   logprobs = _fill(np.array([[-1.0, -2, 9], [-3, -4, -5], [9] * 3]))
   # (1.5 + 4) / 2; 15 / 5
   loss, grad = jax.jit(jax.value_and_grad(losses.sft_loss))(
-      logprobs, _weights()
+      logprobs, _weights().loss_BT
   )
   np.testing.assert_allclose(loss, 2.75, rtol=1e-6)
-  np.testing.assert_array_equal(grad, -_weights())
-  token = jax.jit(losses.sft_loss)(logprobs, _weights(reduction='token'))
+  np.testing.assert_array_equal(grad, -_weights().loss_BT)
+  token = jax.jit(losses.sft_loss)(logprobs, losses.token_weights(MASK))
   np.testing.assert_allclose(token, 3.0, rtol=1e-6)

@@ -106,7 +106,8 @@ def test_metrics_by_hand():
       macro=_macro(2),
       targets=targets,
   )
-  got = {k: float(v) for k, v in lib.experience_metrics(made, rewards).items()}
+  told = lib.experience_metrics(made, rewards) | lib.critic_metrics(made)
+  got = {k: float(v) for k, v in told.items()}
   log_ratios = np.array([0.2, 0.4, -0.6, 0.8, -0.4, 0.2])
   errors = np.array([0.06, -6.44, 2.65, -6.6, -2.9, -4.4])  # R - V
   returns = np.array([0.56, 0.56, 2.4, 2.4, -1.4, -1.4])
@@ -189,15 +190,18 @@ def made() -> tuple:
       kept_mass_BT=jnp.where(mask, 0.75, NAN),
   )
   ids = jnp.arange(4)
-  return jax.jit(
-      functools.partial(
-          lib.make_experience,
-          shapes=SHAPES,
-          config=tiny.config(macro__termination='ppl', **FIELDS),
-          temperature=0.7,
-          num_micro=2,
-      )
-  )(PARAMS, rollout, sampling.row_keys(jax.random.key(0), 0, ids, ids))
+  score = functools.partial(
+      lib.score_sequences, SHAPES, temperature=0.7, chunk_tokens=8, num_micro=2
+  )
+  config = tiny.config(macro__termination='ppl', **FIELDS)
+  make = functools.partial(lib.make_experience, config=config)
+  return jax.jit(make)(
+      rollout,
+      jax.jit(score)(PARAMS, rollout.sequences),
+      sampling.row_keys(jax.random.key(0), 0, ids, ids),
+      jnp.float32(config.ppo.kl_coef),
+      None,
+  )
 
 
 def test_micro_batches_score_like_the_whole(made: tuple, scored: Scored):

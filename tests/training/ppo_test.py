@@ -18,6 +18,7 @@ from ma_rlhf_jax.objective import losses
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
+    LossWeights,
     Params,
     Scored,
     SequenceBatch,
@@ -35,6 +36,7 @@ _policy_loss = functools.partial(
     ppo.policy_loss_fn,
     shape=tiny.SHAPE,
     clip_eps=0.2,
+    ratio='token',
     temperature=TEMPERATURE,
     chunk_tokens=8,
 )
@@ -44,7 +46,7 @@ _value_loss = functools.partial(
 
 
 def _sft_loss(params: Params, batch: ppo.Batch) -> tuple[Array, dict]:
-  experience, weights_BT = batch
+  experience, weights = batch
   logprobs_BT, _ = sft.learned_logprobs(
       params,
       experience.sequences,
@@ -52,7 +54,7 @@ def _sft_loss(params: Params, batch: ppo.Batch) -> tuple[Array, dict]:
       loss_on='response',
       chunk_tokens=8,
   )
-  return losses.sft_loss(logprobs_BT, weights_BT), {}
+  return losses.sft_loss(logprobs_BT, weights.metric_BT), {}
 
 
 def _plain_logprobs(params: Params, rows: SequenceBatch) -> Array:
@@ -99,8 +101,10 @@ def _experience(config: ConfigDict, width: int = tiny.PROMPT_LEN) -> Experience:
   return Experience(rows, scored, macro, targets)
 
 
-def _weigh(batch: Experience, reduction: str = 'sequence') -> Array:
-  return losses.loss_weights(batch.macro.mask_BT, reduction=reduction)
+def _weigh(batch: Experience, reduction: str = 'sequence') -> LossWeights:
+  return losses.loss_weights(
+      batch.macro.mask_BT, batch.macro.starts_BT, reduction=reduction
+  )
 
 
 def _update(
@@ -213,12 +217,12 @@ def test_padding_order_and_neighbours_change_no_loss(
   tokens = jnp.where(base.sequences.mask_BL, base.sequences.tokens_BL, 9)
   other = base.replace(sequences=base.sequences.replace(tokens_BL=tokens))
   halves = [
-      (jax.tree.map(lambda x, r=rows: x[r], base), weights[rows])
+      jax.tree.map(lambda x, r=rows: x[r], (base, weights))
       for rows in (np.array([0, 3]), np.array([1, 2]))
   ]
   found = [
       loss(wide, weights),
-      loss(moved, weights[order]),
+      loss(moved, jax.tree.map(lambda x: x[order], weights)),
       loss(other, weights),
       sum(loss(*half) for half in halves),
   ]
@@ -239,13 +243,13 @@ def _numbered(count: int) -> Experience:
 
 def _record(params: Params, batch: ppo.Batch) -> tuple[Array, dict]:
   """Descent at rate 1 counts updates, and the rows that each has seen."""
-  experience, weights_BT = batch
+  experience, weights = batch
   now = jax.lax.stop_gradient(params['updates'])
   row = experience.scored.score_B.astype(jnp.int32)
   seen = params['seen'][now.astype(jnp.int32), row]
   # The weights of a minibatch add up to 1, in micro-batches too.
-  loss = -jnp.sum(seen) - params['updates'] * jnp.sum(weights_BT)
-  return loss, {'update': now * jnp.sum(weights_BT)}
+  loss = -jnp.sum(seen) - params['updates'] * jnp.sum(weights.loss_BT)
+  return loss, {'update': now * jnp.sum(weights.loss_BT)}
 
 
 def _seen(key: Array, **fields: Any) -> tuple[np.ndarray, dict]:
@@ -293,8 +297,8 @@ def test_updates_follow_each_other():
   experience = _numbered(6)
 
   def loss_fn(params: Params, batch: ppo.Batch) -> tuple[Array, dict]:
-    rows, weights_BT = batch
-    x_BT = jnp.sin(params['x'] * rows.scored.score_B)[:, None] * weights_BT
+    rows, weights = batch
+    x_BT = jnp.sin(params['x'] * rows.scored.score_B)[:, None] * weights.loss_BT
     return jnp.sum(x_BT), {}
 
   how = {'loss_fn': loss_fn, 'optimizer': optimizer}
@@ -396,11 +400,11 @@ def test_eight_devices_take_the_step_of_one(stepped: tuple, tmp_path: Any):
     np.testing.assert_allclose(
         metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name
     )
-  for name, state in stepped[0].items():
+  for name in ('policy', 'critic'):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
         jax.device_get(states[name].params),
-        state.params,
+        stepped[0][name].params,
     )
 
 

@@ -15,6 +15,7 @@ from ma_rlhf_jax.training import update
 # Ragged: two rows are one token long, one is empty.
 LENGTHS = np.array([3, 5, 0, 1, 4, 1, 2, 5])
 MASK = np.arange(5)[None] < LENGTHS[:, None]
+STARTS = MASK & (np.arange(5)[None] % 2 == 0)
 PARAMS = {'w': np.array([0.3, -0.7, 1.1]), 'b': np.array(0.2)}
 
 
@@ -22,19 +23,21 @@ def _batch(reduction: str = 'sequence') -> tuple:
   random = np.random.default_rng(0)
   x = random.normal(size=(8, 5, 3))
   returns = np.where(MASK, random.normal(size=(8, 5)), np.nan)
-  weights = losses.loss_weights(jnp.asarray(MASK), reduction=reduction)
+  weights = losses.loss_weights(
+      jnp.asarray(MASK), jnp.asarray(STARTS), reduction=reduction
+  )
   return jax.tree.map(jnp.asarray, (x, returns, weights, MASK))
 
 
 def _loss(params: dict, batch: tuple) -> tuple[Array, dict[str, Array]]:
   """A critic that is linear in its inputs."""
-  x_BTD, returns_BT, weights_BT, mask_BT = batch
+  x_BTD, returns_BT, weights, mask_BT = batch
   values_BT = x_BTD @ params['w'] + params['b']
   return losses.value_loss(
       values_BT,
       jnp.zeros_like(values_BT),
       returns_BT,
-      weights_BT,
+      weights,
       mask_BT,
       clip_eps=0.2,
   )
@@ -62,10 +65,11 @@ def test_weights_of_each_micro_batch_alone_would_differ():
   # Why weights are made before the batch is cut: rows per micro-batch differ.
   x, returns, weights, mask = _batch()
   halves = [
-      losses.loss_weights(mask[rows], reduction='sequence') / 2
+      losses.loss_weights(mask[rows], mask[rows], reduction='sequence').loss_BT
+      / 2
       for rows in (slice(0, None, 2), slice(1, None, 2))
   ]
-  assert np.abs(halves[0] - weights[::2]).max() > 0.01
+  assert np.abs(halves[0] - weights.loss_BT[::2]).max() > 0.01
 
 
 def test_only_one_micro_batch_is_seen_at_a_time():

@@ -1,0 +1,344 @@
+"""The switches that define the algorithm: variants, controls, contradictions.
+
+A variant or a control is a table of explicit values, named after the colon of
+--config and set before any flag: `--config=configs/tiny.py:authors`. What is
+said explicitly afterwards wins.
+"""
+
+from collections.abc import Callable, Iterator
+import textwrap
+from typing import Any
+
+from ml_collections import ConfigDict
+
+Values = dict[str, Any]
+
+_OURS: Values = {
+    'macro.reward': 'sum',
+    'macro.value': 'start',
+    'macro.last_token_alone': False,
+    'macro.empty_step': False,
+    'macro.random_lengths': (2, 3, 5, 10),
+    'ppo.advantage': 'shared',
+    'ppo.ratio': 'token',
+    'ppo.loss_reduction': 'sequence',
+    'ppo.discount': 'macro',
+    'ppo.baseline': 'critic',
+    'ppo.logprob_temperature': 0.0,
+    'critic.target': 'token',
+}
+
+# arXiv 2410.02743 as written, and as the authors' code has it.
+VARIANTS: dict[str, Values] = {
+    'ours': _OURS,
+    'paper': _OURS
+    | {
+        'macro.value': 'equal',
+        'ppo.ratio': 'macro',
+        'ppo.loss_reduction': 'macro',
+        'critic.target': 'macro',
+    },
+    'authors': _OURS
+    | {
+        'macro.reward': 'mean',
+        'macro.value': 'equal',
+        'macro.last_token_alone': True,
+        'macro.empty_step': True,
+        'macro.random_lengths': (1, 2, 3, 5, 10),
+        'ppo.logprob_temperature': 1.0,
+        'critic.target': 'macro',
+    },
+}
+
+_TOKENS: Values = {'macro.termination': 'fixed', 'macro.ngram': 1}
+_RLOO_SAMPLES = 4
+
+
+def _tokens_per_macro(config: ConfigDict, control: str) -> int:
+  if config.macro.termination != 'fixed' or config.macro.ngram < 1:
+    raise ValueError(
+        f'{control} matches a fixed number of tokens, but macro.termination='
+        f'{config.macro.termination!r} and macro.ngram={config.macro.ngram}; '
+        f'write for example :ngram=5,{control}'
+    )
+  return config.macro.ngram
+
+
+def _kl_over_macros(reward: str) -> Values:
+  """Summed against averaged rewards; the score stays whole in both."""
+  return {
+      'macro.reward': reward,
+      'macro.last_token_alone': True,
+      'macro.empty_step': False,
+      'critic.target': 'macro',
+  }
+
+
+def _rloo(config: ConfigDict) -> Values:
+  """As many responses and updates as before, in groups of four."""
+  return {
+      'ppo.baseline': 'rloo',
+      'ppo.samples_per_prompt': _RLOO_SAMPLES,
+      'ppo.batch_size': max(1, config.ppo.batch_size // _RLOO_SAMPLES),
+      'ppo.epochs': config.ppo.epochs / _RLOO_SAMPLES,
+      'ppo.gae_lambda': 1.0,
+      'macro.empty_step': False,
+  }
+
+
+# What tells apart why macro actions help. n is macro.ngram before the control.
+CONTROLS: dict[str, Callable[[ConfigDict], Values]] = {
+    # No macro actions.
+    'token_ppo': lambda c: _TOKENS,
+    # The credit horizon of n-token macro actions without them.
+    'lambda_matched': lambda c: _TOKENS
+    | {
+        'ppo.gae_lambda': c.ppo.gae_lambda
+        ** (1 / _tokens_per_macro(c, 'lambda_matched'))
+    },
+    # Their credit exactly, with a baseline for each token.
+    'piecewise': lambda c: {
+        'macro.reward': 'sum',
+        'macro.value': 'start',
+        'macro.empty_step': False,
+        'ppo.advantage': 'own',
+        'ppo.ratio': 'token',
+        'critic.target': 'token',
+    },
+    # The KL weight that averaged rewards amount to, without macro actions.
+    'kl_matched': lambda c: _TOKENS
+    | {'ppo.kl_coef': c.ppo.kl_coef / _tokens_per_macro(c, 'kl_matched')},
+    'kl_summed': lambda c: _kl_over_macros('sum'),
+    'kl_averaged': lambda c: _kl_over_macros('mean'),
+    # The longest horizon: rewards to go less a baseline.
+    'lambda_one': lambda c: {'ppo.gae_lambda': 1.0},
+    # n = infinity: a response is one decision.
+    'one_macro': lambda c: {'macro.termination': 'fixed', 'macro.ngram': 0},
+    # No critic: the other responses to a prompt are the baseline.
+    'rloo': _rloo,
+}
+
+
+def select(config: ConfigDict, word: str) -> None:
+  """Sets what a variant or control stands for.
+
+  Args:
+    config: is changed.
+    word: a key of `VARIANTS` or `CONTROLS`.
+
+  Raises:
+    ValueError: if the control means nothing for this config.
+  """
+  if word in VARIANTS:
+    values = VARIANTS[word] | {'macro.variant': word}
+  else:
+    values = CONTROLS[word](config)
+  config.update_from_flattened_dict(values)
+
+
+def _kl_weight(config: ConfigDict) -> str:
+  """What a macro action is charged for a nat of its summed log-ratio."""
+  m, p = config.macro, config.ppo
+  weight = f'{p.kl_coef:g}'
+  if m.reward != 'sum':
+    if m.termination == 'fixed' and m.ngram:
+      weight = f'{p.kl_coef:g} / {m.ngram} = {p.kl_coef / m.ngram:g}'
+    else:
+      weight = f'{p.kl_coef:g} / its tokens'
+  weight += ' per nat of its summed log-ratio'
+  if p.kl_target:
+    weight += f' at first, adapted to a KL of {p.kl_target:g} nats per response'
+  return weight
+
+
+def _rule(macro: ConfigDict) -> str:
+  rule = f'macro.termination={macro.termination}'
+  if macro.termination == 'fixed':
+    rule += f' with macro.ngram={macro.ngram or "0 (infinity)"}'
+  if macro.min_len > 1 or macro.max_len:
+    rule += f', {macro.min_len} to {macro.max_len or "any"} tokens'
+  return rule
+
+
+def describe(config: ConfigDict) -> str:
+  """The resolved switches and the effective KL weight, a few lines."""
+  shown = {name: _field(config, name) for name in _OURS}
+  del shown['macro.random_lengths']  # says nothing under other rules
+  shown |= {'ppo.gamma': config.ppo.gamma, 'ppo.gae_lambda': _lambda(config)}
+  words = ' '.join(f'{name}={value}' for name, value in shown.items())
+  lines = textwrap.wrap(words, 100, break_on_hyphens=False)
+  return '\n    '.join(
+      [
+          f'macro actions: {config.macro.variant}; {_rule(config.macro)}',
+          *lines,
+          f'KL weight of a macro action: {_kl_weight(config)}',
+      ]
+  )
+
+
+def _lambda(config: ConfigDict) -> str:
+  own = config.critic.gae_lambda
+  told = f'{config.ppo.gae_lambda:g}'
+  return told if own < 0 else f'{told} critic.gae_lambda={own:g}'
+
+
+def _field(config: ConfigDict, name: str) -> Any:
+  block, field = name.split('.')
+  return config[block][field]
+
+
+def _of_estimation(f: Values) -> Iterator[str]:
+  """Rewards, values, advantages and targets that contradict each other."""
+  reward, own = f['macro.reward'], f['ppo.advantage'] == 'own'
+  per_token = f['ppo.discount'] == 'token'
+  target = f['critic.target']
+  if reward != 'sum' and target == 'token' and f['ppo.baseline'] == 'critic':
+    yield (
+        "critic.target='token' aims at summed rewards; with macro.reward="
+        f"{reward!r} use critic.target='macro'"
+    )
+  if reward != 'sum' and per_token:
+    yield (
+        f"ppo.discount='token' weighs summed rewards; with macro.reward="
+        f"{reward!r} use ppo.discount='macro'"
+    )
+  if own and f['ppo.ratio'] != 'token':
+    yield (
+        f"ppo.ratio={f['ppo.ratio']!r} is one for a macro action and needs one "
+        "advantage for it; use ppo.advantage='shared'"
+    )
+  if own and per_token and f['macro.value'] != 'start':
+    yield (
+        "ppo.advantage='own' with ppo.discount='token' is defined for "
+        f"macro.value='start' only, not {f['macro.value']!r}"
+    )
+  if f['ppo.kl_estimator'] != 'k1':
+    yield (
+        f"ppo.kl_estimator={f['ppo.kl_estimator']!r} must be 'k1': a reward is "
+        'a constant to the gradient, and only the plain log-ratio has the '
+        "expected gradient of the KL then (k2 and k3 depend on the policy's "
+        'probability itself, which that drops); k3 is logged'
+    )
+  if f['ppo.kl_target'] and not f['ppo.kl_coef']:
+    yield (
+        f"ppo.kl_target={f['ppo.kl_target']} adapts ppo.kl_coef by factors, "
+        'and 0 stays 0; start from another, 0.05 for example'
+    )
+
+
+def _of_boundaries(f: Values) -> Iterator[str]:
+  """Macro actions that cannot be as they are asked for."""
+  least, most = f['macro.min_len'], f['macro.max_len']
+  if most > 0 and most < 2 * least - 1:
+    yield (
+        f'macro.max_len={most} must be 0 or at least {2 * least - 1} with '
+        f'macro.min_len={least}: no lengths in between add up to {most + 1}'
+    )
+  if f['macro.last_token_alone'] and least > 1:
+    yield (
+        f'macro.last_token_alone makes a macro action of one token; with it '
+        f'macro.min_len={least} must be 1'
+    )
+  if f['macro.termination'] == 'parsing' and not f['macro.parser']:
+    yield (
+        "macro.parser is empty; macro.termination='parsing' needs "
+        "'module:function', a .jsonl file of trees or 'command: ...'"
+    )
+
+
+def _of_authors(f: Values) -> Iterator[str]:
+  """What the authors' code cannot do, or only in company."""
+  if f['macro.empty_step']:
+    for name, value in (
+        ('macro.last_token_alone', True),
+        ('ppo.advantage', 'shared'),
+        ('ppo.discount', 'macro'),
+        ('ppo.baseline', 'critic'),
+    ):
+      if f[name] != value:
+        yield (
+            f'macro.empty_step, a quirk of the authors, needs {name}={value!r},'
+            f' not {f[name]!r}'
+        )
+    if f['critic.target'] == 'token':
+      yield (
+          'macro.empty_step is a step of macro actions, and critic.target='
+          "'token' has none; use critic.target='macro'"
+      )
+  if f['macro.variant'] != 'authors':
+    return
+  if f['macro.value'] == 'unit':
+    yield (
+        "macro.value='unit' always crashes in the authors' code (it indexes a "
+        'vector as a matrix); use it with macro.variant=ours or paper'
+    )
+  if f['macro.termination'] == 'parsing':
+    yield (
+        "macro.termination='parsing' crashes in the authors' code on every "
+        'response without EOS, on contractions and on brackets; use it with '
+        'macro.variant=ours or paper'
+    )
+
+
+def _of_rloo(f: Values) -> Iterator[str]:
+  if f['ppo.baseline'] != 'rloo':
+    return
+  for name, holds, need in (
+      ('ppo.samples_per_prompt', f['ppo.samples_per_prompt'] > 1, 'at least 2'),
+      ('ppo.gae_lambda', f['ppo.gae_lambda'] == 1, '1: no value bootstraps'),
+      (
+          'ppo.critic_warmup_updates',
+          f['ppo.critic_warmup_updates'] == 0,
+          '0: there is no critic',
+      ),
+  ):
+    if not holds:
+      yield f"{name}={f[name]!r} must be {need} with ppo.baseline='rloo'"
+
+
+def _of_variant(f: Values) -> Iterator[str]:
+  """A variant is a table, so the name alone does nothing."""
+  table = VARIANTS.get(f['macro.variant'], _OURS)
+  same = lambda value: tuple(value) if isinstance(value, list) else value
+  own = {name: v for name, v in table.items() if v != _OURS[name]}
+  if own and all(same(f[name]) == _OURS[name] for name in own):
+    yield (
+        f"macro.variant={f['macro.variant']!r} is only a name here, none of its"
+        f" values is set; select it by --config=recipe.py:{f['macro.variant']}"
+    )
+
+
+def problems(flat: Values) -> list[str]:
+  """What contradicts itself among the switches, one line each.
+
+  Args:
+    flat: `config.flatten` of a config whose single values are in range.
+  """
+  return [
+      line
+      for check in (
+          _of_estimation,
+          _of_boundaries,
+          _of_authors,
+          _of_rloo,
+          _of_variant,
+      )
+      for line in check(flat)
+  ]
+
+
+def warnings(config: ConfigDict) -> list[str]:
+  """What is allowed and may not be what was meant, one line each."""
+  m, found = config.macro, []
+  if m.variant == 'authors' and m.termination in ('ppl', 'ppl_adjacent'):
+    found.append(
+        f"macro.termination={m.termination!r} is the paper's; the authors' "
+        "rule is 'ppl_authors', and what their training loop makes of it is "
+        'macro.termination=fixed with macro.ngram=0'
+    )
+  if m.reward != 'sum' and not m.last_token_alone:
+    found.append(
+        f'macro.reward={m.reward!r} divides the score by the length of the last'
+        ' macro action; macro.last_token_alone=True keeps it whole'
+    )
+  return found

@@ -1,0 +1,282 @@
+"""What policy and critic aim at."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ma_rlhf_jax.macro import termination
+from ma_rlhf_jax.objective import advantage, targets
+from ma_rlhf_jax.structs import MacroActions, Targets
+
+NAMES = ('reward', 'value', 'critic_target', 'advantage', 'discount')
+_jit_targets = jax.jit(targets.macro_targets, static_argnames=NAMES)
+_jit_gae = jax.jit(advantage.gae)
+_jit_macro_actions = jax.jit(termination.macro_actions)
+_jit_piecewise = jax.jit(advantage.piecewise)
+DEFAULT = dict(
+    gamma=1.0,
+    gae_lambda=0.5,
+    discount='macro',
+    reward='sum',
+    value='start',
+    advantage='shared',
+    critic_target='token',
+)
+
+# Macro actions of 2 + 1 + 2 tokens and 3 tokens; row 2 has no token.
+MASK = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0] * 6], bool)
+STARTS = np.array([[1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0] * 6], bool)
+VALUES = np.array([[1, 3, 2, 6, 4, 9], [2, 5, 7, 9, 9, 9], [9] * 6], 'float32')
+REWARDS = np.array(
+    [[0.5, 1, -1, 2, 4, 9], [1, -3, 5, 9, 9, 9], [9] * 6], 'float32'
+)
+
+
+def _macro(starts: np.ndarray = STARTS, mask: np.ndarray = MASK):
+  return jax.device_get(_jit_macro_actions(starts, mask))
+
+
+def macro_targets(*args, **kwargs) -> Targets:
+  kwargs = {**DEFAULT, **kwargs}
+  kwargs.setdefault('critic_lambda', kwargs['gae_lambda'])
+  return jax.device_get(_jit_targets(*args, **kwargs))
+
+
+def gae(*args, **kwargs) -> tuple[np.ndarray, np.ndarray]:
+  return jax.device_get(_jit_gae(*args, **kwargs))
+
+
+def _random(seed: int) -> tuple[np.ndarray, np.ndarray, MacroActions]:
+  """float64 values and rewards, and macro actions of random lengths."""
+  rng = np.random.default_rng(seed)
+  mask = np.arange(12)[None] < rng.integers(0, 13, size=(6, 1))
+  macro = _macro(rng.random((6, 12)) < 0.4, mask)
+  values, rewards = rng.normal(size=(2, 6, 12))
+  return values, rewards, macro
+
+
+def _loop(
+    values: list[float], rewards: list[float], gamma: float, gae_lambda: float
+) -> tuple[list[float], list[float]]:
+  """Token-level GAE as in a textbook, forwards, one sequence."""
+  steps = range(len(values))
+  after = [*values[1:], 0.0]
+  deltas = [rewards[t] + gamma * after[t] - values[t] for t in steps]
+  advantages = [
+      sum((gamma * gae_lambda) ** (k - t) * deltas[k] for k in steps if k >= t)
+      for t in steps
+  ]
+  returns = [a + v for a, v in zip(advantages, values, strict=True)]
+  return advantages, returns
+
+
+def test_macro_targets_by_hand():
+  # Row 0, sums 1.5, -1, 6; values at the starts 1, 2, 6; lambda .5.
+  # Deltas 1.5 + 2 - 1, -1 + 6 - 2, 6 - 6; advantages 2.5 + .5 * 3, 3, 0.
+  # Row 1: sum 3 - value 2.
+  got = macro_targets(
+      VALUES,
+      REWARDS,
+      _macro(),
+      **DEFAULT | {'critic_target': 'macro'},
+  )
+  assert got.advantages_BT.tolist() == [
+      [4, 4, 3, 0, 0, 0],
+      [1, 1, 1, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0],
+  ]
+  # Plus the values 1, 2, 6; 2.
+  assert got.returns_BT.tolist() == [
+      [5, 5, 5, 6, 6, 0],
+      [3, 3, 3, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0],
+  ]
+
+
+def test_mean_rewards_and_equal_values_by_hand():
+  # Row 0: rewards .75, -1, 3; values 2, 2, 5; lambda .5.
+  # Deltas .75 + 2 - 2, -1 + 5 - 2, 3 - 5; advantages -2, 2 - 1, .75 + .5.
+  # Row 1: 1 - 14/3.
+  got = macro_targets(
+      VALUES,
+      REWARDS,
+      _macro(),
+      **DEFAULT | {'reward': 'mean', 'value': 'equal'},
+  )
+  np.testing.assert_allclose(
+      got.advantages_BT[:2, :5],
+      [[1.25, 1.25, 1, -2, -2], [-11 / 3, -11 / 3, -11 / 3, 0, 0]],
+      rtol=1e-6,
+  )
+
+
+def test_token_returns_by_hand():
+  # Row 0, lambda 1 .5 .5 1 (last token: nothing follows). Deltas
+  # .5 + 3 - 1, 1 + 2 - 3, -1 + 6 - 2, 2 + 4 - 6, 4 - 4 = 2.5, 0, 3, 0, 0.
+  # Advantages from the end: 0, 0, 3, 0 + .5 * 3, 2.5 + 1.5; plus the values.
+  # Row 1 is one macro action: rewards to go 3, 2, 5.
+  got = macro_targets(VALUES, REWARDS, _macro(), **DEFAULT)
+  assert got.returns_BT.tolist() == [
+      [5, 4.5, 5, 6, 4, 0],
+      [3, 2, 5, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0],
+  ]
+
+
+def test_gamma_acts_at_the_ends_of_macro_actions():
+  # Row 0, gamma .5, lambda 0: rewards to the end of the macro action plus .5
+  # of the value after it: .5 + [1 + .5 * 2] (lambda is 1 inside), 1 + .5 * 2,
+  # -1 + .5 * 6, 2 + 4, 4.
+  got = macro_targets(
+      VALUES,
+      REWARDS,
+      _macro(),
+      **DEFAULT | {'gamma': 0.5, 'gae_lambda': 0.0},
+  )
+  assert got.returns_BT[0].tolist() == [2.5, 2, 2, 6, 4, 0]
+
+
+def test_critic_sees_the_starts_only_where_asked():
+  mask = lambda name: targets.critic_mask(_macro(), critic_target=name)
+  np.testing.assert_array_equal(mask('starts'), STARTS)
+  np.testing.assert_array_equal(mask('macro'), MASK)
+  np.testing.assert_array_equal(mask('token'), MASK)
+
+
+@pytest.mark.parametrize(
+    ('value', 'critic_target'),
+    [
+        ('start', 'token'),
+        ('equal', 'macro'),
+        ('unit', 'starts'),
+        ('position', 'token'),
+    ],
+)
+def test_one_token_macros_are_plain_ppo(value: str, critic_target: str):
+  values, rewards, macro = _random(2)
+  mask = macro.mask_BT
+  with jax.enable_x64(True):
+    got = macro_targets(
+        values,
+        rewards,
+        _macro(mask, mask),
+        gamma=0.97,
+        gae_lambda=0.9,
+        reward='sum',
+        value=value,
+        critic_target=critic_target,
+    )
+  for b, length in enumerate(mask.sum(axis=1)):
+    want = _loop(values[b, :length], rewards[b, :length], 0.97, 0.9)
+    pad = [0.0] * (12 - length)
+    np.testing.assert_allclose(
+        (got.advantages_BT[b], got.returns_BT[b]),
+        [[*row, *pad] for row in want],
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_macro_gae_is_piecewise_lambda_token_gae():
+  with jax.enable_x64(True):
+    for seed in range(3):
+      values, rewards, macro = _random(seed)
+      settings = DEFAULT | {'gae_lambda': 0.9}
+      shared = macro_targets(values, rewards, macro, **settings)
+      own, own_returns = gae(
+          values,
+          rewards,
+          macro.mask_BT,
+          gamma=1.0,
+          gae_lambda=_jit_piecewise(macro, 0.9),
+      )
+      close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+      starts, mask = macro.starts_BT, macro.mask_BT
+      close(shared.advantages_BT[starts], own[starts])
+      close(shared.returns_BT, own_returns)
+      # A later token's shared advantage also has the TD errors of its macro
+      # action before it.
+      after = np.pad(np.where(mask, values, 0)[:, 1:], ((0, 0), (0, 1)))
+      deltas = np.where(mask, rewards + after - values, 0)
+      earlier = np.zeros_like(deltas)
+      for t in range(1, 12):
+        carried = earlier[:, t - 1] + deltas[:, t - 1]
+        earlier[:, t] = np.where(starts[:, t], 0, carried)
+      close(shared.advantages_BT[mask], (own + earlier)[mask])
+
+
+def test_start_values_and_sums_make_all_critic_targets_agree_at_starts():
+  values, rewards, macro = _random(4)
+  starts = macro.starts_BT
+  with jax.enable_x64(True):
+    token, macro_action = (
+        macro_targets(
+            values,
+            rewards,
+            macro,
+            **DEFAULT | {'critic_target': target},
+        ).returns_BT[starts]
+        for target in ('token', 'macro')
+    )
+  np.testing.assert_allclose(token, macro_action, rtol=0, atol=1e-12)
+
+
+def test_lambda_one_does_not_see_the_macro_actions_at_their_starts():
+  # Rewards to go minus the value, whatever the macro actions.
+  got = macro_targets(
+      VALUES,
+      REWARDS,
+      _macro(),
+      **DEFAULT | {'gae_lambda': 1.0},
+  )
+  # 6.5 - 1, 5 - 2, 6 - 6; 3 - 2
+  assert got.advantages_BT[:2].tolist() == [
+      [5.5, 5.5, 3, 0, 0, 0],
+      [1, 1, 1, 0, 0, 0],
+  ]
+  # Rewards to go: 6.5 6 5 6 4; 3 2 5
+  assert got.returns_BT[:2].tolist() == [
+      [6.5, 6, 5, 6, 4, 0],
+      [3, 2, 5, 0, 0, 0],
+  ]
+
+
+@pytest.mark.parametrize('critic_target', targets.CRITIC_TARGETS)
+def test_padding_row_order_and_jit_change_nothing(critic_target: str):
+  settings = DEFAULT | {'critic_target': critic_target}
+  base = macro_targets(VALUES, REWARDS, _macro(), **settings)
+  fill = lambda x: np.where(MASK, x, np.float32('nan'))
+  nan = macro_targets(fill(VALUES), fill(REWARDS), _macro(), **settings)
+  order = np.array([1, 2, 0])
+  moved = macro_targets(
+      VALUES[order],
+      REWARDS[order],
+      _macro(STARTS[order], MASK[order]),
+      **settings,
+  )
+  plain = targets.macro_targets(
+      VALUES, REWARDS, _macro(), critic_lambda=0.5, **settings
+  )
+  for name in ('advantages_BT', 'returns_BT'):
+    want = getattr(base, name)
+    np.testing.assert_array_equal(getattr(nan, name), want)
+    np.testing.assert_array_equal(getattr(moved, name), want[order])
+    np.testing.assert_allclose(getattr(plain, name), want, rtol=1e-6)
+
+
+def test_gradient_is_zero_on_padding():
+  def cost(values, rewards):
+    made = targets.macro_targets(
+        values, rewards, _macro(), critic_lambda=0.5, **DEFAULT
+    )
+    return jnp.sum(made.advantages_BT**2 + made.returns_BT**2)
+
+  fill = lambda x: np.where(MASK, x, np.float32('nan'))
+  grads = jax.jit(jax.grad(cost, argnums=(0, 1)))(fill(VALUES), fill(REWARDS))
+  for grad in grads:
+    assert np.isfinite(grad).all()
+    assert not np.any(np.where(MASK, 0, grad))
+    assert np.any(grad)
