@@ -24,7 +24,8 @@ _FREE = set(
     ' data.prompt_column data.rejected_column data.shuffle_labels data.split'
     ' data.subset model.remat ppo.critic_init ppo.from_run ppo.policy_init'
     ' ppo.reward_model ppo.whiten_advantages reward_model.init sft.init'
-    ' tokenizer.path macro.parser macro.last_token_alone macro.empty_step'.split()
+    ' tokenizer.path macro.parser macro.last_token_alone'
+    ' macro.empty_step'.split()
 )
 # Checked together with other fields, or by `parallel.mesh`.
 _RULES = set(
