@@ -49,6 +49,7 @@ setuptools.setup(
             'pytest>=8.4',
             'pytest-xdist>=3.6',
             'ruff==0.17.6',
+            'tensorflow-text>=2.20',
             'torch==2.13.0',
         ],
     },

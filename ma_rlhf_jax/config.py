@@ -15,6 +15,7 @@ Validation lives in `validation.py`.
 
 import hashlib
 import json
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -311,6 +312,15 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
       ) from None
     config.update_from_flattened_dict({field: value})
   return config
+
+
+def default_recipe() -> str:
+  """configs/tiny.py of the checkout, or its copy in an installed package."""
+  package = pathlib.Path(__file__).parent
+  for folder in (package.parent / 'configs', package / 'configs'):
+    if (folder / 'tiny.py').is_file():
+      return str(folder / 'tiny.py')
+  return 'configs/tiny.py'
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

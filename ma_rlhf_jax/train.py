@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ma_rlhf_jax import switches, validation
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.config import default_recipe
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting
@@ -31,16 +32,6 @@ from ma_rlhf_jax.training.reward_model import RewardModel
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sft import SFT
 from ma_rlhf_jax.training.start import load_run
-
-
-def default_recipe() -> str:
-  """configs/tiny.py of the checkout, or its copy in an installed package."""
-  package = pathlib.Path(__file__).parent
-  for folder in (package.parent / 'configs', package / 'configs'):
-    if (folder / 'tiny.py').is_file():
-      return str(folder / 'tiny.py')
-  return 'configs/tiny.py'
-
 
 _ARGV: list[str] = []  # the command line as `parse_flags` spells it
 

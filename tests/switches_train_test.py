@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
@@ -40,7 +41,10 @@ def _stage(config: Any, folder: pathlib.Path) -> ppo.PPO:
       critic=tiny.params('scalar', 1) if with_critic else None,
       reward_model=tiny.params('scalar', 3),
   )
-  params = jax.tree.map(jnp.array, params)  # steps donate
+  # Where the results of a step lie, or the second would be compiled anew.
+  replicated = NamedSharding(run.mesh, PartitionSpec())
+  copy = lambda x: jax.device_put(jnp.array(x), replicated)
+  params = jax.tree.map(copy, params)  # steps donate
   shapes = Models(*[tiny.SHAPE] * 4)
   if not with_critic:
     shapes = shapes._replace(critic=None)

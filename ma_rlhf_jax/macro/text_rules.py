@@ -7,6 +7,7 @@ action may open, ascending. Which tokens those are: `macro.spelling.starts`.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import io
+import os
 import re
 import tokenize
 from typing import Any
@@ -34,6 +35,8 @@ _BEFORE = (
 @functools.cache
 def _tensorflow_text() -> Any:
   """The module, on the CPU."""
+  # Says at every import that it has found no GPU.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   import tensorflow
   import tensorflow_text
 

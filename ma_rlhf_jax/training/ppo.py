@@ -154,7 +154,9 @@ class PPO(Stage):
     }
     self.states = {
         'policy': update.init_state(params.policy, policy_optimizer),
-        'kl_coef': jnp.asarray(c.kl_coef, jnp.float32),
+        'kl_coef': update.on_mesh_of(
+            params.policy, jnp.asarray(c.kl_coef, jnp.float32)
+        ),
     }
     if c.baseline == 'critic':
       self.states['critic'] = update.init_state(params.critic, critic_optimizer)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
 from ma_rlhf_jax import masking
@@ -22,10 +23,35 @@ def init_state(
 ) -> TrainState:
   """The state before the first update; moments lie where their params lie."""
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
+      step=on_mesh_of(params, jnp.zeros((), jnp.int32)),
       params=params,
-      opt_state=jax.jit(optimizer.init)(params),
+      opt_state=optax.tree.map_params(
+          optimizer,
+          _where,
+          jax.jit(optimizer.init)(params),
+          params,
+          transform_non_params=lambda x: on_mesh_of(params, x),
+      ),
   )
+
+
+def _where(moment: Array, param: Array) -> Array:
+  """The moment where its parameter lies, if that was decided."""
+  if isinstance(param.sharding, NamedSharding):
+    return jax.device_put(moment, param.sharding)
+  return moment
+
+
+def on_mesh_of(params: Params, tree: Any) -> Any:
+  """`tree` on every device of the mesh of `params`.
+
+  There an update leaves them, so that the second finds its program compiled.
+  """
+  sharding = jax.tree.leaves(params)[0].sharding
+  if not isinstance(sharding, NamedSharding):
+    return tree
+  everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+  return jax.device_put(tree, everywhere)
 
 
 def accumulate_gradients(

@@ -208,3 +208,103 @@ def test_jit_and_plain_agree(rule: str):
 def test_the_mask_must_be_bool():
   with pytest.raises(AssertionError):
     termination.fixed(jnp.ones((2, 3), jnp.int32), ngram=2)
+
+
+from_lengths = jax.jit(termination.from_lengths, static_argnames='leftover')
+low_probability = jax.jit(
+    termination.low_probability,
+    static_argnames=('cut_probability', 'cut_count'),
+)
+bounded = jax.jit(termination.bounded, static_argnames=('min_len', 'max_len'))
+
+
+def _row(text: str) -> np.ndarray:
+  """'1 0 1' -> a row of bools."""
+  return np.array([[char == '1' for char in text.split()]])
+
+
+@pytest.mark.parametrize(
+    ('leftover', 'want'),
+    [
+        # 2 + 3, then all the rest
+        ('one', '1 0 1 0 0 1 0 0 0 0 0 0'),
+        # 2 + 3 + 2 + 3 + 2
+        ('cycle', '1 0 1 0 0 1 0 1 0 0 1 0'),
+    ],
+)
+def test_what_the_list_leaves_is_one_or_more_of_the_list(
+    leftover: str, want: str
+):
+  mask = np.ones((1, 12), bool)
+  got = from_lengths(mask, np.array([[2, 3]]), leftover=leftover)
+  np.testing.assert_array_equal(got, _row(want))
+
+
+def test_every_second_improbable_token_opens():
+  # Below .5: columns 1 2 4 5; every second of them opens.
+  logprobs = np.log([[0.9, 0.4, 0.1, 0.5, 0.2, 0.3, 0.1]])
+  mask = _row('1 1 1 1 1 1 0')
+  got = low_probability(logprobs, mask, cut_probability=0.5, cut_count=2)
+  np.testing.assert_array_equal(got, _row('0 0 1 0 0 1 0'))
+  got = low_probability(logprobs, mask, cut_probability=0.5, cut_count=1)
+  np.testing.assert_array_equal(got, _row('0 1 1 0 1 1 0'))
+
+
+@pytest.mark.parametrize(
+    ('starts', 'min_len', 'max_len', 'want'),
+    [
+        # Too early: the third token may open, the second may not.
+        ('1 1 1 0 0 0 0', 2, 0, '1 0 1 0 0 0 0'),
+        # Too late.
+        ('1 0 0 0 0 0 0', 1, 3, '1 0 0 1 0 0 1'),
+        # The last start would leave one token.
+        ('1 0 0 1 0 0 1', 2, 0, '1 0 0 1 0 0 0'),
+        # 7 = 4 + 3, not 5 + 2.
+        ('1 0 0 0 0 0 0', 3, 5, '1 0 0 0 1 0 0'),
+        # Shorter than the minimum.
+        ('1 1 1 1 1 1 1', 8, 0, '1 0 0 0 0 0 0'),
+    ],
+)
+def test_bounds_by_hand(starts: str, min_len: int, max_len: int, want: str):
+  mask = np.ones((1, 7), bool)
+  got = bounded(_row(starts), mask, min_len=min_len, max_len=max_len)
+  np.testing.assert_array_equal(got, _row(want))
+
+
+@pytest.mark.parametrize(
+    ('min_len', 'max_len'), [(1, 0), (1, 1), (2, 3), (3, 5), (4, 7), (3, 0)]
+)
+def test_every_length_keeps_the_bounds(min_len: int, max_len: int):
+  rng = np.random.default_rng(min_len)
+  mask = np.arange(29)[None] < np.arange(60)[:, None] % 30
+  starts = rng.random(mask.shape) < 0.3
+  got = bounded(starts, mask, min_len=min_len, max_len=max_len)
+  macro = jax.device_get(jax.jit(termination.macro_actions)(got, mask))
+  np.testing.assert_array_equal(macro.starts_BT, got)
+  for row, real in enumerate(mask.sum(axis=1)):
+    lengths = np.bincount(macro.ids_BT[row, :real])
+    assert lengths.sum() == real
+    if real >= min_len:
+      assert lengths.min(initial=99) >= min_len
+    assert lengths.max(initial=0) <= (max_len or 99)
+  if (min_len, max_len) == (1, 0):
+    first = mask & (np.arange(29)[None] == 0)
+    np.testing.assert_array_equal(got, mask & (starts | first))
+
+
+def test_bounds_that_leave_gaps_are_refused():
+  with pytest.raises(ValueError, match='max_len=4 must be 0 or at least 5'):
+    termination.bounded(MASK, MASK, min_len=3, max_len=4)
+
+
+def test_given_starts_stand_for_the_rule_and_are_bounded_too():
+  mask = np.ones((1, 6), bool)
+  inputs = termination.TerminationInputs(
+      mask,
+      jnp.zeros((1, 6)),
+      jax.random.split(jax.random.key(0), 1),
+      given_BT=_row('0 1 1 0 0 0'),
+  )
+  settings = termination.TerminationSettings('parsing', min_len=2)
+  macro = segment(inputs, settings)
+  assert macro.ids_BT.tolist() == [[0, 0, 1, 1, 1, 1]]

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ma_rlhf_jax.objective import rewards
 
@@ -108,3 +109,34 @@ def test_k3_stays_finite():
   logprobs = jnp.full((1, 1), -800.0)
   _, k3 = rewards.kl_estimates(logprobs, jnp.zeros((1, 1)), mask)
   assert math.isfinite(k3)
+
+
+def test_the_score_may_be_put_elsewhere_and_is_lost_on_padding():
+  mask = jnp.array([[True, True, True, False]] * 2)
+  zeros = jnp.zeros((2, 4))
+  got = rewards.token_rewards(
+      zeros,
+      zeros,
+      jnp.array([3.0, 4.0]),
+      mask,
+      kl_coef=0.5,
+      score_clip=0.0,
+      score_column_B=jnp.array([1, 3]),
+  )
+  assert got.tolist() == [[0, 3, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ('kl', 'want'),
+    [
+        (7.0, 0.2 * (1 + 1 / 6 * 0.64)),  # 7/6 - 1
+        (60.0, 0.2 * (1 + 0.2 * 0.64)),  # held at +.2
+        (0.0, 0.2 * (1 - 0.2 * 0.64)),  # held at -.2
+        (6.0, 0.2),
+    ],
+)
+def test_the_kl_coefficient_is_drawn_to_its_target(kl: float, want: float):
+  got = rewards.adapted_kl_coef(
+      jnp.float32(0.2), jnp.float32(kl), target=6.0, horizon=100, responses=64
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.macro import termination
+from ma_rlhf_jax.macro import aggregate, termination
 from ma_rlhf_jax.objective import advantage, targets
 from ma_rlhf_jax.structs import MacroActions, Targets
 
@@ -280,3 +280,71 @@ def test_gradient_is_zero_on_padding():
     assert np.isfinite(grad).all()
     assert not np.any(np.where(MASK, 0, grad))
     assert np.any(grad)
+
+
+def test_leave_one_out_by_hand():
+  # Others of 1 2 6: 4, 3.5, 1.5; of 5 5 2: 3.5, 3.5, 5.
+  returns = jnp.array([1.0, 2, 6, 5, 5, 2])
+  got = targets.leave_one_out(returns, samples=3)
+  assert got.tolist() == [4, 3.5, 1.5, 3.5, 3.5, 5]
+  for samples in (1, 4):
+    with pytest.raises(ValueError, match=f'samples={samples} must be at least'):
+      targets.leave_one_out(returns, samples=samples)
+
+
+def test_the_critic_may_have_a_lambda_of_its_own():
+  plain = macro_targets(VALUES, REWARDS, _macro(), **DEFAULT)
+  other = macro_targets(VALUES, REWARDS, _macro(), **DEFAULT, critic_lambda=1.0)
+  np.testing.assert_array_equal(other.advantages_BT, plain.advantages_BT)
+  # Rewards to go: 6.5 6 5 6 4
+  assert other.returns_BT[0].tolist() == [6.5, 6, 5, 6, 4, 0]
+
+
+def test_discount_per_token_by_hand():
+  # Row 0, gamma .5, lambda 1: discounted rewards to go of macro actions
+  #   m2: 2 + .5 * 4 = 4;  m1: -1 + .5 * 4 = 1;  m0: .5 + .5 * 1 + .25 * 1
+  # less the values 6, 2, 1.
+  got = macro_targets(
+      VALUES,
+      REWARDS,
+      _macro(),
+      **DEFAULT
+      | {
+          'gamma': 0.5,
+          'gae_lambda': 1.0,
+          'discount': 'token',
+          'critic_target': 'macro',
+      },
+  )
+  assert got.advantages_BT[0].tolist() == [0.25, 0.25, -1, -2, -2, 0]
+  assert got.returns_BT[0].tolist() == [1.25, 1.25, 1, 4, 4, 0]
+
+
+@pytest.mark.parametrize(
+    'value', ['start', 'equal', 'unit', 'position', 'position_reversed']
+)
+@pytest.mark.parametrize('reward', ['sum', 'mean'])
+def test_own_advantages_are_the_shared_ones_less_what_is_known(
+    value: str, reward: str
+):
+  values, rewards, macro = _random(5)
+  with jax.enable_x64(True):
+    how = DEFAULT | {'value': value, 'reward': reward, 'critic_target': 'macro'}
+    shared, own = (
+        macro_targets(values, rewards, macro, **how | {'advantage': name})
+        for name in ('shared', 'own')
+    )
+    sigma, rho = (
+        np.asarray(aggregate.sigma(macro, name, jnp.float64))
+        for name in (value, reward)
+    )
+  for row, t in zip(*np.nonzero(macro.mask_BT), strict=True):
+    first = np.nonzero(macro.starts_BT[row, : t + 1])[0][-1]
+    before, known = slice(first, t), slice(first, t + 1)
+    want = (
+        shared.advantages_BT[row, t]
+        - (rho * rewards)[row, before].sum()
+        + (sigma * values)[row, known].sum()
+        - sigma[row, known].sum() * values[row, t]
+    )
+    assert abs(own.advantages_BT[row, t] - want) < 1e-12

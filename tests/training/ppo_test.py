@@ -424,3 +424,18 @@ def test_a_best_checkpoint_must_be_near_the_reference(tmp_path: Any):
   metrics = {'eval/score': 1.5, 'eval/kl': 3.5}
   assert stage.best_value(metrics) == 1.5
   assert stage.best_value(metrics | {'eval/kl': 4.5}) is None
+
+
+def test_the_kl_coefficient_adapts_and_is_part_of_the_state(tmp_path: Any):
+  fields = {'ppo__kl_target': 1e-3, 'ppo__kl_horizon': 80}
+  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, **fields)
+  with jax.set_mesh(stage.run.mesh):
+    states, metrics = stage.step(stage.states, 0)
+    _, later = stage.step(states, 1)
+  assert metrics['objective/kl_coef'] == np.float32(0.05)
+  assert abs(metrics['objective/kl']) > 2e-3
+  sign = 1 if metrics['objective/kl'] > 0 else -1
+  # At most a fifth of 8 / 80 responses.
+  want = 0.05 * (1 + sign * 0.2 * 0.1)
+  np.testing.assert_allclose(states['kl_coef'], want, rtol=1e-6)
+  np.testing.assert_allclose(later['objective/kl_coef'], want, rtol=1e-6)

@@ -1,0 +1,335 @@
+"""Shows macro actions: `python -m ma_rlhf_jax.tools.explore --text='Hi all.'`.
+
+Text, or rows of a JSONL file, and a rule -> coloured macro actions, their
+lengths, and what a terminal reward does to the advantages of single tokens
+under two rules side by side. Segmentation and estimation are those of training.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import gzip
+import json
+import pathlib
+import re
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, config_flags
+import numpy as np
+
+from ma_rlhf_jax import switches, validation
+from ma_rlhf_jax.config import default_recipe
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.macro import aggregate, host, termination
+from ma_rlhf_jax.macro.spelling import Speller
+from ma_rlhf_jax.models import huggingface
+from ma_rlhf_jax.rollout import scoring
+from ma_rlhf_jax.structs import MacroActions, Scored, SequenceBatch
+from ma_rlhf_jax.tools import explore_view
+from ma_rlhf_jax.tools.explore_view import Ruled, Told
+from ma_rlhf_jax.training import experience
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+_COLUMNS = ('response', 'text', 'chosen')
+_BY_PROBABILITY = ('ppl', 'ppl_adjacent', 'ppl_authors', 'low_probability')
+# Pieces of the tokenizer that is trained where none is given.
+_VOCAB_SIZE = 1024
+
+_ARGV: list[str] = []
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Rule A: a recipe and its arguments.', sys_argv=_ARGV
+)
+_OTHER = config_flags.DEFINE_config_file(
+    'other', None, 'Rule B. Default: A with token_ppo.', sys_argv=_ARGV
+)
+_TEXT = flags.DEFINE_multi_string('text', [], 'A response; may be repeated.')
+_INPUT = flags.DEFINE_string('input', None, 'Rows: .jsonl or .jsonl.gz.')
+_COLUMN = flags.DEFINE_string(
+    'column', None, f'The responses. Default: the first of {_COLUMNS}.'
+)
+_ROWS = flags.DEFINE_integer('rows', 8, 'Responses shown.', lower_bound=1)
+_MAX_ROWS = flags.DEFINE_integer(
+    'max_rows', 256, 'Rows read, for the statistics.', lower_bound=1
+)
+_TOKENIZER = flags.DEFINE_string(
+    'tokenizer', None, "Folder or hub id. Default: the model's, or trained."
+)
+_MODEL = flags.DEFINE_string(
+    'model', None, 'Reference policy of rules that ask for probabilities.'
+)
+_SCORE = flags.DEFINE_float('score', 1.0, 'Terminal reward of each response.')
+_VALUE = flags.DEFINE_float('value', 0.0, "The critic's value of each state.")
+_HTML = flags.DEFINE_string('html', None, 'Also writes this page.')
+_COLOR = flags.DEFINE_enum(
+    'color', 'auto', ['auto', 'always', 'never'], 'Colours in the terminal.'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Responses to look at.
+
+  Attributes:
+    ids: tokens of each, EOS included.
+    prompts: tokens before each, BOS included.
+    given: the rows as read; may hold ref_logprobs, logprobs, values, score.
+  """
+
+  ids: list[list[int]]
+  prompts: list[list[int]]
+  given: list[dict[str, Any]]
+
+  def array(self, name: str, default: float) -> np.ndarray:
+    """float32 [B, T] of a per-token field; ValueError on a wrong length."""
+    made = np.full(self.mask.shape, default, np.float32)
+    for number, (ids, row) in enumerate(zip(self.ids, self.given, strict=True)):
+      if (values := row.get(name)) is None:
+        continue
+      if len(values) != len(ids):
+        raise ValueError(
+            f'row {number + 1}: {name} has {len(values)} numbers, the response '
+            f'{len(ids)} tokens with EOS; give one for each'
+        )
+      made[number, : len(ids)] = values
+    return made
+
+  @property
+  def mask(self) -> np.ndarray:
+    """bool [B, T]."""
+    width = max(map(len, self.ids))
+    return np.array([[t < len(ids) for t in range(width)] for ids in self.ids])
+
+  @property
+  def tokens(self) -> np.ndarray:
+    """int32 [B, T], 0 on padding."""
+    made = np.zeros(self.mask.shape, np.int32)
+    made[self.mask] = [token for ids in self.ids for token in ids]
+    return made
+
+
+def read_rows(path: str, column: str | None, limit: int) -> list[dict]:
+  """Rows of a JSONL file; the response is put under `text`."""
+  opener = gzip.open if path.endswith('.gz') else open
+  rows = []
+  with opener(path, 'rt', encoding='utf-8') as lines:
+    for number, line in enumerate(lines, start=1):
+      if len(rows) == limit:
+        break
+      where = f'--input={path}, line {number}'
+      try:
+        row = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise ValueError(f'{where} is no JSON: {error}') from None
+      if not isinstance(row, dict):
+        raise ValueError(f'{where} must be an object of named columns')
+      names = [column] if column else [n for n in _COLUMNS if n in row]
+      if not names or not isinstance(row.get(names[0]), str):
+        raise ValueError(
+            f'{where} has no text in {column or ", ".join(_COLUMNS)}; it has '
+            f'{", ".join(row) or "nothing"}; name the column by --column'
+        )
+      rows.append({**row, 'text': row[names[0]]})
+  if not rows:
+    raise ValueError(f'--input={path} holds no row')
+  return rows
+
+
+def load_tokenizer(
+    name: str | None, texts: Sequence[str]
+) -> 'PreTrainedTokenizerBase':
+  """The tokenizer of a folder or hub id, or one trained on the texts."""
+  if name:
+    return tokenizer_lib.load_tokenizer(str(huggingface.resolve(name)))
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer_lib.train_tokenizer(texts, _VOCAB_SIZE, folder)
+    return tokenizer_lib.load_tokenizer(folder)
+
+
+def encode(given: list[dict], tokenizer: 'PreTrainedTokenizerBase') -> Rows:
+  """Tokens as in training: BOS before the prompt, EOS after the response."""
+  code = lambda name: tokenizer_lib.encode_batch(
+      tokenizer, [row.get(name) or '' for row in given]
+  )
+  return Rows(
+      ids=[[*ids, tokenizer.eos_token_id] for ids in code('text')],
+      prompts=[[tokenizer.bos_token_id, *ids] for ids in code('prompt')],
+      given=given,
+  )
+
+
+def score_with(model: str, rows: Rows, pad_id: int) -> np.ndarray:
+  """float32 [B, T]: log-probs of the responses under a model, nats."""
+  folder = huggingface.resolve(model)
+  shape = huggingface.read_shape(folder)
+  params = huggingface.load_params(folder, shape)
+  width = max(map(len, rows.prompts))
+  pads = [width - len(prompt) for prompt in rows.prompts]
+  prompts = np.array(
+      [[pad_id] * n + p for n, p in zip(pads, rows.prompts, strict=True)]
+  )
+  real = np.arange(width)[None] >= np.array(pads)[:, None]
+  sequences = SequenceBatch(
+      tokens_BL=jnp.asarray(
+          np.concatenate([prompts, rows.tokens], 1), jnp.int32
+      ),
+      mask_BL=jnp.asarray(np.concatenate([real, rows.mask], 1)),
+      response_mask_BT=jnp.asarray(rows.mask),
+  )
+  logprobs, _ = jax.jit(
+      lambda params: scoring.response_logprobs(
+          shape, params, sequences, temperature=1.0, chunk_tokens=1024
+      )
+  )(params)
+  return np.asarray(logprobs)
+
+
+def segment(
+    config: ConfigDict,
+    rows: Rows,
+    scored: Scored,
+    tokenizer: 'PreTrainedTokenizerBase',
+) -> MacroActions:
+  """The macro actions of training under this config."""
+  given_BT, m = None, config.macro
+  if m.termination in host.NAMES:
+    fields = dataclasses.fields(host.HostSettings)
+    settings = host.HostSettings(**{f.name: m[f.name] for f in fields})
+    with host.HostTermination(settings, tokenizer) as rule:
+      given_BT = jnp.asarray(rule(rows.tokens, rows.mask)[0])
+  old = m.logprobs == 'old'
+  inputs = termination.TerminationInputs(
+      mask_BT=jnp.asarray(rows.mask),
+      logprobs_BT=scored.logprobs_BT if old else scored.ref_logprobs_BT,
+      keys_B=jax.random.split(jax.random.key(config.seed), len(rows.ids)),
+      given_BT=given_BT,
+  )
+  return termination.segment(inputs, experience.termination_settings(m))
+
+
+def _scored(rows: Rows, ref_logprobs: np.ndarray) -> Scored:
+  """What the models would say; policy = reference unless rows say more."""
+  logprobs = rows.array('logprobs', np.nan)
+  logprobs = np.where(np.isnan(logprobs), ref_logprobs, logprobs)
+  scores = [row.get('score', _SCORE.value) for row in rows.given]
+  return Scored(
+      logprobs_BT=jnp.asarray(logprobs),
+      ref_logprobs_BT=jnp.asarray(ref_logprobs),
+      entropy_BT=jnp.zeros(rows.mask.shape),
+      values_BT=jnp.asarray(rows.array('values', _VALUE.value)),
+      score_B=jnp.asarray(scores, jnp.float32),
+  )
+
+
+def _ref_logprobs(
+    rows: Rows, configs: list[ConfigDict], pad: int
+) -> np.ndarray:
+  """From the model or the rows; 0 where no rule asks for them."""
+  if _MODEL.value:
+    return score_with(_MODEL.value, rows, pad)
+  missing = [n for n, r in enumerate(rows.given) if not r.get('ref_logprobs')]
+  for config in configs:
+    rule = config.macro.termination
+    if rule in _BY_PROBABILITY and missing:
+      raise ValueError(
+          f'macro.termination={rule!r} asks for probabilities, and row '
+          f'{missing[0] + 1} has no ref_logprobs; give --model=FOLDER, or '
+          'ref_logprobs (nats, one a token) in each row of --input'
+      )
+  return rows.array('ref_logprobs', 0.0)
+
+
+def explore(config: ConfigDict, other: ConfigDict) -> Told:
+  """Reads, segments and estimates; raises what a user can mend."""
+  for name, c in (('config', config), ('other', other)):
+    if found := validation.problems(c):
+      raise ValueError(f'--{name}: ' + '\n  '.join(found))
+    if c.ppo.baseline != 'critic':
+      raise ValueError(f'--{name}: ppo.baseline=rloo needs several samples')
+  given = [{'text': text} for text in _TEXT.value]
+  if _INPUT.value:
+    given += read_rows(_INPUT.value, _COLUMN.value, _MAX_ROWS.value)
+  if not given:
+    raise ValueError("nothing to show; give --text='...' or --input=rows.jsonl")
+  texts = [row['text'] for row in given]
+  tokenizer = load_tokenizer(_TOKENIZER.value or _MODEL.value, texts)
+  rows = encode(given, tokenizer)
+  scored = _scored(
+      rows, _ref_logprobs(rows, [config, other], tokenizer.pad_token_id)
+  )
+  speller = Speller(tokenizer)
+  ruled = []
+  for c in (config, other):
+    macro = segment(c, rows, scored, tokenizer)
+    targets, _ = experience.make_targets(scored, macro, c)
+    lengths = np.asarray(aggregate.lengths(macro))
+    numbers = jax.device_get(aggregate.statistics(macro))
+    ruled.append(
+        Ruled(
+            name=switches.describe(c)
+            .splitlines()[0]
+            .removeprefix('macro actions: '),
+            ids=np.asarray(macro.ids_BT),
+            advantages=np.asarray(targets.advantages_BT),
+            lengths=lengths[lengths > 0],
+            statistics={name: float(x) for name, x in numbers.items()},
+        )
+    )
+  pieces = []
+  for ids in rows.ids:
+    spelt = speller(ids)
+    cut = [
+        spelt.text[b:e] for b, e in zip(spelt.begins, spelt.ends, strict=True)
+    ]
+    pieces.append([*cut[:-1], '<eos>'])
+  trained = not (_TOKENIZER.value or _MODEL.value)
+  return Told(pieces, ruled, np.asarray(scored.score_B).tolist(), trained)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags, with the default recipe and rule B where none is named."""
+  named = lambda name: next(
+      (a for a in argv[1:] if re.match(rf'--?{name}=', a)), None
+  )
+  spelt = list(argv)
+  if not named('config'):
+    spelt.insert(1, f'--config={default_recipe()}')
+  if not named('other'):
+    recipe = (named('config') or spelt[1]).partition('=')[2]
+    joint = ',' if ':' in recipe else ':'
+    spelt.append(f'--other={recipe}{joint}token_ppo')
+  for flag in (a for a in spelt[1:] if re.match(r'--?(config|other)=', a)):
+    path = flag.partition('=')[2].partition(':')[0]
+    if not pathlib.Path(path).is_file():
+      sys.exit(f'error: {flag}: there is no such file')
+  _ARGV[:] = spelt
+  try:
+    return flags.FLAGS(spelt)
+  except (flags.Error, AttributeError, ValueError) as error:
+    sys.exit(f'error: {error}')
+
+
+def main(argv: list[str]) -> None:
+  """Prints, and writes the page that --html names."""
+  try:
+    if len(argv) > 1:
+      raise ValueError(f'unexpected arguments: {argv[1:]}')
+    told = explore(_CONFIG.value, _OTHER.value)
+    color = _COLOR.value == 'always'
+    color |= _COLOR.value == 'auto' and sys.stdout.isatty()
+    print(explore_view.text(told, _ROWS.value, color))
+    if _HTML.value:
+      page = explore_view.page(told, _ROWS.value)
+      pathlib.Path(_HTML.value).write_text(page, encoding='utf-8')
+      print(f'written: {_HTML.value}')
+  except (ValueError, OSError, ImportError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,120 @@
+"""The tool that shows macro actions, run as a user runs it."""
+
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_TINY = str(_ROOT / 'configs' / 'tiny.py')
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, '-m', 'ma_rlhf_jax.tools.explore', *arguments]
+  return subprocess.run(
+      command, capture_output=True, text=True, cwd=_ROOT, check=False
+  )
+
+
+def test_advantages_under_two_rules_stand_side_by_side(tmp_path: pathlib.Path):
+  page = tmp_path / 'page.html'
+  ran = _run(
+      f'--config={_TINY}:ngram=3',
+      '--config.ppo.gae_lambda=0.5',
+      f'--other={_TINY}:one_macro',
+      '--text=a b c d <script>x</script>',
+      '--score=2',
+      '--value=1',
+      f'--html={page}',
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert 'A: ours; macro.termination=fixed with macro.ngram=3' in ran.stdout
+  assert '1 decisions, 1.0 per response' in ran.stdout
+  table = [
+      line.split()[-2:]
+      for line in ran.stdout.splitlines()
+      if line.startswith('    ') and line.rstrip()[-1:].isdigit()
+  ]
+  table = [pair for pair in table if pair[0][0] in '+-']
+  # B: 2 - 1. A from the end: 2 - 1, then 0 + .5 * 1, .25, ... halved each.
+  assert {b for _, b in table} == {'+1.0000'}
+  a = [float(x) for x, _ in table]
+  assert a[-1] == 1.0 and a[0] < 1.0
+  for t in range(len(a)):
+    later = (len(a) - 1) // 3 - t // 3
+    assert a[t] == pytest.approx(0.5**later, abs=1e-4)
+  html = page.read_text()
+  assert '<script>' not in html and '&lt;' in html
+  assert 'http' not in html and len(html) < 100_000
+
+
+def test_rows_of_a_file_with_their_own_numbers(tmp_path: pathlib.Path):
+  # Letters; the reference finds the fourth and the last unlikely.
+  rows = tmp_path / 'rows.jsonl.gz'
+  nll = [1.0, 0.5, 0.5, 3.0, 1.0, 4.0]
+  row = {'answer': '1\n2\n3', 'ref_logprobs': [-x for x in nll], 'score': 5}
+  with gzip.open(rows, 'wt') as file:
+    file.write(json.dumps(row) + '\n')
+  ran = _run(
+      f'--config={_TINY}:termination=ppl',
+      f'--input={rows}',
+      '--column=answer',
+      '--color=never',
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert 'response 1, score 5' in ran.stdout
+  assert '  A [1⏎2][⏎3][<eos>]' in ran.stdout
+
+
+def test_rules_of_the_host_and_colours():
+  ran = _run(
+      f'--config={_TINY}:termination=python',
+      '--text=x = 1\nif x:\n  y = 2',
+      '--color=always',
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert '3 decisions' in ran.stdout and '\x1b[30;44m' in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        ([], "nothing to show; give --text='...'"),
+        (
+            [f'--config={_TINY}:termination=ppl', '--text=a'],
+            "macro.termination='ppl' asks for probabilities, and row 1 has no",
+        ),
+        (
+            ['--text=a', '--config.macro.reward=mean'],
+            "--config: critic.target='token' aims at summed rewards",
+        ),
+        (
+            ['--text=a', '--config=none.py'],
+            '--config=none.py: there is no such',
+        ),
+        (['--input=none.jsonl'], 'none.jsonl'),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(arguments: list[str], words: str):
+  ran = _run(*arguments)
+  assert ran.returncode == 1
+  assert words in ran.stderr and 'Traceback' not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ('line', 'words'),
+    [
+        ('{"text": ', 'line 2 is no JSON'),
+        ('{"prompt": "a"}', 'line 2 has no text in response, text, chosen'),
+        ('{"text": "a", "values": [1]}', 'row 2: values has 1 numbers'),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: pathlib.Path, line: str, words: str):
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_text('{"text": "fine"}\n' + line + '\n')
+  ran = _run(f'--input={rows}')
+  assert ran.returncode == 1
+  assert words in ran.stderr and 'Traceback' not in ran.stderr
