@@ -44,7 +44,8 @@ class Cache:
       self, layer: Array, slot: Array | int, keys: Array, values: Array
   ) -> 'Cache':
     """The cache with [B, L, K, H] keys and values from `slot` on."""
-    at = (layer, 0, slot, 0, 0)
+    # Of one type, also where plain integers would be 64 bits wide.
+    at = tuple(jnp.int32(i) for i in (layer, 0, slot, 0, 0))
     put = jax.lax.dynamic_update_slice
     return Cache(
         keys_XBSKH=put(self.keys_XBSKH, keys[None], at),

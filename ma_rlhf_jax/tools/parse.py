@@ -12,7 +12,8 @@ a run, from an environment of its own, as it imports nothing of this package:
   benepar-env/bin/python -m spacy download en_core_web_md
   benepar-env/bin/python -c "import benepar; benepar.download('benepar_en3')"
 
-  --config.macro.parser='command: benepar-env/bin/python ma_rlhf_jax/tools/parse.py'
+  --config.macro.parser='command: benepar-env/bin/python \
+    ma_rlhf_jax/tools/parse.py'
 
 Any other parser: --parser=module:function, which for a list of texts gives a
 list of trees (strings, nltk.Tree or the like, None) for each.

@@ -170,3 +170,13 @@ def test_cache_write_touches_one_layer_and_its_slots() -> None:
   np.testing.assert_array_equal(np.asarray(keys)[1, :, 0, 0], [0, 1, 1, 0])
   np.testing.assert_array_equal(np.asarray(values)[0, :, 1, 9], [0, 2, 2, 0])
   assert not np.asarray(cache.keys_XBSKH)[[0, 2]].any()
+
+
+def test_the_cache_is_written_where_plain_integers_are_wide() -> None:
+  with jax.enable_x64(True):
+    cache = gemma.Cache.empty(TINY, batch=1, slots=3)
+    shape = (1, 1, TINY.num_kv_heads, TINY.head_dim)
+    ones = jnp.ones(shape, cache.keys_XBSKH.dtype)
+    written = cache.write(jnp.int32(1), 2, ones, 2 * ones)
+  assert int(written.keys_XBSKH.sum()) == ones.size
+  assert bool((written.values_XBSKH[1, 0, 2] == 2).all())

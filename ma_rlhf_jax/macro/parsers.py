@@ -1,0 +1,346 @@
+"""Parsers of the user: texts -> constituency trees, without fail.
+
+`macro.parser` is one of
+
+  module:function          called in this process, or in `parse_workers` of it
+  trees.jsonl              rows {"text": ..., "trees": [bracketed or null, ...]}
+  command: python parse.py {"text": ...} in, {"trees": [...]} out, line by line
+
+Whatever a parser does, a run goes on: what it fails at is None. That is why it
+has limits of time.
+"""
+
+from collections.abc import Sequence
+from concurrent import futures
+import importlib
+import json
+import os
+import pathlib
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any, Protocol
+
+from absl import logging
+from etils import epath
+
+from ma_rlhf_jax.macro import parsing
+
+_FUNCTION = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*')
+_COMMAND = 'command:'
+_TOOL = pathlib.Path(__file__).parents[1] / 'tools' / 'parse.py'
+# Limits of a process, for one text and for the first one, which may load a
+# model; and of a function, for all texts of a batch.
+ANSWER_SECONDS = 60.0
+START_SECONDS = 600.0
+BATCH_SECONDS = 600.0
+# Deaths of a parser's process, without an answer between them, after which it
+# is not started again.
+MAX_DEATHS = 4
+_FAILED = (None,)  # the trees of a text that was not parsed: one sentence
+
+Trees = Sequence[Any]
+
+
+class _Report:
+  """Says once what a parser failed at."""
+
+  def __init__(self, name: str):
+    self._name, self._said = name, False
+
+  def __call__(self, reason: str) -> None:
+    if not self._said:
+      self._said = True
+      logging.warning(
+          'macro.parser=%r failed: %s. What it fails at falls back and counts '
+          'as macro/fallback; further failures are not reported.',
+          self._name,
+          reason,
+      )
+
+
+class Parser(Protocol):
+  """Gives the trees of each text, without fail."""
+
+  def __call__(self, texts: Sequence[str]) -> list[Trees]:
+    ...
+
+  def close(self) -> None:
+    ...
+
+
+class _FileParser:
+  """Trees that were made before, by their text."""
+
+  def __init__(self, path: str):
+    self._trees: dict[str, Trees] = {}
+    try:
+      text = epath.Path(path).read_text()
+    except OSError as error:
+      raise OSError(f'macro.parser={path!r}: {error}') from error
+    for number, line in enumerate(text.split('\n'), 1):
+      if line.strip():
+        self._add(line, f'macro.parser={path!r}: line {number}')
+
+  def _add(self, line: str, where: str) -> None:
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      raise ValueError(f'{where} is not JSON: {error}') from error
+    fields = row if isinstance(row, dict) else {}
+    text, trees = fields.get('text'), fields.get('trees')
+    if not isinstance(text, str) or not isinstance(trees, list):
+      raise ValueError(
+          f'{where} must be {{"text": "...", "trees": [...]}}; it is '
+          f'{line[:80]!r}'
+      )
+    self._trees[text] = trees
+
+  def __call__(self, texts: Sequence[str]) -> list[Trees]:
+    return [self._trees.get(text, _FAILED) for text in texts]
+
+  def close(self) -> None:
+    pass
+
+
+class _FunctionParser:
+  """A function of the user, in a thread that may be left behind."""
+
+  def __init__(self, name: str):
+    self._report = _Report(name)
+    self._thread: threading.Thread | None = None
+    module, function = name.split(':')
+    try:
+      loaded = importlib.import_module(module)
+    except ImportError as error:
+      raise ImportError(f'macro.parser={name!r}: {error}') from error
+    self._function = getattr(loaded, function, None)
+    if not callable(self._function):
+      raise ValueError(
+          f'macro.parser={name!r}: {module} has no function {function!r}'
+      )
+
+  def _parse(self, texts: Sequence[str]) -> list[Trees]:
+    answers = list(self._function(list(texts)))
+    if len(answers) != len(texts):
+      raise ValueError(f'{len(answers)} answers to {len(texts)} texts')
+    for trees in answers:
+      if isinstance(trees, str):
+        raise ValueError('a string where a list of trees was needed')
+    return [[parsing.read(tree) for tree in trees] for trees in answers]
+
+  def _try(self, texts: Sequence[str]) -> list[Trees] | None:
+    """The answers, or None once the user has been told why there are none."""
+    box: list[Any] = []
+
+    def work() -> None:
+      try:
+        box.append(self._parse(texts))
+      # It is the user's code, which must never stop a run: what it fails at
+      # falls back and is counted.
+      except Exception as error:
+        box.append(error)
+
+    self._thread = threading.Thread(target=work, daemon=True)
+    self._thread.start()
+    self._thread.join(BATCH_SECONDS)
+    result = (
+        box[0] if box else TimeoutError(f'no answer in {BATCH_SECONDS:.0f} s')
+    )
+    if isinstance(result, list):
+      return result
+    self._report(repr(result))
+    return None
+
+  def __call__(self, texts: Sequence[str]) -> list[Trees]:
+    if self._thread and self._thread.is_alive():  # it may not run twice
+      return [_FAILED] * len(texts)
+    answers = self._try(texts)
+    if answers is not None:
+      return answers
+    if len(texts) == 1 or self._thread.is_alive():
+      return [_FAILED] * len(texts)
+    # One text may have spoilt them all.
+    return [trees for text in texts for trees in self([text])]
+
+  def close(self) -> None:
+    pass
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+  try:
+    os.killpg(process.pid, signal.SIGKILL)
+  except ProcessLookupError:
+    pass  # it has ended by itself
+
+
+def _answer(line: str) -> dict[str, Any] | None:
+  """A line of a parser as an object; None for whatever else it prints."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return row if isinstance(row, dict) else None
+
+
+class _Process:
+  """One process that answers texts, started anew where it dies."""
+
+  def __init__(self, command: Sequence[str], env: dict[str, str]):
+    self._command, self._env = command, env
+    self._process: subprocess.Popen[str] | None = None
+    self._answered = self._late = False
+    self._deaths = 0
+    self.reason = ''
+
+  def _start(self) -> subprocess.Popen[str]:
+    self._answered = False
+    return subprocess.Popen(
+        self._command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding='utf-8',
+        errors='replace',
+        env={**os.environ, **self._env},
+        start_new_session=True,  # so that its children end with it
+    )
+
+  def _kill(self, process: subprocess.Popen[str]) -> None:
+    self._late = True
+    _kill_group(process)
+
+  def _exchange(self, text: str) -> dict[str, Any] | None:
+    """The answer to one text; None if the process dies or has to be killed."""
+    try:
+      self._process = process = self._process or self._start()
+    except OSError as error:
+      self.reason = f'does not start: {error}'
+      return None
+    seconds = ANSWER_SECONDS if self._answered else START_SECONDS
+    self._late = False
+    # Killed, it ends its pipes, whichever of them is waited for.
+    timer = threading.Timer(seconds, self._kill, [process])
+    timer.start()
+    try:
+      process.stdin.write(json.dumps({'text': text}) + '\n')
+      process.stdin.flush()
+      for line in process.stdout:
+        if (answer := _answer(line)) is not None:
+          self._answered = True
+          return answer
+    except OSError:
+      pass  # it has closed its end
+    finally:
+      timer.cancel()
+    code = self.close()
+    late = f'gave no answer in {seconds:.0f} s'
+    self.reason = late if self._late else f'ended with exit code {code}'
+    return None
+
+  def ask(self, text: str) -> dict[str, Any] | None:
+    """The answer to one text, of a second process if the first one dies."""
+    for _ in range(2):
+      if self._deaths >= MAX_DEATHS:
+        return None
+      if (answer := self._exchange(text)) is not None:
+        self._deaths = 0
+        return answer
+      self._deaths += 1
+      if self._late:  # it would be late again
+        return None
+    return None
+
+  def close(self) -> int | None:
+    """Ends the process; its exit code."""
+    process, self._process = self._process, None
+    if process is None:
+      return None
+    try:
+      process.stdin.close()  # which ends one that reads to the end
+    except OSError:
+      pass
+    try:
+      process.wait(1.0)
+    except subprocess.TimeoutExpired:
+      _kill_group(process)
+    process.stdout.close()
+    return process.wait()
+
+
+class _CommandParser:
+  """Processes that answer JSON lines, each one text at a time."""
+
+  def __init__(
+      self, name: str, command: Sequence[str], workers: int, **env: str
+  ):
+    self._report = _Report(name)
+    if shutil.which(command[0]) is None:
+      raise ValueError(
+          f'macro.parser={name!r}: there is no program {command[0]!r}'
+      )
+    self._processes = [_Process(command, env) for _ in range(workers)]
+    self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+    for process in self._processes:
+      self._idle.put(process)
+    self._threads = futures.ThreadPoolExecutor(workers)
+    # A wrong command fails here, and models are loaded side by side.
+    answers = self._threads.map(lambda p: p.ask('A test.'), self._processes)
+    if None in list(answers):
+      self.close()
+      reasons = {process.reason for process in self._processes}
+      raise ValueError(
+          f'macro.parser={name!r} {" and ".join(filter(None, reasons))}; for '
+          'each line {"text": "..."} it must print one line {"trees": [...]}; '
+          'its own messages stand above'
+      )
+
+  def _parse(self, text: str) -> Trees:
+    process = self._idle.get()
+    try:
+      answer = process.ask(text)
+    finally:
+      self._idle.put(process)
+    if answer is None:
+      self._report(process.reason)
+    elif 'error' in answer or not isinstance(answer.get('trees'), list):
+      self._report(str(answer.get('error', f'answered {answer}'))[:500])
+    trees = (answer or {}).get('trees')
+    return trees if isinstance(trees, list) else _FAILED
+
+  def __call__(self, texts: Sequence[str]) -> list[Trees]:
+    return list(self._threads.map(self._parse, texts))
+
+  def close(self) -> None:
+    """Ends the processes."""
+    self._threads.shutdown()
+    for process in self._processes:
+      process.close()
+
+
+def make(name: str, workers: int) -> Parser:
+  """The parser that `macro.parser` names; raises what is wrong with it."""
+  if name.startswith(_COMMAND) and name.removeprefix(_COMMAND).strip():
+    try:
+      command = shlex.split(name.removeprefix(_COMMAND))
+    except ValueError as error:
+      raise ValueError(f'macro.parser={name!r}: {error}') from error
+    return _CommandParser(name, command, max(workers, 1))
+  if name.endswith('.jsonl'):
+    return _FileParser(name)
+  if not _FUNCTION.fullmatch(name):
+    raise ValueError(
+        f"macro.parser={name!r}: macro.termination='parsing' needs "
+        "'module:function', a file of trees that ends in .jsonl, or "
+        "'command: ...', such as 'command: python parse.py'"
+    )
+  if not workers:
+    return _FunctionParser(name)
+  command = [sys.executable, str(_TOOL), f'--parser={name}']
+  # It finds the modules that this process finds.
+  paths = os.pathsep.join(filter(None, sys.path))
+  return _CommandParser(name, command, workers, PYTHONPATH=paths)
