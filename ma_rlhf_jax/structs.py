@@ -11,7 +11,7 @@ Arrays end in their axes:
 `masking.py` draws the token layout. Each struct is made in one place and only
 read afterwards: PromptBatch (data.batches) -> Rollout (rollout.decode) ->
 Scored (training.experience) -> MacroActions (macro.termination) ->
-Targets (objective.advantage) -> TrainState (training.update).
+Targets (objective.targets) -> TrainState (training.update).
 """
 
 from typing import Any
