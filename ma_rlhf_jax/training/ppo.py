@@ -161,21 +161,17 @@ class PPO(Stage):
     if c.baseline == 'critic':
       self.states['critic'] = update.init_state(params.critic, critic_optimizer)
     self._host = run.host_termination()
-    self._make_programs(policy_optimizer, critic_optimizer)
+    self._make_programs()
+    self._make_updates(policy_optimizer, critic_optimizer)
 
-  def _make_programs(
-      self,
-      policy_optimizer: optax.GradientTransformation,
-      critic_optimizer: optax.GradientTransformation,
-  ) -> None:
+  def _make_programs(self) -> None:
     run, c, shapes = self.run, self.config, self.shapes
-    temperature = run.logprob_temperature
     num_rows = c.batch_size * c.samples_per_prompt
     self._score = jax.jit(
         functools.partial(
             score_sequences,
             shapes,
-            temperature=temperature,
+            temperature=run.logprob_temperature,
             chunk_tokens=run.config.model.logprob_chunk,
             num_micro=update.num_micro(num_rows, c.micro_batch_size),
         )
@@ -191,6 +187,13 @@ class PPO(Stage):
             responses=num_rows,
         )
     )
+
+  def _make_updates(
+      self,
+      policy_optimizer: optax.GradientTransformation,
+      critic_optimizer: optax.GradientTransformation,
+  ) -> None:
+    run, c, shapes = self.run, self.config, self.shapes
     self._update_policy = jax.jit(
         functools.partial(
             update_on,
@@ -199,7 +202,7 @@ class PPO(Stage):
                 shape=shapes.policy,
                 clip_eps=c.clip_eps,
                 ratio=c.ratio,
-                temperature=temperature,
+                temperature=run.logprob_temperature,
                 chunk_tokens=run.config.model.logprob_chunk,
             ),
             weigh=lambda batch: losses.loss_weights(

@@ -1,4 +1,4 @@
-"""Advantages and returns over tokens and macro actions."""
+"""GAE over steps, and lambdas and discounts for single tokens."""
 
 import math
 
@@ -6,70 +6,20 @@ import jax
 import numpy as np
 
 from ma_rlhf_jax.macro import termination
-from ma_rlhf_jax.objective import advantage, targets
-from ma_rlhf_jax.structs import MacroActions, Targets
+from ma_rlhf_jax.objective import advantage
 from tests.oracle import cases, tensor
 
-NAMES = ('reward', 'value', 'critic_target', 'advantage', 'discount')
-_jit_targets = jax.jit(targets.macro_targets, static_argnames=NAMES)
 _jit_gae = jax.jit(advantage.gae)
 _jit_macro_actions = jax.jit(termination.macro_actions)
 _jit_piecewise = jax.jit(advantage.piecewise)
-DEFAULT = dict(
-    gamma=1.0,
-    gae_lambda=0.5,
-    discount='macro',
-    reward='sum',
-    value='start',
-    advantage='shared',
-    critic_target='token',
-)
 
 # Macro actions of 2 + 1 + 2 tokens and 3 tokens; row 2 has no token.
 MASK = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0] * 6], bool)
 STARTS = np.array([[1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0] * 6], bool)
-VALUES = np.array([[1, 3, 2, 6, 4, 9], [2, 5, 7, 9, 9, 9], [9] * 6], 'float32')
-REWARDS = np.array(
-    [[0.5, 1, -1, 2, 4, 9], [1, -3, 5, 9, 9, 9], [9] * 6], 'float32'
-)
-
-
-def _macro(starts: np.ndarray = STARTS, mask: np.ndarray = MASK):
-  return jax.device_get(_jit_macro_actions(starts, mask))
-
-
-def macro_targets(*args, **kwargs) -> Targets:
-  kwargs = {**DEFAULT, **kwargs}
-  kwargs.setdefault('critic_lambda', kwargs['gae_lambda'])
-  return jax.device_get(_jit_targets(*args, **kwargs))
 
 
 def gae(*args, **kwargs) -> tuple[np.ndarray, np.ndarray]:
   return jax.device_get(_jit_gae(*args, **kwargs))
-
-
-def _random(seed: int) -> tuple[np.ndarray, np.ndarray, MacroActions]:
-  """float64 values and rewards, and macro actions of random lengths."""
-  rng = np.random.default_rng(seed)
-  mask = np.arange(12)[None] < rng.integers(0, 13, size=(6, 1))
-  macro = _macro(rng.random((6, 12)) < 0.4, mask)
-  values, rewards = rng.normal(size=(2, 6, 12))
-  return values, rewards, macro
-
-
-def _loop(
-    values: list[float], rewards: list[float], gamma: float, gae_lambda: float
-) -> tuple[list[float], list[float]]:
-  """Token-level GAE as in a textbook, forwards, one sequence."""
-  steps = range(len(values))
-  after = [*values[1:], 0.0]
-  deltas = [rewards[t] + gamma * after[t] - values[t] for t in steps]
-  advantages = [
-      sum((gamma * gae_lambda) ** (k - t) * deltas[k] for k in steps if k >= t)
-      for t in steps
-  ]
-  returns = [a + v for a, v in zip(advantages, values, strict=True)]
-  return advantages, returns
 
 
 def test_gae_by_hand():
@@ -113,5 +63,5 @@ def test_oracle_gae():
 
 
 def test_piecewise_is_one_inside_and_lambda_at_ends():
-  got = _jit_piecewise(_macro(), 0.25)
+  got = _jit_piecewise(_jit_macro_actions(STARTS, MASK), 0.25)
   assert got[:2, :5].tolist() == [[1, 0.25, 0.25, 1, 0.25], [1, 1, 0.25, 1, 1]]

@@ -1,7 +1,5 @@
 """What policy and critic aim at."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,21 +54,6 @@ def _random(seed: int) -> tuple[np.ndarray, np.ndarray, MacroActions]:
   macro = _macro(rng.random((6, 12)) < 0.4, mask)
   values, rewards = rng.normal(size=(2, 6, 12))
   return values, rewards, macro
-
-
-def _loop(
-    values: list[float], rewards: list[float], gamma: float, gae_lambda: float
-) -> tuple[list[float], list[float]]:
-  """Token-level GAE as in a textbook, forwards, one sequence."""
-  steps = range(len(values))
-  after = [*values[1:], 0.0]
-  deltas = [rewards[t] + gamma * after[t] - values[t] for t in steps]
-  advantages = [
-      sum((gamma * gae_lambda) ** (k - t) * deltas[k] for k in steps if k >= t)
-      for t in steps
-  ]
-  returns = [a + v for a, v in zip(advantages, values, strict=True)]
-  return advantages, returns
 
 
 def test_macro_targets_by_hand():
@@ -144,84 +127,6 @@ def test_critic_sees_the_starts_only_where_asked():
   np.testing.assert_array_equal(mask('starts'), STARTS)
   np.testing.assert_array_equal(mask('macro'), MASK)
   np.testing.assert_array_equal(mask('token'), MASK)
-
-
-@pytest.mark.parametrize(
-    ('value', 'critic_target'),
-    [
-        ('start', 'token'),
-        ('equal', 'macro'),
-        ('unit', 'starts'),
-        ('position', 'token'),
-    ],
-)
-def test_one_token_macros_are_plain_ppo(value: str, critic_target: str):
-  values, rewards, macro = _random(2)
-  mask = macro.mask_BT
-  with jax.enable_x64(True):
-    got = macro_targets(
-        values,
-        rewards,
-        _macro(mask, mask),
-        gamma=0.97,
-        gae_lambda=0.9,
-        reward='sum',
-        value=value,
-        critic_target=critic_target,
-    )
-  for b, length in enumerate(mask.sum(axis=1)):
-    want = _loop(values[b, :length], rewards[b, :length], 0.97, 0.9)
-    pad = [0.0] * (12 - length)
-    np.testing.assert_allclose(
-        (got.advantages_BT[b], got.returns_BT[b]),
-        [[*row, *pad] for row in want],
-        rtol=0,
-        atol=1e-12,
-    )
-
-
-def test_macro_gae_is_piecewise_lambda_token_gae():
-  with jax.enable_x64(True):
-    for seed in range(3):
-      values, rewards, macro = _random(seed)
-      settings = DEFAULT | {'gae_lambda': 0.9}
-      shared = macro_targets(values, rewards, macro, **settings)
-      own, own_returns = gae(
-          values,
-          rewards,
-          macro.mask_BT,
-          gamma=1.0,
-          gae_lambda=_jit_piecewise(macro, 0.9),
-      )
-      close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
-      starts, mask = macro.starts_BT, macro.mask_BT
-      close(shared.advantages_BT[starts], own[starts])
-      close(shared.returns_BT, own_returns)
-      # A later token's shared advantage also has the TD errors of its macro
-      # action before it.
-      after = np.pad(np.where(mask, values, 0)[:, 1:], ((0, 0), (0, 1)))
-      deltas = np.where(mask, rewards + after - values, 0)
-      earlier = np.zeros_like(deltas)
-      for t in range(1, 12):
-        carried = earlier[:, t - 1] + deltas[:, t - 1]
-        earlier[:, t] = np.where(starts[:, t], 0, carried)
-      close(shared.advantages_BT[mask], (own + earlier)[mask])
-
-
-def test_start_values_and_sums_make_all_critic_targets_agree_at_starts():
-  values, rewards, macro = _random(4)
-  starts = macro.starts_BT
-  with jax.enable_x64(True):
-    token, macro_action = (
-        macro_targets(
-            values,
-            rewards,
-            macro,
-            **DEFAULT | {'critic_target': target},
-        ).returns_BT[starts]
-        for target in ('token', 'macro')
-    )
-  np.testing.assert_allclose(token, macro_action, rtol=0, atol=1e-12)
 
 
 def test_lambda_one_does_not_see_the_macro_actions_at_their_starts():
