@@ -269,6 +269,7 @@ RESUMABLE = (
     'model.remat',
     'model.logprob_chunk',
     'data.cache_dir',
+    'macro.parse_workers',
 )
 
 # What follows the colon in --config=recipe.py:word,name=value. Words are the
