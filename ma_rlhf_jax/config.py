@@ -23,6 +23,19 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import switches
 
+# Published shapes that `model.preset` may name; `models.presets` has them.
+PRESETS = (
+    'gemma-2b',
+    'gemma-7b',
+    'codegemma-2b',
+    'codegemma-7b-it',
+    'gemma-2-2b',
+    'gemma-2-9b',
+    'gemma-2-27b',
+)
+# The matrices of a layer, any of which may get adapters (`lora.targets`).
+KERNELS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
+
 
 def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
   """AdamW with the authors' betas, decay and clipping."""
@@ -44,6 +57,8 @@ def _model() -> ConfigDict:
   c = ConfigDict()
   # The shape fields count only where `sft.init` is empty; otherwise the
   # config.json of that folder decides.
+  c.preset = ''  # a published shape by name, gemma-7b say; '' = the next fields
+  c.family = 'gemma'  # gemma | gemma2, whose blocks also norm what they add
   c.vocab_size = 0  # rows of the embedding; 0 = as many as the tokenizer has
   c.num_layers = 2
   c.embed_dim = 128
@@ -53,11 +68,24 @@ def _model() -> ConfigDict:
   c.head_dim = 32
   c.rope_theta = 10_000.0
   c.norm_eps = 1e-6
+  c.query_pre_attn_scalar = 0.0  # scores are divided by its root; 0 = head_dim
+  c.attn_softcap = 0.0  # bound of attention scores; 0 = none
+  c.final_softcap = 0.0  # bound of logits; 0 = none
+  c.sliding_window = 0  # tokens, in every other layer from the first; 0 = none
   c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16 |
   # float64 (needs JAX_ENABLE_X64=1)
   c.param_dtype = 'float32'  # of the trained weights and Adam moments
   c.remat = True  # recompute layers in the backward pass
   c.logprob_chunk = 4096  # tokens whose logits exist at once in a chunked pass
+  return c
+
+
+def _lora() -> ConfigDict:
+  """Low-rank adapters of what is trained; its weights stay frozen then."""
+  c = ConfigDict()
+  c.rank = 0  # 0 = no adapters: all weights are trained
+  c.alpha = 32.0  # the product of the two factors is scaled by alpha / rank
+  c.targets = KERNELS
   return c
 
 
@@ -220,6 +248,7 @@ def base() -> ConfigDict:
   c.seed = 0
   c.stages = ('sft', 'reward_model', 'ppo', 'evaluate')
   c.model = _model()
+  c.lora = _lora()
   c.tokenizer = ConfigDict()
   c.tokenizer.path = ''  # folder or id; '' = that of sft.init, else trained
   c.tokenizer.vocab_size = 1024  # of a tokenizer trained on the SFT part

@@ -68,7 +68,7 @@ def train_sft(run: Run) -> None:
   """SFT, from `sft.init` or random weights to `sft/hf`."""
   stage = SFT(run, *sources.initial_policy(run))
   states, step = run_stage(stage)
-  trained = ('policy', stage.shape, states['policy'].params)
+  trained = ('policy', stage.shape, stage.params(states))
   _finish(run, 'sft', step, {'sft': trained})
 
 
@@ -76,24 +76,24 @@ def train_reward_model(run: Run) -> None:
   """The reward model, from the SFT policy to `reward_model/hf`."""
   stage = RewardModel(run, *sources.initial_reward_model(run))
   states, step = run_stage(stage)
-  trained = ('scalar', stage.shape, states['reward_model'].params)
+  trained = ('scalar', stage.shape, stage.params(states))
   _finish(run, 'reward_model', step, {'reward_model': trained})
 
 
 def _ppo_models(run: Run) -> tuple[Models, Models]:
   """Shapes and parameters of the four models of PPO."""
-  policy = sources.policy_source(run.config, run.workdir)
-  reward_model = sources.reward_model_source(run.config, run.workdir)
+  config, workdir = run.config, run.workdir
+  source = sources.policy_source(config, workdir)
+  ref_policy = sources.load(run, source, 'policy')
+  policy = sources.load_to_train(run, source, 'policy', 'policy', ref_policy)
+  source = sources.reward_model_source(config, workdir)
+  reward_model = sources.load(run, source, 'scalar')
   critic = (None, None)
-  if run.config.ppo.baseline == 'critic':
-    source = sources.critic_source(run.config, run.workdir)
-    critic = sources.load(run, source, 'scalar')
-  loaded = Models(
-      policy=sources.load(run, policy, 'policy'),
-      ref_policy=sources.load(run, policy, 'policy'),
-      critic=critic,
-      reward_model=sources.load(run, reward_model, 'scalar'),
-  )
+  if config.ppo.baseline == 'critic':
+    start = sources.critic_source(config, workdir)
+    same = reward_model if start == source else None
+    critic = sources.load_to_train(run, start, 'scalar', 'critic', same)
+  loaded = Models(policy, ref_policy, critic, reward_model)
   shapes, params = zip(*loaded, strict=True)
   return Models(*shapes), Models(*params)
 
@@ -102,20 +102,18 @@ def train_ppo(run: Run) -> None:
   """MA-PPO, from SFT policy and reward model to `ppo/hf`."""
   stage = PPO(run, *_ppo_models(run))
   states, step = run_stage(stage)
-  exports = {'ppo': ('policy', stage.shapes.policy, states['policy'].params)}
-  if 'critic' in states:
-    trained = ('scalar', stage.shapes.critic, states['critic'].params)
-    exports['critic'] = trained
+  params = stage.params(states)
+  exports = {'ppo': ('policy', stage.shapes.policy, params.policy)}
+  if params.critic is not None:
+    exports['critic'] = ('scalar', stage.shapes.critic, params.critic)
   _finish(
       run,
       'ppo',
       step,
       exports,
       used_sha256={
-          'sft': workdir_lib.params_sha256(stage.frozen['ref_policy']),
-          'reward_model': workdir_lib.params_sha256(
-              stage.frozen['reward_model']
-          ),
+          'sft': workdir_lib.params_sha256(stage.ref_policy),
+          'reward_model': workdir_lib.params_sha256(stage.reward_model),
       },
   )
 

@@ -17,6 +17,8 @@ _OPTIMS = ('sft.optim', 'reward_model.optim', 'ppo.optim', 'critic.optim')
 CHOICES: dict[str, tuple[Any, ...]] = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
+    'model.preset': ('', *config_lib.PRESETS),
+    'model.family': ('gemma', 'gemma2'),
     'data.task': tuple(config_lib.TASK_LENGTHS),
     'sft.loss_on': ('response', 'text', 'everything'),
     'reward_model.loss': ('per_token', 'last_token', 'authors'),
@@ -70,7 +72,8 @@ _AT_LEAST_1 = (
 # One number alone has no interval.
 _AT_LEAST_2 = ['data.eval_rows', 'evaluate.prompts']
 _AT_LEAST_0 = (
-    'seed model.vocab_size data.max_rows data.max_prompt_len'
+    'seed model.vocab_size model.query_pre_attn_scalar model.attn_softcap'
+    ' model.final_softcap model.sliding_window lora.rank data.max_rows data.max_prompt_len'
     ' data.max_response_len sft.steps sft.micro_batch_size sft.eval_every'
     ' reward_model.steps reward_model.micro_batch_size reward_model.eval_every'
     ' reward_model.num_padding_at_beginning ppo.steps ppo.micro_batch_size'
@@ -83,6 +86,7 @@ _AT_LEAST_0 = (
 _ABOVE_0 = (
     'model.rope_theta model.norm_eps ppo.clip_eps rollout.top_p ppo.max_kl'
     ' sft.epochs reward_model.epochs ppo.epochs macro.cut_probability'
+    ' lora.alpha'
 ).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('lr', 'eps')]
 _UP_TO_1 = (
     'ppo.gamma ppo.gae_lambda rollout.top_p data.label_noise'
@@ -107,6 +111,14 @@ RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
     (_BELOW_1, lambda v: 0 <= v < 1, 'at least 0 and below 1'),
     (_BELOW_2_31, lambda v: v < 2**31, 'below 2**31'),
     (_BELOW_2_32, lambda v: v < 2**32, 'below 2**32'),
+)
+
+
+_GEMMA2_FIELDS = (
+    'query_pre_attn_scalar',
+    'attn_softcap',
+    'final_softcap',
+    'sliding_window',
 )
 
 
@@ -161,6 +173,12 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
   m = c.model
   if 'float64' in (m.dtype, m.param_dtype) and not jax.config.jax_enable_x64:
     yield 'model.dtype or param_dtype float64 needs JAX_ENABLE_X64=1 to be set'
+  for name in _GEMMA2_FIELDS:
+    if m.family == 'gemma' and m[name]:
+      yield (
+          f"model.{name}={m[name]} must be 0 with model.family='gemma'; Gemma 1 "
+          "has no such thing, 'gemma2' has"
+      )
   if m.num_kv_heads > 0 and m.num_heads % m.num_kv_heads:
     yield (
         f'model.num_kv_heads={m.num_kv_heads} must divide '
@@ -172,6 +190,15 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
     yield (
         f'tokenizer.vocab_size={c.tokenizer.vocab_size} must be at least 300: '
         '4 special ids, 256 bytes and some pieces'
+    )
+
+
+def _of_lora(c: ConfigDict) -> Iterator[str]:
+  unknown = set(c.lora.targets) - set(config_lib.KERNELS)
+  if unknown or not c.lora.targets:
+    yield (
+        f'lora.targets={tuple(c.lora.targets)} must hold some of '
+        f'{", ".join(config_lib.KERNELS)}'
     )
 
 
@@ -270,6 +297,7 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
     return found
   found += _of_values(flat)
   found += _of_model(config)
+  found += _of_lora(config)
   found += _of_data(config)
   found += _of_stages(config)
   found += switches.problems(flat)

@@ -28,6 +28,11 @@ def rotate(x_BLNH: Array, positions_BL: Array, *, theta: float) -> Array:
   return rotated.astype(x_BLNH.dtype)
 
 
+def soft_capped(x: Array, cap: float) -> Array:
+  """`cap * tanh(x / cap)`, which stays within +-cap; `x` where cap is 0."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
 def attend(
     queries_BLNH: Array,
     keys_BSKH: Array,
@@ -35,6 +40,7 @@ def attend(
     mask_BLS: Array,
     *,
     scale: float,
+    softcap: float = 0.0,
 ) -> Array:
   """Softmax attention; each key head serves N / K query heads.
 
@@ -46,6 +52,7 @@ def attend(
     values_BSKH: float values.
     mask_BLS: bool, true where query l may attend to key s.
     scale: multiplies the dot products.
+    softcap: see `soft_capped`.
 
   Returns:
     float [B, L, N, H], in the dtype of the queries.
@@ -62,6 +69,7 @@ def attend(
       keys_BSKH,
       preferred_element_type=wide(grouped.dtype),
   )
+  scores = soft_capped(scores, softcap)
   floor = jnp.finfo(scores.dtype).min
   scores = jnp.where(mask_BLS[:, None, None], scores, floor)
   weights = jax.nn.softmax(scores, axis=-1).astype(queries_BLNH.dtype)

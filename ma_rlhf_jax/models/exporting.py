@@ -23,9 +23,12 @@ from safetensors.numpy import save_file
 
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import (
+    CAPS,
+    FULL,
     INDEX,
     SINGLE,
     SIZES,
+    SLIDING,
     Tensor,
     list_tensors,
     to_theirs,
@@ -36,11 +39,12 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 _ARCHITECTURES = {
-    'policy': 'GemmaForCausalLM',
-    'scalar': 'GemmaForSequenceClassification',
+    'policy': 'ForCausalLM',
+    'scalar': 'ForSequenceClassification',
 }
+_CLASSES = {'gemma': 'Gemma', 'gemma2': 'Gemma2'}
 _MAX_SHARD_BYTES = 5 * 10**9
-_CONTEXT = 8192  # tokens Gemma 1 was trained on; nothing here depends on it
+_CONTEXT = 8192  # tokens Gemma was trained on; nothing here depends on it
 
 
 def save(
@@ -166,8 +170,8 @@ def _write_configs(
       'transformers_version': importlib.metadata.version('transformers'),
   }
   shape = {
-      'architectures': [_ARCHITECTURES[kind]],
-      'model_type': 'gemma',
+      'architectures': [_CLASSES[config.family] + _ARCHITECTURES[kind]],
+      'model_type': config.family,
       **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
       'hidden_act': 'gelu_pytorch_tanh',
       'hidden_activation': 'gelu_pytorch_tanh',
@@ -184,11 +188,28 @@ def _write_configs(
       'dtype': dtype,
       'torch_dtype': dtype,  # the name in 4.x
   }
+  if config.family == 'gemma2':
+    shape |= _gemma2_fields(config)
   if kind == 'scalar':
     shape |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
   else:
     _write_json(draft / 'generation_config.json', shared)
   _write_json(draft / 'config.json', {**shape, **shared})
+
+
+def _gemma2_fields(config: GemmaConfig) -> dict[str, Any]:
+  slides = config.sliding_layers or (False,) * config.num_layers
+  scalar = config.query_pre_attn_scalar or config.head_dim
+  return {
+      # transformers 5 takes whole numbers only.
+      'query_pre_attn_scalar': int(scalar) if scalar == int(scalar) else scalar,
+      **{
+          theirs: getattr(config, ours) or None for theirs, ours in CAPS.items()
+      },
+      'sliding_window': config.sliding_window or None,
+      'layer_types': [SLIDING if s else FULL for s in slides],
+      'use_bidirectional_attention': None,
+  }
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

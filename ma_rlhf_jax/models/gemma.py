@@ -1,10 +1,13 @@
-"""Gemma 1 in linen: embedding, scanned layers, final norm, tied head.
+"""Gemma 1 and 2 in linen: embedding, scanned layers, final norm, tied head.
 
-Source: the Gemma report (arXiv 2403.08295); numerics follow the
+Gemma 2 also norms what a block adds, caps attention scores and logits, and lets
+every other layer attend to a sliding window only.
+
+Source: the Gemma reports (arXiv 2403.08295, 2408.00118); numerics follow the
 `transformers` implementation, against which they are tested.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 from flax import linen as nn
@@ -13,10 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models.attention import attend, rotate
+from ma_rlhf_jax.models.attention import attend, rotate, soft_capped
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.partition import constrain
 from ma_rlhf_jax.structs import Array, Params
+
+# What the two parameters of an adapter add to the name of their kernel.
+LORA_A, LORA_B = '_lora_a', '_lora_b'
 
 
 @struct.dataclass
@@ -64,28 +70,67 @@ class _Kernels(nn.Module):
 
   config: GemmaConfig
 
-  def kernel(
+  def _weight(
       self,
       name: str,
+      init: nn.initializers.Initializer,
       shape: tuple[int, ...],
-      axes: tuple[str, ...],
-      inputs: int,
+      axes: tuple[str | None, ...],
+      dtype: str,
   ) -> Array:
-    """A weight whose first `inputs` axes are summed over."""
-    init = nn.initializers.variance_scaling(
-        1.0,
-        'fan_in',
-        'normal',
-        in_axis=tuple(range(inputs)),
-        out_axis=tuple(range(inputs, len(shape))),
-    )
-    weight = self.param(
-        name,
-        nn.with_logical_partitioning(init, axes),
-        shape,
-        jnp.dtype(self.config.param_dtype),
-    )
+    """A parameter of `dtype` in the compute dtype."""
+    boxed = nn.with_logical_partitioning(init, axes)
+    weight = self.param(name, boxed, shape, jnp.dtype(dtype))
     return weight.astype(self.config.compute_dtype)
+
+  def project(
+      self,
+      name: str,
+      x: Array,
+      outputs: tuple[int, ...],
+      axes: tuple[str, ...],
+  ) -> Array:
+    """`x` times a kernel, plus what its adapter adds.
+
+    Args:
+      name: of the kernel, one of `config.KERNELS`.
+      x: [..., *inputs].
+      outputs: sizes of the axes that the result has in place of `inputs`.
+      axes: logical names of all axes of the kernel, [*inputs, *outputs].
+    """
+    c = self.config
+    count = len(axes) - len(outputs)
+    inputs = x.shape[x.ndim - count :]
+    fans = {
+        'in_axis': tuple(range(count)),
+        'out_axis': tuple(range(count, len(axes))),
+    }
+    init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', **fans)
+    dtype = c.kernel_dtype or c.param_dtype
+    kernel = self._weight(name, init, inputs + outputs, axes, dtype)
+    y = jnp.tensordot(x, kernel, axes=count)
+    if c.lora is None or name not in c.lora.targets:
+      return y
+    # B of zeros: an adapter changes nothing before it has learned.
+    down = nn.initializers.variance_scaling(
+        1 / 3, 'fan_in', 'uniform', in_axis=fans['in_axis'], out_axis=count
+    )
+    a = self._weight(
+        name + LORA_A,
+        down,
+        (*inputs, c.lora.rank),
+        (*axes[:count], 'rank'),
+        c.param_dtype,
+    )
+    b = self._weight(
+        name + LORA_B,
+        nn.initializers.zeros,
+        (c.lora.rank, *outputs),
+        ('rank', *axes[count:]),
+        c.param_dtype,
+    )
+    added = jnp.tensordot(jnp.tensordot(x, a, axes=count), b, axes=1)
+    return y + added * jnp.asarray(c.lora.scale, added.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -123,28 +168,29 @@ class Attention(_Kernels):
       slot: Array | int,
   ) -> tuple[Array, Cache | None]:
     c = self.config
-    q_axes, kv_axes = ('embed', 'heads', 'head'), ('embed', 'kv_heads', 'head')
-    kv_shape = (c.embed_dim, c.num_kv_heads, c.head_dim)
-    query = self.kernel(
-        'query', (c.embed_dim, c.num_heads, c.head_dim), q_axes, 1
-    )
-    key = self.kernel('key', kv_shape, kv_axes, 1)
-    value = self.kernel('value', kv_shape, kv_axes, 1)
-    out = self.kernel(
-        'out',
-        (c.num_heads, c.head_dim, c.embed_dim),
-        ('heads', 'head', 'embed'),
-        2,
-    )
-    project = lambda kernel: jnp.einsum('bld,dnh->blnh', x_BLD, kernel)
-    queries = rotate(project(query), positions_BL, theta=c.rope_theta)
-    keys = rotate(project(key), positions_BL, theta=c.rope_theta)
-    values = project(value)
+
+    def heads(name: str, number: int, axis: str) -> Array:
+      shape, axes = (number, c.head_dim), ('embed', axis, 'head')
+      return self.project(name, x_BLD, shape, axes)
+
+    queries = heads('query', c.num_heads, 'heads')
+    keys = heads('key', c.num_kv_heads, 'kv_heads')
+    values = heads('value', c.num_kv_heads, 'kv_heads')
+    queries = rotate(queries, positions_BL, theta=c.rope_theta)
+    keys = rotate(keys, positions_BL, theta=c.rope_theta)
     if cache is not None:
       cache = cache.write(layer, slot, keys, values)
       keys, values = cache.layer(layer)
-    mixed = attend(queries, keys, values, mask_BLS, scale=c.head_dim**-0.5)
-    return jnp.einsum('blnh,nhd->bld', mixed, out), cache
+    mixed = attend(
+        queries,
+        keys,
+        values,
+        mask_BLS,
+        scale=c.attention_scale,
+        softcap=c.attn_softcap,
+    )
+    axes = ('heads', 'head', 'embed')
+    return self.project('out', mixed, (c.embed_dim,), axes), cache
 
 
 class MLP(_Kernels):
@@ -152,16 +198,46 @@ class MLP(_Kernels):
 
   @nn.compact
   def __call__(self, x_BLD: Array) -> Array:
-    shape = (self.config.embed_dim, self.config.mlp_dim)
-    gate = self.kernel('gate', shape, ('embed', 'mlp'), 1)
-    up = self.kernel('up', shape, ('embed', 'mlp'), 1)
-    down = self.kernel('down', shape[::-1], ('mlp', 'embed'), 1)
-    hidden = jax.nn.gelu(x_BLD @ gate, approximate=True) * (x_BLD @ up)
-    return hidden @ down
+    c = self.config
+    gate = self.project('gate', x_BLD, (c.mlp_dim,), ('embed', 'mlp'))
+    up = self.project('up', x_BLD, (c.mlp_dim,), ('embed', 'mlp'))
+    hidden = jax.nn.gelu(gate, approximate=True) * up
+    return self.project('down', hidden, (c.embed_dim,), ('mlp', 'embed'))
+
+
+class Masks(NamedTuple):
+  """What queries may attend to, bool [B, L, S].
+
+  Attributes:
+    full: in most layers.
+    sliding: in sliding layers; None where it would be the same.
+  """
+
+  full: Array
+  sliding: Array | None
+
+  @classmethod
+  def of(
+      cls, config: GemmaConfig, mask_BLS: Array, slot: Array | int
+  ) -> 'Masks':
+    """Both masks; `slot` is the key slot of the first query."""
+    length, slots = mask_BLS.shape[1:]
+    if not any(config.sliding_layers) or slots <= config.sliding_window:
+      return cls(mask_BLS, None)
+    query_L1 = slot + jnp.arange(length, dtype=jnp.int32)[:, None]
+    key_1S = jnp.arange(slots, dtype=jnp.int32)[None]
+    near_LS = query_L1 - key_1S < config.sliding_window
+    return cls(mask_BLS, mask_BLS & near_LS[None])
+
+  def of_layer(self, slides: Array) -> Array:
+    """The mask of a layer; `slides` says whether it is a sliding one."""
+    if self.sliding is None:
+      return self.full
+    return jnp.where(slides, self.sliding, self.full)
 
 
 class Layer(nn.Module):
-  """One pre-norm block; the carry of the scan is (activations, cache)."""
+  """One block; the carry of the scan is (activations, cache)."""
 
   config: GemmaConfig
 
@@ -170,18 +246,24 @@ class Layer(nn.Module):
       self,
       carry: tuple[Array, Cache | None],
       layer: Array,
+      slides: Array,
       positions_BL: Array,
-      mask_BLS: Array,
+      masks: Masks,
       slot: Array | int,
   ) -> tuple[tuple[Array, Cache | None], None]:
     x, cache = carry
-    normed = RMSNorm(self.config, name='attention_norm')(x)
-    mixed, cache = Attention(self.config, name='attention')(
-        normed, positions_BL, mask_BLS, cache, layer, slot
+    c = self.config
+
+    def added(name: str, y: Array) -> Array:
+      return RMSNorm(c, name=name)(y) if c.post_norms else y
+
+    normed = RMSNorm(c, name='attention_norm')(x)
+    mixed, cache = Attention(c, name='attention')(
+        normed, positions_BL, masks.of_layer(slides), cache, layer, slot
     )
-    x = x + mixed
-    normed = RMSNorm(self.config, name='mlp_norm')(x)
-    x = x + MLP(self.config, name='mlp')(normed)
+    x = x + added('attention_post_norm', mixed)
+    normed = RMSNorm(c, name='mlp_norm')(x)
+    x = x + added('mlp_post_norm', MLP(c, name='mlp')(normed))
     return (constrain(x, ('batch', 'length', 'width')), cache), None
 
 
@@ -219,7 +301,7 @@ class Gemma(nn.Module):
             nn.initializers.normal(c.embed_dim**-0.5), ('vocab', 'embed')
         ),
         (c.vocab_size, c.embed_dim),
-        jnp.dtype(c.param_dtype),
+        jnp.dtype(c.kernel_dtype or c.param_dtype),
     )
     # The factor is rounded to the compute dtype, as in the reference.
     factor = jnp.asarray(c.embed_dim**0.5, c.compute_dtype)
@@ -229,15 +311,16 @@ class Gemma(nn.Module):
         block,
         variable_axes={'params': 0},
         split_rngs={'params': True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=c.num_layers,
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, name='layers')
     (x, cache), _ = layers(
         (constrain(x, ('batch', 'length', 'width')), cache),
         jnp.arange(c.num_layers, dtype=jnp.int32),
+        jnp.asarray(c.sliding_layers or (False,) * c.num_layers),
         positions_BL,
-        mask_BLS,
+        Masks.of(c, mask_BLS, slot),
         slot,
     )
     return RMSNorm(c, name='final_norm')(x), cache
@@ -256,14 +339,23 @@ def hidden_states(
   return hidden_BLD
 
 
-def head_logits(hidden_xD: Array, embedding_VD: Array) -> Array:
-  """Logits [..., V] of the tied head, at least in float32."""
-  return jnp.einsum(
+def head_logits(
+    hidden_xD: Array, embedding_VD: Array, *, softcap: float
+) -> Array:
+  """Logits [..., V] of the tied head, at least in float32.
+
+  Args:
+    hidden_xD: hidden states.
+    embedding_VD: the embedding.
+    softcap: `final_softcap` of the config; 0 = off.
+  """
+  logits_xV = jnp.einsum(
       '...d,vd->...v',
       hidden_xD,
       embedding_VD.astype(hidden_xD.dtype),
       preferred_element_type=masking.wide(hidden_xD.dtype),
   )
+  return soft_capped(logits_xV, softcap)
 
 
 def dummy_inputs() -> tuple[Any, ...]:

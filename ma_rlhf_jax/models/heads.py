@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -87,17 +88,32 @@ def abstract_params(kind: str, config: GemmaConfig) -> Params:
   )
 
 
-def init_params(kind: str, config: GemmaConfig, key: Array) -> Params:
+def init_params(
+    kind: str,
+    config: GemmaConfig,
+    key: Array,
+    keep: Callable[[str], bool] = lambda path: True,
+) -> Params:
   """Random parameters, created in their shardings.
 
   Args:
     kind: 'policy' or 'scalar'.
     config: the shape.
     key: random key, used once.
+    keep: path, its parts joined by '/', -> whether it is wanted; nothing else
+      is made.
   """
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_params(kind, config))
-  init = lambda key: nn.unbox(
-      MODELS[kind](config).init(key, *dummy_inputs())['params']
+
+  def wanted(tree: Params) -> Params:
+    flat = traverse_util.flatten_dict(tree, sep='/')
+    kept = {path: x for path, x in flat.items() if keep(path)}
+    return traverse_util.unflatten_dict(kept, sep='/')
+
+  shardings = wanted(
+      jax.tree.map(lambda x: x.sharding, abstract_params(kind, config))
+  )
+  init = lambda key: wanted(
+      nn.unbox(MODELS[kind](config).init(key, *dummy_inputs())['params'])
   )
   return jax.jit(init, out_shardings=shardings)(key)
 

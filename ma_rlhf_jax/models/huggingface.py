@@ -22,11 +22,16 @@ import numpy as np
 import safetensors
 
 from ma_rlhf_jax.models.heads import abstract_params
-from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.models.presets import GemmaConfig, every_other
 from ma_rlhf_jax.models.tensor_names import (
+    CAPS,
+    FULL,
+    GEMMA2_DEFAULTS,
     INDEX,
     SINGLE,
     SIZES,
+    SLIDING,
+    WEIGHTS,
     Tensor,
     list_tensors,
     to_ours,
@@ -35,7 +40,7 @@ from ma_rlhf_jax.structs import Array, Params
 
 # What we implement; the first is what a file means that leaves the field out.
 # 'gelu' stands for the tanh form: the first releases said so by mistake.
-_ALLOWED = {
+_ALLOWED: dict[str, tuple[Any, ...]] = {
     'hidden_act': ('gelu_pytorch_tanh', 'gelu', None),
     'hidden_activation': ('gelu_pytorch_tanh', 'gelu', None),
     'attention_bias': (False,),
@@ -113,22 +118,78 @@ def read_shape(folder: str | os.PathLike[str]) -> GemmaConfig:
   path = pathlib.Path(folder) / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(f'{path} is missing; it gives the shape of a model')
-  theirs = json.loads(path.read_text())
-  if theirs.get('model_type') != 'gemma':
+  theirs = _read_json(path)
+  family = theirs.get('model_type')
+  if family not in WEIGHTS:
     raise ValueError(
-        f'{path}: model_type is {theirs.get("model_type")!r}; only Gemma 1, '
-        "'gemma', is implemented"
+        f'{path}: model_type is {family!r}; implemented: '
+        f'{", ".join(map(repr, WEIGHTS))}'
     )
   # transformers 4 writes rope_theta beside rope_scaling, 5 rope_parameters.
   rope = {'rope_theta': theirs.get('rope_theta', 10_000.0)}
   rope |= theirs.get('rope_scaling') or theirs.get('rope_parameters') or {}
-  if problems := [*_size_problems(theirs), *_kind_problems(theirs, rope)]:
+  problems = [*_size_problems(theirs), *_kind_problems(theirs, rope)]
+  if family == 'gemma2' and not problems:
+    theirs = GEMMA2_DEFAULTS | theirs
+    problems = list(_gemma2_problems(theirs))
+  if problems:
     raise ValueError(f'{path} cannot be used:\n  ' + '\n  '.join(problems))
   return GemmaConfig(
       **{ours: theirs[name] for name, ours in SIZES.items()},
+      family=family,
       rope_theta=float(rope['rope_theta']),
       norm_eps=theirs.get('rms_norm_eps', 1e-6),
+      **(_gemma2_fields(theirs) if family == 'gemma2' else {}),
   )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+        f'{path} is no JSON ({error}); fetch it again: it may be the page of '
+        'an error, or a pointer of git lfs'
+    ) from error
+  if not isinstance(found, dict):
+    raise ValueError(f'{path} must hold a JSON object; fetch it again')
+  return found
+
+
+def _layer_types(theirs: Mapping[str, Any]) -> list[str]:
+  """Which layers slide; files from before the field say nothing."""
+  if theirs.get('layer_types') is not None:
+    return theirs['layer_types']
+  slides = every_other(theirs['num_hidden_layers'])
+  return [SLIDING if s else FULL for s in slides]
+
+
+def _gemma2_problems(theirs: Mapping[str, Any]) -> Iterator[str]:
+  for name in ('query_pre_attn_scalar', *CAPS, 'sliding_window'):
+    value = theirs[name]
+    if value is None and name != 'query_pre_attn_scalar':
+      continue
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      yield f'{name} is {value!r}; it must be a number'
+    elif value <= 0:
+      yield f'{name} is {value!r}; it must be above 0'
+  types, layers = _layer_types(theirs), theirs['num_hidden_layers']
+  if not isinstance(types, list) or len(types) != layers:
+    yield f'layer_types is {types!r}; it must list {layers} layers'
+  elif unknown := sorted(set(map(str, types)) - {SLIDING, FULL}):
+    yield f'layer_types holds {unknown}; implemented: {SLIDING}, {FULL}'
+
+
+def _gemma2_fields(theirs: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of `GemmaConfig` that Gemma 2 has beyond Gemma 1."""
+  slides = tuple(t == SLIDING for t in _layer_types(theirs))
+  window = theirs['sliding_window'] or 0
+  return {
+      'query_pre_attn_scalar': theirs['query_pre_attn_scalar'],
+      **{ours: theirs[name] or 0.0 for name, ours in CAPS.items()},
+      'sliding_window': window if any(slides) else 0,
+      'sliding_layers': slides if window and any(slides) else (),
+  }
 
 
 def _size_problems(theirs: Mapping[str, Any]) -> Iterator[str]:

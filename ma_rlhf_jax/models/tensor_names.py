@@ -28,7 +28,7 @@ class Weight(NamedTuple):
 
 
 # In a scalar model these lie below `backbone`, beside `head`.
-WEIGHTS = {
+_WEIGHTS = {
     'embedding': Weight('embed_tokens.weight', 0),
     'layers/attention_norm/scale': Weight(
         'layers.{}.input_layernorm.weight', 0
@@ -37,13 +37,29 @@ WEIGHTS = {
     'layers/attention/key': Weight('layers.{}.self_attn.k_proj.weight', 1),
     'layers/attention/value': Weight('layers.{}.self_attn.v_proj.weight', 1),
     'layers/attention/out': Weight('layers.{}.self_attn.o_proj.weight', 2),
-    'layers/mlp_norm/scale': Weight(
-        'layers.{}.post_attention_layernorm.weight', 0
-    ),
     'layers/mlp/gate': Weight('layers.{}.mlp.gate_proj.weight', 1),
     'layers/mlp/up': Weight('layers.{}.mlp.up_proj.weight', 1),
     'layers/mlp/down': Weight('layers.{}.mlp.down_proj.weight', 1),
     'final_norm/scale': Weight('norm.weight', 0),
+}
+# The norm before the MLP is named after the attention before it in Gemma 1;
+# Gemma 2 gives that name to the norm of what attention adds.
+_NORMS = {
+    'gemma': {'mlp_norm': 'post_attention_layernorm'},
+    'gemma2': {
+        'attention_post_norm': 'post_attention_layernorm',
+        'mlp_norm': 'pre_feedforward_layernorm',
+        'mlp_post_norm': 'post_feedforward_layernorm',
+    },
+}
+# model_type -> path of our parameter -> theirs.
+WEIGHTS = {
+    family: _WEIGHTS
+    | {
+        f'layers/{ours}/scale': Weight(f'layers.{{}}.{theirs}.weight', 0)
+        for ours, theirs in norms.items()
+    }
+    for family, norms in _NORMS.items()
 }
 # Their size -> ours.
 SIZES = {
@@ -55,6 +71,20 @@ SIZES = {
     'num_key_value_heads': 'num_kv_heads',
     'head_dim': 'head_dim',
 }
+# Their bounds of scores and logits (null = none) -> ours (0 = none).
+CAPS = {
+    'attn_logit_softcapping': 'attn_softcap',
+    'final_logit_softcapping': 'final_softcap',
+}
+# What Gemma 2 means where a config.json leaves a field out.
+GEMMA2_DEFAULTS = {
+    'query_pre_attn_scalar': 256,
+    'attn_logit_softcapping': 50.0,
+    'final_logit_softcapping': 30.0,
+    'sliding_window': 4096,
+}
+# Names of the kinds of layers in `layer_types`.
+SLIDING, FULL = 'sliding_attention', 'full_attention'
 # Where the tensors lie: in one file, or in shards that an index lists.
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
@@ -115,7 +145,7 @@ def list_tensors(
     return Tensor(weight.name.format(layer), shape, path, layer, i)
 
   single, layers = [], [[] for _ in range(config.num_layers)]
-  for path, (name, inputs) in WEIGHTS.items():
+  for path, (name, inputs) in WEIGHTS[config.family].items():
     weight = Weight(prefix + name, inputs)
     if '{}' not in name:
       single.append(tensor(root + path, weight, None))

@@ -19,6 +19,7 @@ RULES = {
     'kv_heads': None,
     'head': None,
     'norm': None,
+    'rank': None,
     'layers': None,
     'length': None,
     'width': None,

@@ -37,7 +37,7 @@ class SamplingSettings:
 
 
 @struct.dataclass
-class _State:
+class DecodeState:
   """What the decode loop carries.
 
   Attributes:
@@ -66,7 +66,7 @@ def _prefill(
     params: Params,
     prompts: PromptBatch,
     s: SamplingSettings,
-) -> _State:
+) -> DecodeState:
   """The state before the first response token."""
   batch, width = prompts.tokens_BP.shape
   slots = width + s.max_new_tokens
@@ -80,7 +80,7 @@ def _prefill(
   )
   shape = (batch, s.max_new_tokens)
   dtype = masking.wide(config.compute_dtype)
-  return _State(
+  return DecodeState(
       t=jnp.zeros((), jnp.int32),
       hidden_BD=hidden_BPD[:, -1],
       cache=cache,
@@ -93,15 +93,19 @@ def _prefill(
 
 
 def _draw(
-    state: _State, embedding_VD: Array, keys_B: Array, s: SamplingSettings
-) -> _State:
+    config: GemmaConfig,
+    params: Params,
+    keys_B: Array,
+    state: DecodeState,
+    s: SamplingSettings,
+) -> DecodeState:
   """Draws response token t; ended rows get pads."""
-  banned_V = None
+  banned_V, embedding_VD = None, params['embedding']
   if s.min_new_tokens:
     is_eos_V = jnp.arange(embedding_VD.shape[0], dtype=jnp.int32) == s.eos_id
     banned_V = is_eos_V & (state.t < s.min_new_tokens)
   tokens_B, logprobs_B, kept_B = sample(
-      head_logits(state.hidden_BD, embedding_VD),
+      head_logits(state.hidden_BD, embedding_VD, softcap=config.final_softcap),
       jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.t),
       temperature=s.temperature,
       top_k=s.top_k,
@@ -123,8 +127,11 @@ def _draw(
 
 
 def _advance(
-    config: GemmaConfig, params: Params, prompt_mask_BP: Array, state: _State
-) -> _State:
+    config: GemmaConfig,
+    params: Params,
+    prompt_mask_BP: Array,
+    state: DecodeState,
+) -> DecodeState:
   """Runs the model on the token drawn last."""
   column = state.t - 1
   tokens_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BT, column, 1, axis=1)
@@ -144,6 +151,40 @@ def _advance(
       prompt_mask_BP.shape[1] + column,
   )
   return state.replace(hidden_BD=hidden_B1D[:, 0], cache=cache)
+
+
+def start(
+    config: GemmaConfig,
+    params: Params,
+    prompts: PromptBatch,
+    keys_B: Array,
+    settings: SamplingSettings,
+) -> DecodeState:
+  """The state after the prompts and the first response token."""
+  state = _prefill(config, params, prompts, settings)
+  return _draw(config, params, keys_B, state, settings)
+
+
+def extend(
+    config: GemmaConfig,
+    params: Params,
+    prompt_mask_BP: Array,
+    keys_B: Array,
+    state: DecodeState,
+    settings: SamplingSettings,
+    limit: Array | int,
+) -> DecodeState:
+  """`state` once `limit` tokens have been drawn, or all rows have ended."""
+  limit = jnp.minimum(limit, settings.max_new_tokens)
+
+  def unfinished(state: DecodeState) -> Array:
+    return (state.t < limit) & ~jnp.all(state.done_B)
+
+  def body(state: DecodeState) -> DecodeState:
+    state = _advance(config, params, prompt_mask_BP, state)
+    return _draw(config, params, keys_B, state, settings)
+
+  return jax.lax.while_loop(unfinished, body, state)
 
 
 def generate(
@@ -166,17 +207,16 @@ def generate(
     The rollout. A response that reached T columns without EOS has none.
   """
   keys_B = jnp.asarray(keys_B)
-  state = _prefill(config, params, prompts, settings)
-  state = _draw(state, params['embedding'], keys_B, settings)
-
-  def unfinished(state: _State) -> Array:
-    return (state.t < settings.max_new_tokens) & ~jnp.all(state.done_B)
-
-  def body(state: _State) -> _State:
-    state = _advance(config, params, prompts.mask_BP, state)
-    return _draw(state, params['embedding'], keys_B, settings)
-
-  state = jax.lax.while_loop(unfinished, body, state)
+  state = start(config, params, prompts, keys_B, settings)
+  state = extend(
+      config,
+      params,
+      prompts.mask_BP,
+      keys_B,
+      state,
+      settings,
+      settings.max_new_tokens,
+  )
   return Rollout(
       sequences=masking.join(
           prompts.tokens_BP, prompts.mask_BP, state.tokens_BT, state.mask_BT

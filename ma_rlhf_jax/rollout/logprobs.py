@@ -18,10 +18,12 @@ def _chunk_statistics(
     embedding_VD: Array,
     tokens_BC: Array,
     *,
+    softcap: float,
     temperature: float,
     with_entropy: bool,
 ) -> tuple[Array, Array]:
-  logits_BCV = head_logits(hidden_BCD, embedding_VD) / temperature
+  logits_BCV = head_logits(hidden_BCD, embedding_VD, softcap=softcap)
+  logits_BCV = logits_BCV / temperature
   log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
   chosen = jnp.take_along_axis(logits_BCV, tokens_BC[..., None], axis=-1)
   logprobs_BC = chosen[..., 0] - log_z_BC
@@ -37,6 +39,7 @@ def token_logprobs(
     embedding_VD: Array,
     tokens_BT: Array,
     *,
+    softcap: float,
     temperature: float,
     chunk_tokens: int,
     with_entropy: bool = False,
@@ -50,6 +53,7 @@ def token_logprobs(
     hidden_BTD: the hidden states from which the tokens are predicted.
     embedding_VD: the tied head.
     tokens_BT: int32 tokens.
+    softcap: of the logits, `final_softcap` of the model; 0 = off.
     temperature: T > 0.
     chunk_tokens: tokens whose logits exist at once (at least one column).
     with_entropy: also compute entropies, else they are 0.
@@ -76,6 +80,7 @@ def token_logprobs(
         chunk[0],
         embedding_VD,
         chunk[1],
+        softcap=softcap,
         temperature=temperature,
         with_entropy=with_entropy,
     )

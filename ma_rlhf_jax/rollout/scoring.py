@@ -33,6 +33,7 @@ def response_logprobs(
       masking.predictors(hidden_BLD, mask_BT.shape[1]),
       params['embedding'],
       masking.response_tokens(sequences),
+      softcap=config.final_softcap,
       temperature=temperature,
       chunk_tokens=chunk_tokens,
       with_entropy=with_entropy,

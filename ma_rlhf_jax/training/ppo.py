@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import losses, rewards, targets
 from ma_rlhf_jax.parallel.mesh import place
@@ -83,6 +84,7 @@ def value_loss_fn(
 
 def update_on(
     state: TrainState,
+    frozen: Params,
     experience: Experience,
     key: Array,
     *,
@@ -95,9 +97,10 @@ def update_on(
 
   Args:
     state: of the policy or of the critic.
+    frozen: the parameters of that model that do not learn, see `models.lora`.
     experience: all rows of the step.
     key: orders the rows of each pass; used only with several minibatches.
-    loss_fn: takes (params, (experience, weights)).
+    loss_fn: takes (params, (experience, weights)), params being all of them.
     weigh: the weights of the tokens of one minibatch.
     optimizer: of this model.
     ppo: `config.ppo`.
@@ -112,7 +115,9 @@ def update_on(
     return update.train_step(
         state,
         (batch, weigh(batch)),
-        loss_fn=loss_fn,
+        loss_fn=lambda learning, batch: loss_fn(
+            lora.join(frozen, learning), batch
+        ),
         optimizer=optimizer,
         num_micro=update.num_micro(size, ppo.micro_batch_size),
     )
@@ -137,10 +142,8 @@ class PPO(Stage):
     config, c = run.config, self.config
     self.shown = ('objective/score', 'objective/kl', 'response/length')
     self.shapes = shapes
-    self.frozen = {
-        'ref_policy': params.ref_policy,
-        'reward_model': params.reward_model,
-    }
+    self.ref_policy = params.ref_policy
+    self.reward_model = params.reward_model
     # Optimizer updates of policy and critic in one step, and in all.
     self._per_step = c.ppo_epochs * c.minibatches
     policy_steps = self.num_steps - c.critic_warmup_updates
@@ -152,14 +155,18 @@ class PPO(Stage):
         'policy': optim.learning_rate(c.optim, policy_updates),
         'critic': optim.learning_rate(config.critic.optim, critic_updates),
     }
+    # What does not learn of policy and critic.
+    self.frozen = {}
+    self.frozen['policy'], learning = lora.split(shapes.policy, params.policy)
     self.states = {
-        'policy': update.init_state(params.policy, policy_optimizer),
+        'policy': update.init_state(learning, policy_optimizer),
         'kl_coef': update.on_mesh_of(
-            params.policy, jnp.asarray(c.kl_coef, jnp.float32)
+            learning, jnp.asarray(c.kl_coef, jnp.float32)
         ),
     }
     if c.baseline == 'critic':
-      self.states['critic'] = update.init_state(params.critic, critic_optimizer)
+      self.frozen['critic'], learning = lora.split(shapes.critic, params.critic)
+      self.states['critic'] = update.init_state(learning, critic_optimizer)
     self._host = run.host_termination()
     self._make_programs()
     self._make_updates(policy_optimizer, critic_optimizer)
@@ -235,11 +242,15 @@ class PPO(Stage):
 
   def params(self, states: dict) -> Models:
     """The parameters of the four models."""
-    critic = states.get('critic')
+    trained = {
+        name: lora.join(frozen, states[name].params)
+        for name, frozen in self.frozen.items()
+    }
     return Models(
-        policy=states['policy'].params,
-        critic=critic and critic.params,
-        **self.frozen,
+        policy=trained['policy'],
+        ref_policy=self.ref_policy,
+        critic=trained.get('critic'),
+        reward_model=self.reward_model,
     )
 
   def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, float]]:
@@ -274,7 +285,7 @@ class PPO(Stage):
         run, self.data, self.rows(index), self.config.samples_per_prompt
     )
     with jax.profiler.TraceAnnotation('rollout'):
-      rollout = self._rollout(states['policy'].params, prompts, index)
+      rollout = self._rollout(self.params(states).policy, prompts, index)
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )
@@ -290,11 +301,11 @@ class PPO(Stage):
       new, learned = dict(states), {}
       if index >= self.config.critic_warmup_updates:
         new['policy'], learned['policy'] = self._update_policy(
-            states['policy'], experience, key
+            states['policy'], self.frozen['policy'], experience, key
         )
       if 'critic' in states:
         new['critic'], learned['critic'] = self._update_critic(
-            states['critic'], experience, key
+            states['critic'], self.frozen['critic'], experience, key
         )
     if self.config.kl_target:
       new['kl_coef'] = self._adapt(states['kl_coef'], metrics['objective/kl'])

@@ -11,6 +11,7 @@ import optax
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import batches
+from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import preference
@@ -44,6 +45,7 @@ def _end_scores(
 
 def _step(
     state: TrainState,
+    frozen: Params,
     pairs: PairBatch,
     *,
     shape: GemmaConfig,
@@ -54,6 +56,7 @@ def _step(
   """One update; the loss is a mean over the pairs of the batch."""
 
   def loss_fn(params: Params, pairs: PairBatch) -> tuple[Array, dict]:
+    params = lora.join(frozen, params)
     chosen_BL, rejected_BL = _rewards(shape, params, pairs)
     chosen_B = masking.end_scores(chosen_BL, pairs.chosen.mask_BL)
     rejected_B = masking.end_scores(rejected_BL, pairs.rejected.mask_BL)
@@ -89,7 +92,8 @@ class RewardModel(Stage):
     self.shape = shape
     optimizer = optim.make_optimizer(c.optim, self.num_steps)
     self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
-    self.states = {'reward_model': update.init_state(params, optimizer)}
+    self.frozen, learning = lora.split(shape, params)
+    self.states = {'reward_model': update.init_state(learning, optimizer)}
     self._step = jax.jit(
         functools.partial(
             _step,
@@ -109,13 +113,18 @@ class RewardModel(Stage):
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     batch = self.run.batch(batches.pair_batch, self.data, self.rows(index))
-    state, metrics = self._step(states['reward_model'], batch)
+    state = states['reward_model']
+    state, metrics = self._step(state, self.frozen, batch)
     metrics['reward_model/lr'] = self.learning_rate(index)
     return {'reward_model': state}, metrics
 
+  def params(self, states: dict) -> Params:
+    """The parameters of the reward model."""
+    return lora.join(self.frozen, states['reward_model'].params)
+
   def held_out_scores(self, states: dict) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the chosen and of the rejected held-out responses."""
-    params = states['reward_model'].params
+    params = self.params(states)
     found = [
         self._end_scores(params, batch)
         for batch in self.run.held_out(batches.pair_batch, self.micro_size)

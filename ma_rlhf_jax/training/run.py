@@ -31,6 +31,10 @@ _STREAMS = (
     'evaluate',
     'compare_sft',
     'compare_ppo',
+    'adapters_sft',
+    'adapters_reward_model',
+    'adapters_policy',
+    'adapters_critic',
 )
 
 

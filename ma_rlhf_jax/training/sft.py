@@ -10,6 +10,7 @@ import optax
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import batches
+from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.gemma import hidden_states
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective.losses import sft_loss, token_weights
@@ -69,6 +70,7 @@ def learned_logprobs(
       ),
       params['embedding'],
       tokens_BL[:, -width:],
+      softcap=shape.final_softcap,
       temperature=1.0,
       chunk_tokens=chunk_tokens,
   )
@@ -77,6 +79,7 @@ def learned_logprobs(
 
 def _step(
     state: TrainState,
+    frozen: Params,
     sequences: SequenceBatch,
     *,
     logprobs: Callable[..., tuple[Array, Array]],
@@ -88,7 +91,8 @@ def _step(
 
   def loss_fn(params: Params, batch: Any) -> tuple[Array, dict[str, Array]]:
     sequences, weights_BW = batch
-    return sft_loss(logprobs(params, sequences)[0], weights_BW), {}
+    logprobs_BW, _ = logprobs(lora.join(frozen, params), sequences)
+    return sft_loss(logprobs_BW, weights_BW), {}
 
   _, _, learned_BW = LOSS_ON[loss_on](sequences)
   state, metrics = update.train_step(
@@ -127,7 +131,8 @@ class SFT(Stage):
     optimizer = optim.make_optimizer(c.optim, self.num_steps)
     self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
     self.shape = shape
-    self.states = {'policy': update.init_state(params, optimizer)}
+    self.frozen, learning = lora.split(shape, params)
+    self.states = {'policy': update.init_state(learning, optimizer)}
     logprobs = functools.partial(
         learned_logprobs,
         shape=shape,
@@ -150,13 +155,17 @@ class SFT(Stage):
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     batch = self.run.batch(batches.sft_batch, self.data, self.rows(index))
-    policy, metrics = self._step(states['policy'], batch)
+    policy, metrics = self._step(states['policy'], self.frozen, batch)
     metrics['policy/lr'] = self.learning_rate(index)
     return {'policy': policy}, metrics
 
+  def params(self, states: dict) -> Params:
+    """The parameters of the policy."""
+    return lora.join(self.frozen, states['policy'].params)
+
   def evaluate(self, states: dict) -> dict[str, float]:
     sums = [
-        self._held_out_sums(states['policy'].params, batch)
+        self._held_out_sums(self.params(states), batch)
         for batch in self.run.held_out(batches.sft_batch, self.micro_size)
     ]
     nll, count = (float(sum(column)) for column in zip(*sums, strict=True))
@@ -166,7 +175,7 @@ class SFT(Stage):
     count = self.run.config.log.samples
     judged = judge.judge(
         self.run,
-        judge.Model(self.shape, states['policy'].params),
+        judge.Model(self.shape, self.params(states)),
         num_prompts=count,
         stream='evaluate',
         temperature=self.run.config.rollout.temperature,

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.models import heads, huggingface, presets
+from ma_rlhf_jax.models import heads, huggingface, lora, presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training.run import Run
@@ -212,10 +212,13 @@ def _read(source: Source, read: Callable[[pathlib.Path], T]) -> T:
 
 
 def inspect(run: Run, source: Source, kind: str) -> presets.GemmaConfig:
-  """The shape of a source, once tokenizer, embedding and mesh fit the run."""
+  """The shape of a source, once tokenizer, embedding and mesh fit the run.
+
+  It is that of a model that does not learn.
+  """
   folder = _read(source, lambda folder: folder)
   _check_tokenizer(run, source, epath.Path(folder))
-  shape = presets.with_runtime(
+  shape = presets.frozen(
       _read(source, huggingface.read_shape), run.config.model
   )
   _check_fit(run, source, shape, kind)
@@ -223,10 +226,18 @@ def inspect(run: Run, source: Source, kind: str) -> presets.GemmaConfig:
   return shape
 
 
-def load(
-    run: Run, source: Source, kind: str
-) -> tuple[presets.GemmaConfig, Params]:
-  """Shape and parameters of a source, checked against the run.
+Loaded = tuple[presets.GemmaConfig, Params]
+
+
+def _load_params(
+    source: Source, shape: presets.GemmaConfig, kind: str
+) -> Params:
+  read = lambda folder: huggingface.load_params(folder, shape, kind)
+  return _read(source, read)
+
+
+def load(run: Run, source: Source, kind: str) -> Loaded:
+  """Shape and parameters of a model that does not learn, checked.
 
   Args:
     run: what the stages share.
@@ -234,10 +245,32 @@ def load(
     kind: 'policy' or 'scalar'.
   """
   shape = inspect(run, source, kind)
-  params = _read(
-      source, lambda folder: huggingface.load_params(folder, shape, kind)
-  )
-  return shape, params
+  return shape, _load_params(source, shape, kind)
+
+
+def load_to_train(
+    run: Run,
+    source: Source,
+    kind: str,
+    role: str,
+    frozen: Loaded | None = None,
+) -> Loaded:
+  """Shape and parameters of a model that learns, with adapters if it has any.
+
+  Args:
+    run: what the stages share.
+    source: where the model is.
+    kind: 'policy' or 'scalar'.
+    role: 'sft', 'reward_model', 'policy' or 'critic'; seeds its adapters.
+    frozen: the same source loaded by `load`, which adapters share.
+  """
+  if not run.config.lora.rank:
+    shape = presets.trained(inspect(run, source, kind), run.config)
+    return shape, _load_params(source, shape, kind)
+  shape, params = frozen or load(run, source, kind)
+  shape = presets.trained(shape, run.config)
+  key = run.key(f'adapters_{role}')
+  return shape, lora.add_adapters(kind, shape, params, key)
 
 
 def _check_shape(run: Run, source: Source, shape: presets.GemmaConfig) -> None:
@@ -258,11 +291,13 @@ def _check_shape(run: Run, source: Source, shape: presets.GemmaConfig) -> None:
 
 
 def initial_policy(run: Run) -> tuple[presets.GemmaConfig, Params]:
-  """Where SFT starts: `sft.init`, or random weights."""
+  """Where SFT starts: `sft.init`, or random weights, which all learn."""
   value = run.config.sft.init
   if value:
-    return load(run, _named('sft.init', value, 'sft'), 'policy')
+    source = _named('sft.init', value, 'sft')
+    return load_to_train(run, source, 'policy', 'sft')
   shape = presets.from_fields(run.config.model, len(run.tokenizer))
+  shape = presets.trained_whole(shape, run.config.model)
   return shape, heads.init_params('policy', shape, run.key('init_sft'))
 
 
@@ -274,6 +309,6 @@ def initial_reward_model(run: Run) -> tuple[presets.GemmaConfig, Params]:
       if value
       else policy_source(run.config, run.workdir)
   )
-  shape, backbone = load(run, source, 'policy')
+  shape, backbone = load_to_train(run, source, 'policy', 'reward_model')
   head = heads.init_head(shape, run.key('init_reward_model'))
   return shape, {'backbone': backbone, 'head': head}

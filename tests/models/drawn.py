@@ -72,7 +72,8 @@ def loss(
 ) -> Array:
   """A sum over the logits at real tokens; id v counts sin(v), so 0 nothing."""
   hidden = gemma.hidden_states(config, params, tokens, mask)
-  logits = gemma.head_logits(hidden, params['embedding'])
+  softcap = config.final_softcap
+  logits = gemma.head_logits(hidden, params['embedding'], softcap=softcap)
   weights_V = jnp.sin(jnp.arange(config.vocab_size, dtype=logits.dtype))
   return jnp.sum(jnp.where(mask[..., None], jnp.sin(logits), 0) @ weights_V)
 

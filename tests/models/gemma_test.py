@@ -1,6 +1,7 @@
 """Tests of `models.gemma`."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,8 @@ def test_bfloat16_runs_close_to_float32() -> None:
   params = draw('policy', half, seed=0)
   hidden = states(half, params, TOKENS, MASK)
   assert hidden.dtype == jnp.bfloat16
-  logits = jax.eval_shape(gemma.head_logits, hidden, params['embedding'])
+  head = functools.partial(gemma.head_logits, softcap=30.0)
+  logits = jax.eval_shape(head, hidden, params['embedding'])
   assert logits.dtype == jnp.float32
   exact = _states()[MASK]
   error = np.abs(np.asarray(hidden).astype(np.float32)[MASK] - exact)
@@ -154,9 +156,13 @@ def test_embedding_factor_is_rounded_to_the_compute_dtype() -> None:
 def test_head_logits_by_hand() -> None:
   hidden = np.array([[1.0, 2.0], [0.5, -1.0]])
   embedding = np.array([[3.0, 4.0], [5.0, 6.0], [-1.0, 0.25]])
-  logits = jax.jit(gemma.head_logits)(hidden, embedding)
+  head = jax.jit(gemma.head_logits, static_argnames='softcap')
+  logits = head(hidden, embedding, softcap=0.0)
   # 3 + 8, 5 + 12, -1 + .5; 1.5 - 4, 2.5 - 6, -.5 - .25
-  np.testing.assert_allclose(logits, [[11.0, 17.0, -0.5], [-2.5, -3.5, -0.75]])
+  by_hand = np.array([[11.0, 17.0, -0.5], [-2.5, -3.5, -0.75]])
+  np.testing.assert_allclose(logits, by_hand)
+  capped = head(hidden, embedding, softcap=4.0)
+  np.testing.assert_allclose(capped, 4 * np.tanh(by_hand / 4), rtol=1e-6)
 
 
 def test_cache_write_touches_one_layer_and_its_slots() -> None:

@@ -93,7 +93,9 @@ def _apply(
 ) -> Array:
   model = gemma.Gemma(config)
   hidden, _ = model.apply({'params': params}, tokens, positions, attend)
-  return gemma.head_logits(hidden, params['embedding'])
+  return gemma.head_logits(
+      hidden, params['embedding'], softcap=config.final_softcap
+  )
 
 
 _jitted = jax.jit(_apply, static_argnums=0)

@@ -6,15 +6,23 @@ import math
 import jax
 import pytest
 
+from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.config import base
+from ma_rlhf_jax.models import presets
 from ma_rlhf_jax.models.heads import abstract_params
-from ma_rlhf_jax.models.presets import GemmaConfig, from_fields, with_runtime
+from ma_rlhf_jax.models.presets import PRESETS, GemmaConfig, from_fields
 from tests.models.drawn import TINY
 
-# google/gemma-2b and google/gemma-7b: config.json and the published counts.
-GEMMA_2B = GemmaConfig(256_000, 18, 2048, 16_384, 8, 1, 256)
-GEMMA_7B = GemmaConfig(256_000, 28, 3072, 24_576, 16, 16, 256)
-PUBLISHED = [(GEMMA_2B, 2_506_172_416), (GEMMA_7B, 8_537_680_896)]
+# What the hub says of google/<name>.
+PUBLISHED = {
+    'gemma-2b': 2_506_172_416,
+    'gemma-7b': 8_537_680_896,
+    'codegemma-2b': 2_506_172_416,
+    'codegemma-7b-it': 8_537_680_896,
+    'gemma-2-2b': 2_614_341_888,
+    'gemma-2-9b': 9_241_705_984,
+    'gemma-2-27b': 27_227_128_320,
+}
 
 
 def _count(kind: str, config: GemmaConfig) -> int:
@@ -22,10 +30,9 @@ def _count(kind: str, config: GemmaConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-@pytest.mark.parametrize(('config', 'num_params'), PUBLISHED)
-def test_published_parameter_counts(
-    config: GemmaConfig, num_params: int
-) -> None:
+@pytest.mark.parametrize(('name', 'num_params'), PUBLISHED.items())
+def test_published_parameter_counts(name: str, num_params: int) -> None:
+  config = PRESETS[name]
   assert config.num_params == num_params
   assert _count('policy', config) == num_params  # shapes alone, no memory
   assert _count('scalar', config) == num_params + config.embed_dim
@@ -48,10 +55,40 @@ def test_vocabulary_of_the_tokenizer_fills_a_zero() -> None:
   assert from_fields(model, 77).vocab_size == 99
 
 
-def test_runtime_changes_dtypes_and_remat_only() -> None:
+def test_a_preset_decides_the_shape() -> None:
   model = base().model
-  model.dtype, model.param_dtype, model.remat = 'bfloat16', 'float16', False
-  model.embed_dim = TINY.embed_dim + 1
-  assert with_runtime(TINY, model) == dataclasses.replace(
-      TINY, dtype='bfloat16', param_dtype='float16', remat=False
+  model.preset, model.num_layers, model.vocab_size = 'gemma-2-2b', 3, 77
+  assert from_fields(model, 99) == PRESETS['gemma-2-2b']
+  assert tuple(PRESETS) == config_lib.PRESETS == tuple(PUBLISHED)
+
+
+def test_gemma_2_from_fields_slides_in_every_other_layer() -> None:
+  model = base().model
+  model.family, model.sliding_window, model.num_layers = 'gemma2', 9, 5
+  shape = from_fields(model, 77)
+  assert shape.sliding_layers == (True, False, True, False, True)
+  # Spelt out, as in the config.json that it is written to.
+  assert shape.query_pre_attn_scalar == model.head_dim == 32
+  model.sliding_window = 0
+  assert from_fields(model, 77).sliding_layers == ()
+
+
+def test_choices_of_a_run_leave_the_shape_alone() -> None:
+  config = base()
+  config.model.dtype, config.model.param_dtype = 'bfloat16', 'float32'
+  config.model.remat = False
+  config.model.embed_dim = TINY.embed_dim + 1
+  whole = dataclasses.replace(
+      TINY, dtype='bfloat16', param_dtype='float32', remat=False
   )
+  frozen = dataclasses.replace(whole, kernel_dtype='bfloat16')
+  assert presets.trained(TINY, config) == whole
+  assert presets.frozen(TINY, config.model) == frozen
+  config.lora.rank, config.lora.alpha = 4, 6.0
+  config.lora.targets = ('up', 'query')
+  adapters = presets.Lora(4, 6.0, ('query', 'up'))
+  assert adapters.scale == 1.5
+  with_adapters = dataclasses.replace(frozen, lora=adapters)
+  assert presets.trained(TINY, config) == with_adapters
+  # What was chosen before does not matter.
+  assert presets.trained_whole(with_adapters, config.model) == whole

@@ -64,7 +64,7 @@ def _plain(
     banned = np.zeros(tiny.SHAPE.vocab_size, bool)
     banned[s.eos_id] = t < s.min_new_tokens
     drawn = sampling.sample(
-        head_logits(states, PARAMS['embedding']),
+        head_logits(states, PARAMS['embedding'], softcap=0.0),
         jnp.stack([jax.random.fold_in(key, t) for key in keys]),
         temperature=s.temperature,
         top_k=s.top_k,

@@ -33,12 +33,16 @@ def _plain(
     embedding: Array,
     tokens: Array,
     *,
+    softcap: float,
     temperature: float,
     chunk_tokens: int = 0,
 ) -> tuple[Array, Array]:
   """All logits at once."""
   del chunk_tokens
-  logits = jnp.einsum('btd,vd->btv', hidden, embedding) / temperature
+  logits = jnp.einsum('btd,vd->btv', hidden, embedding)
+  if softcap:
+    logits = softcap * jnp.tanh(logits / softcap)
+  logits = logits / temperature
   logp = jax.nn.log_softmax(logits, axis=-1)
   entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
   return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0], entropy
@@ -55,7 +59,7 @@ def _cost(
 
 _run = jax.jit(
     jax.value_and_grad(_cost, argnums=(0, 1), has_aux=True),
-    static_argnames=('function', 'temperature', 'chunk_tokens'),
+    static_argnames=('function', 'softcap', 'temperature', 'chunk_tokens'),
 )
 
 
@@ -67,19 +71,22 @@ def test_by_hand():
   tokens = jnp.array([[2, 0, 1]])
   for temperature, probs in ((1.0, [5, 1, 2]), (0.5, [25, 1, 4])):
     p = np.array(probs) / sum(probs)
-    logprobs, entropy = _chunked(
-        hidden, embedding, tokens, temperature=temperature, chunk_tokens=2
-    )
+    how = {'softcap': 0.0, 'temperature': temperature, 'chunk_tokens': 2}
+    logprobs, entropy = _chunked(hidden, embedding, tokens, **how)
     np.testing.assert_allclose(logprobs, [np.log(p)], rtol=1e-6)
     np.testing.assert_allclose(entropy[0], [-(p @ np.log(p))] * 3, rtol=1e-6)
 
 
 # 3 rows: columns of 1, 2 (7 = 2 + 2 + 2 + 1), 5 (5 + 2), 7 and 7 tokens.
-@pytest.mark.parametrize('chunk_tokens', [1, 8, 15, 21, 1000])
-def test_any_chunk_equals_all_logits_at_once(chunk_tokens: int):
-  (_, want), want_grads = _run(*_inputs(), function=_plain, temperature=0.7)
+@pytest.mark.parametrize(
+    ('chunk_tokens', 'softcap'),
+    [(1, 0.0), (8, 0.0), (8, 1.5), (15, 0.0), (21, 1.5), (1000, 0.0)],
+)
+def test_any_chunk_equals_all_logits_at_once(chunk_tokens: int, softcap: float):
+  how = {'temperature': 0.7, 'softcap': softcap}
+  (_, want), want_grads = _run(*_inputs(), function=_plain, **how)
   (_, got), grads = _run(
-      *_inputs(), function=_chunked, temperature=0.7, chunk_tokens=chunk_tokens
+      *_inputs(), function=_chunked, chunk_tokens=chunk_tokens, **how
   )
   assert got[0].shape == got[1].shape == (B, T)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
@@ -88,7 +95,7 @@ def test_any_chunk_equals_all_logits_at_once(chunk_tokens: int):
 
 
 def test_without_entropy_it_is_zero_and_log_probs_are_the_same():
-  how = {'temperature': 1.3, 'chunk_tokens': 8}
+  how = {'softcap': 3.0, 'temperature': 1.3, 'chunk_tokens': 8}
   logprobs, entropy = token_logprobs(*_inputs(), **how)
   assert not entropy.any()
   want = _chunked(*_inputs(), **how)[0]
@@ -98,7 +105,7 @@ def test_without_entropy_it_is_zero_and_log_probs_are_the_same():
 def test_permuted_rows_permute_the_result():
   hidden, embedding, tokens = _inputs()
   order = np.array([2, 0, 1])
-  how = {'temperature': 1.3, 'chunk_tokens': 8}
+  how = {'softcap': 3.0, 'temperature': 1.3, 'chunk_tokens': 8}
   base = _chunked(hidden, embedding, tokens, **how)
   moved = _chunked(hidden[order], embedding, tokens[order], **how)
   for got, want in zip(moved, base, strict=True):
@@ -107,7 +114,7 @@ def test_permuted_rows_permute_the_result():
 
 def test_nan_on_padding_stays_there():
   hidden, embedding, tokens = _inputs()
-  how = {'temperature': 1.3, 'chunk_tokens': 8}
+  how = {'softcap': 3.0, 'temperature': 1.3, 'chunk_tokens': 8}
   base, _ = _chunked(hidden, embedding, tokens, **how)
   got, _ = _chunked(hidden.at[1, 4:].set(math.nan), embedding, tokens, **how)
   assert np.isnan(got[1, 4:]).all()
@@ -120,7 +127,7 @@ def test_bfloat16_is_accumulated_in_float32():
   # Products of two bfloat16 numbers are exact in float32, so the result is
   # that of the same numbers in float32; sums in bfloat16 are off by 1e-2.
   hidden, embedding, tokens = _inputs('bfloat16')
-  how = {'temperature': 1.0, 'chunk_tokens': 8}
+  how = {'softcap': 0.0, 'temperature': 1.0, 'chunk_tokens': 8}
   got = _chunked(hidden, embedding, tokens, **how)
   wide = hidden.astype(jnp.float32), embedding.astype(jnp.float32)
   want = _plain(*wide, tokens, **how)
@@ -130,7 +137,7 @@ def test_bfloat16_is_accumulated_in_float32():
 
 def test_float64_stays_float64():
   with jax.enable_x64(True):
-    how = {'temperature': 0.7, 'chunk_tokens': 8}
+    how = {'softcap': 2.0, 'temperature': 0.7, 'chunk_tokens': 8}
     got = _chunked(*_inputs('float64'), **how)
     want = _plain(*_inputs('float64'), **how)
     assert got[0].dtype == got[1].dtype == jnp.float64

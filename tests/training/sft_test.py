@@ -71,7 +71,7 @@ def _stage(workdir: pathlib.Path, **fields: Any) -> SFT:
 @jax.jit
 def _logits(params: Params, tokens_BL: jax.Array, mask_BL: jax.Array):
   hidden_BLD = hidden_states(tiny.SHAPE, params, tokens_BL, mask_BL)
-  return head_logits(hidden_BLD, params['embedding'])
+  return head_logits(hidden_BLD, params['embedding'], softcap=0.0)
 
 
 def _plain_loss(loss_on: str) -> float:
