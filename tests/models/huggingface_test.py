@@ -118,7 +118,7 @@ def test_read_shape(
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'model_type': 'gemma2'}, "model_type is 'gemma2'; only Gemma 1"),
+        ({'model_type': 'gemma3'}, "model_type is 'gemma3'; implemented"),
         ({'hidden_act': 'relu'}, "hidden_act is 'relu'"),
         ({'hidden_activation': 'silu'}, "hidden_activation is 'silu'"),
         ({'attention_bias': True}, 'attention_bias is True'),
