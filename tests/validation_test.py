@@ -30,7 +30,7 @@ _FREE = set(
 # Checked together with other fields, or by `parallel.mesh`.
 _RULES = set(
     'critic.gae_lambda data.parts log.sinks macro.random_lengths mesh.data'
-    ' ppo.kl_estimator'
+    ' ppo.kl_estimator lora.targets'
     ' mesh.fsdp mesh.tensor profile.steps stages tokenizer.vocab_size'.split()
 )
 
