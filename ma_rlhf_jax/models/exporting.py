@@ -4,7 +4,8 @@ The tables are in `tensor_names`. `transformers` writes the tokenizer; PyTorch
 is not needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
 import importlib.metadata
 import json
 import math
@@ -14,13 +15,13 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
-from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import (
     CAPS,
@@ -66,11 +67,12 @@ def save(
 
   Args:
     folder: where, also gs://.
-    params: the parameters, on any shardings.
+    params: the parameters, on any shardings; adapters are merged into their
+      kernels in float32.
     config: their shape.
     kind: 'policy' or 'scalar'.
     tokenizer: written beside them; gives the special ids.
-    dtype: of the tensors; None keeps that of the parameters.
+    dtype: of the tensors; None keeps that of each parameter.
     max_shard_bytes: cut into files of at most this size (or one tensor).
     overwrite: replace a folder that is there.
 
@@ -95,9 +97,11 @@ def save(
   with tempfile.TemporaryDirectory(**beside) as scratch:
     draft = pathlib.Path(scratch) / 'new'
     draft.mkdir()
-    leaves = traverse_util.flatten_dict(params, sep='/')
+    leaves = lora.flatten(params)
     tensors = list_tensors(kind, config)
-    _write_tensors(draft, leaves, tensors, dtype, max_shard_bytes)
+    scale = config.lora.scale if config.lora else 0.0
+    to_host = functools.partial(_to_host, leaves, scale=scale, dtype=dtype)
+    _write_tensors(draft, leaves, tensors, to_host, dtype, max_shard_bytes)
     if jax.process_index() == 0:
       _write_tokenizer(draft, tokenizer)
       written = str(jnp.dtype(dtype or leaves[tensors[0].path].dtype))
@@ -109,6 +113,7 @@ def _write_tensors(
     draft: pathlib.Path,
     leaves: Mapping[str, Array],
     tensors: Sequence[Tensor],
+    to_host: Callable[[Tensor], np.ndarray],
     dtype: str | None,
     max_shard_bytes: int,
 ) -> None:
@@ -128,7 +133,7 @@ def _write_tensors(
     name = f'model-{number:05}-of-{len(shards):05}.safetensors'
     name = SINGLE if len(shards) == 1 else name
     weight_map |= {tensor.name: name for tensor in shard}
-    host = {t.name: _to_host(leaves[t.path], t, dtype) for t in shard}
+    host = {tensor.name: to_host(tensor) for tensor in shard}
     if jax.process_index() == 0:
       save_file(host, draft / name, metadata={'format': 'pt'})
   if len(shards) > 1:
@@ -136,12 +141,23 @@ def _write_tensors(
     _write_json(draft / INDEX, {'metadata': total, 'weight_map': weight_map})
 
 
-def _to_host(leaf: Array, tensor: Tensor, dtype: str | None) -> np.ndarray:
-  ours = leaf if tensor.layer is None else leaf[tensor.layer]
+def _to_host(
+    leaves: Mapping[str, Array],
+    tensor: Tensor,
+    *,
+    scale: float,
+    dtype: str | None,
+) -> np.ndarray:
+  """One tensor of theirs, what its adapter adds included."""
+  layer = lambda x: x if tensor.layer is None else x[tensor.layer]
+  ours = layer(leaves[tensor.path])
+  dtype = jnp.dtype(dtype or ours.dtype)
+  if adapter := lora.adapters(leaves, tensor.path):
+    ours = lora.merged(ours, *map(layer, adapter), scale)
   if isinstance(ours, jax.Array) and not ours.is_fully_addressable:
     ours = multihost_utils.process_allgather(ours, tiled=True)
   theirs = to_theirs(np.asarray(ours), tensor.inputs)
-  return np.ascontiguousarray(theirs, dtype and jnp.dtype(dtype))
+  return np.ascontiguousarray(theirs, dtype)
 
 
 def _write_tokenizer(
