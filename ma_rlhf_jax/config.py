@@ -92,7 +92,8 @@ def _lora() -> ConfigDict:
 def _data() -> ConfigDict:
   """Where rows come from and how long they may be."""
   c = ConfigDict()
-  c.task = 'synthetic'  # synthetic | hh | columns
+  c.task = 'synthetic'  # synthetic | hh | columns; tldr | webgpt | apps name
+  # the data of published recipes, whose rows cannot be read yet
   c.path = ''  # hub name, or .jsonl[.gz] / .json / .parquet file or folder
   c.subset = ''  # the data set's configuration on the hub
   c.split = 'train'  # the data set's split to train on
@@ -286,6 +287,30 @@ def base() -> ConfigDict:
   return c
 
 
+def published(init: str, preset: str) -> ConfigDict:
+  """What the runs behind the published checkpoints have in common.
+
+  Args:
+    init: hub id of the model that SFT starts from.
+    preset: its shape, a name in `PRESETS`.
+
+  Returns:
+    `base()` in bfloat16 with 512 + 512 tokens, the paper's sampling, all
+    weights sharded over all chips, and the authors' schedules in updates.
+  """
+  c = base()
+  c.sft.init, c.model.preset = init, preset
+  c.model.dtype = 'bfloat16'
+  c.data.max_prompt_len = c.data.max_response_len = 512
+  c.mesh.data, c.mesh.fsdp = 1, -1
+  c.rollout.temperature, c.rollout.top_k = 0.8, 50
+  c.evaluate.prompts, c.evaluate.temperature = 2000, 0.8
+  for optim in (c.ppo.optim, c.critic.optim):
+    # Their 200 micro-steps are 6 of 145 updates; their script has 5 %.
+    optim.schedule, optim.warmup_ratio = 'linear', 0.05
+  return c
+
+
 # Fields that may differ when a run is started again in its own workdir.
 RESUMABLE = (
     'stages',
@@ -302,7 +327,7 @@ RESUMABLE = (
 )
 
 # What follows the colon in --config=recipe.py:word,name=value. Words are the
-# variants and controls of `switches`.
+# variants, controls and set-ups of `switches`.
 ARGUMENTS = {
     'ngram': ('macro.ngram', int),
     'seed': ('seed', int),
@@ -321,16 +346,15 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
     ValueError: on an unknown name or a value of the wrong type.
   """
   for item in filter(None, (arguments or '').split(',')):
-    if item in switches.VARIANTS or item in switches.CONTROLS:
+    if item in switches.WORDS:
       switches.select(config, item)
       continue
     name, _, text = item.partition('=')
     if name not in ARGUMENTS:
-      words = [*switches.VARIANTS, *switches.CONTROLS]
       raise ValueError(
           f'recipe argument {name!r} is unknown; known are '
           f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5, '
-          f'and the words {", ".join(words)}'
+          f'and the words {", ".join(switches.WORDS)}'
       )
     field, parse = ARGUMENTS[name]
     try:
@@ -408,7 +432,14 @@ def num_steps(stage: ConfigDict, num_rows: int) -> int:
 
 # Prompt and response limits (tokens) of each task where the config gives 0:
 # enough for most rows under a small tokenizer. The paper's are 512 and 512.
-TASK_LENGTHS = {'synthetic': (24, 16), 'hh': (320, 160), 'columns': (320, 160)}
+TASK_LENGTHS = {
+    'synthetic': (24, 16),
+    'hh': (320, 160),
+    'columns': (320, 160),
+    'tldr': (512, 512),
+    'webgpt': (512, 512),
+    'apps': (600, 512),
+}
 
 
 def lengths(config: ConfigDict) -> tuple[int, int]:

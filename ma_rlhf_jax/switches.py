@@ -119,12 +119,29 @@ CONTROLS: dict[str, Callable[[ConfigDict], Values]] = {
 }
 
 
+def _lora(config: ConfigDict) -> Values:
+  """Adapters, at ten times the learning rates, in passes that fit one GPU."""
+  stages = ('sft', 'reward_model', 'ppo')
+  rows = config.ppo.batch_size * config.ppo.samples_per_prompt
+  return {
+      'lora.rank': 32,
+      **{f'{s}.optim.lr': 10 * config[s].optim.lr for s in (*stages, 'critic')},
+      **{f'{s}.micro_batch_size': min(8, config[s].batch_size) for s in stages},
+      'rollout.batch_size': min(64, rows),
+  }
+
+
+# How a run fits its machine; changes what is trained, not the algorithm.
+SETUPS: dict[str, Callable[[ConfigDict], Values]] = {'lora': _lora}
+WORDS = (*VARIANTS, *CONTROLS, *SETUPS)
+
+
 def select(config: ConfigDict, word: str) -> None:
-  """Sets what a variant or control stands for.
+  """Sets what a variant, control or set-up stands for.
 
   Args:
     config: is changed.
-    word: a key of `VARIANTS` or `CONTROLS`.
+    word: one of `WORDS`.
 
   Raises:
     ValueError: if the control means nothing for this config.
@@ -132,7 +149,7 @@ def select(config: ConfigDict, word: str) -> None:
   if word in VARIANTS:
     values = VARIANTS[word] | {'macro.variant': word}
   else:
-    values = CONTROLS[word](config)
+    values = (CONTROLS | SETUPS)[word](config)
   config.update_from_flattened_dict(values)
 
 

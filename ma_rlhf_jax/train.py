@@ -6,8 +6,6 @@ made at every start.
 """
 
 from collections.abc import Callable
-import pathlib
-import re
 import sys
 import time
 from typing import Any
@@ -17,9 +15,8 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ma_rlhf_jax import switches, validation
+from ma_rlhf_jax import recipe_flag, switches, validation
 from ma_rlhf_jax import workdir as workdir_lib
-from ma_rlhf_jax.config import default_recipe
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting
@@ -33,14 +30,6 @@ from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sft import SFT
 from ma_rlhf_jax.training.start import load_run
 
-_ARGV: list[str] = []  # the command line as `parse_flags` spells it
-
-_CONFIG = config_flags.DEFINE_config_file(
-    'config',
-    None,
-    'The recipe, and its arguments after a colon. Default: configs/tiny.py.',
-    sys_argv=_ARGV,
-)
 _WORKDIR = flags.DEFINE_string(
     'workdir',
     None,
@@ -200,7 +189,7 @@ def main(argv: list[str]) -> None:
   checkpoint.quiet_logging()
   recipe = config_flags.get_config_filename(flags.FLAGS['config'])
   try:
-    run = set_up(_CONFIG.value, recipe, _WORKDIR.value)
+    run = set_up(recipe_flag.CONFIG.value, recipe, _WORKDIR.value)
   except (ValueError, OSError, ImportError) as error:
     sys.exit(f'error: {error}')
   with jax.set_mesh(run.mesh):
@@ -217,51 +206,9 @@ def main(argv: list[str]) -> None:
       sys.exit(130)
 
 
-def _missing_recipe(argv: list[str]) -> str:
-  """What to say where --config names no file; '' where it does."""
-  for flag, following in zip(argv, [*argv[1:], ''], strict=True):
-    if match := re.fullmatch(r'--?config(?:=(.*))?', flag):
-      path = (match.group(1) or following).partition(':')[0]
-      if not pathlib.Path(path).is_file():
-        return (
-            f'--config={path}: there is no such file in {pathlib.Path.cwd()}; '
-            f'give the path of a recipe, {default_recipe()} for example'
-        )
-  return ''
-
-
-def _words(error: BaseException) -> str:
-  """The message; that of the cause where ml_collections wraps one."""
-  while 'Traceback' in str(error) and error.__context__ is not None:
-    error = error.__context__
-  if isinstance(error.args[0], KeyError):
-    return f'the config has no field {error.args[0].args[0]}'
-  return str(error)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags; `--config.ppo.from=` is spelt `from_run` inside.
-
-  `from` is a Python keyword, which a config field cannot be named. Without
-  --config the default recipe is put first, so that fields can be set.
-  """
-  spelt = [
-      re.sub(r'^(--?config\.ppo\.from)(?==|$)', r'\1_run', a) for a in argv
-  ]
-  if not any(re.match(r'--?config(=|$)', a) for a in spelt):
-    spelt.insert(1, f'--config={default_recipe()}')
-  if missing := _missing_recipe(spelt):
-    sys.exit(f'error: {missing}')
-  _ARGV[:] = spelt
-  try:
-    return flags.FLAGS(spelt)
-  except (flags.Error, AttributeError, ValueError, OSError) as error:
-    sys.exit(f'error: {_words(error)}')
-
-
 def entry_point() -> None:
   """What `python -m ma_rlhf_jax.train` runs."""
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=recipe_flag.parse)
 
 
 if __name__ == '__main__':

@@ -5,16 +5,21 @@ import importlib.util
 import pathlib
 import types
 
+import jax
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import validation
+from ma_rlhf_jax import switches, validation
+from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.training.abstract import abstract_stages
+from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _RECIPES = sorted(
     path for path in (_ROOT / 'configs').glob('*.py') if path.stem != '__init__'
 )
 _NAMES = [path.stem for path in _RECIPES]
+_PUBLISHED = [path for path in _RECIPES if path.stem != 'tiny']
 
 
 def _load(path: pathlib.Path) -> types.ModuleType:
@@ -56,3 +61,93 @@ def test_a_recipe_is_short_and_says_how_to_run_it(path: pathlib.Path) -> None:
   assert len(code) <= 40
   assert f'--config=configs/{path.name}' in docstring
   assert 'Hardware:' in docstring
+
+
+def test_every_published_checkpoint_has_its_recipe() -> None:
+  tasks = {
+      'tldr': ('2b', '7b', '27b'),
+      'hh': ('2b', '7b'),
+      'webgpt': ('2b', '7b'),
+      'apps': ('2b', '7b'),
+  }
+  wanted = {f'{task}_{size}' for task, sizes in tasks.items() for size in sizes}
+  assert wanted == {path.stem for path in _PUBLISHED}
+
+
+@pytest.mark.parametrize('path', _PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_recipe_passes_validation_with_every_word(
+    path: pathlib.Path,
+) -> None:
+  for word in (*switches.WORDS, 'authors,ngram=3', 'lora,paper'):
+    assert validation.problems(_load(path).get_config(word)) == []
+
+
+@pytest.mark.parametrize('path', _PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_recipe_says_what_its_figures_mean(
+    path: pathlib.Path,
+) -> None:
+  docstring = ast.get_docstring(ast.parse(path.read_text()))
+  config = _load(path).get_config()
+  words = ' '.join(docstring.split())
+  averaged = f'{config.ppo.kl_coef / config.macro.ngram:g}'
+  assert f'{config.ppo.kl_coef:g} / {config.macro.ngram} = {averaged}' in words
+  assert f'--config=configs/{path.name}:authors' in words
+  assert f'PPO {_updates(path)} of {config.ppo.batch_size} prompts' in words
+  assert 'micro-steps' in words and 'planned for v' in words
+
+
+# Rows to train on, of which the PPO part makes `data.parts[2]` of the sum.
+_ROWS = {'tldr': 92_858, 'hh': 112_052, 'webgpt': 18_599, 'apps': 5000}
+
+
+def _updates(path: pathlib.Path) -> int:
+  config = _load(path).get_config()
+  parts = config.data.parts
+  rows = _ROWS[config.data.task] * parts[2] / sum(parts)
+  return config_lib.num_steps(config.ppo, int(rows))
+
+
+def _stages_have_their_shapes(path: pathlib.Path, arguments: str) -> None:
+  config = _load(path).get_config(arguments)
+  prompt_len, response_len = config_lib.lengths(config)
+  assert (prompt_len, response_len) == (
+      600 if config.data.task == 'apps' else 512,
+      512,
+  )
+  mesh = make_mesh(config.mesh)
+  assert mesh.shape['fsdp'] == jax.device_count()
+  run = tiny.run(
+      'unused',
+      config,
+      mesh=mesh,
+      prompt_len=prompt_len,
+      response_len=response_len,
+  )
+  with jax.set_mesh(mesh):
+    stages = abstract_stages(run)
+    assert list(stages) == [s for s in config.stages if s != 'evaluate']
+    for stage in stages.values():
+      for name, (function, args) in stage.programs().items():
+        made = jax.eval_shape(function, *args)
+        if '/update' in name:  # of the same shapes, so that it can be donated
+          same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
+          assert jax.tree.all(jax.tree.map(same, args[0], made[0])), name
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments'), [('tldr_27b', ''), ('hh_7b', 'lora')]
+)
+def test_all_stages_of_a_recipe_have_their_shapes(
+    name: str, arguments: str
+) -> None:
+  (path,) = (path for path in _PUBLISHED if path.stem == name)
+  _stages_have_their_shapes(path, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', _PUBLISHED, ids=lambda path: path.stem)
+@pytest.mark.parametrize('arguments', ['', 'lora', 'authors', 'rloo'])
+def test_all_stages_of_every_recipe_have_their_shapes(
+    path: pathlib.Path, arguments: str
+) -> None:
+  _stages_have_their_shapes(path, arguments)

@@ -21,7 +21,8 @@ _ROOMS = (
     ('objective',),
     ('scorers',),
     ('training',),
-    ('tools', 'train', 'generate', 'evaluate', 'export', 'configs'),
+    ('recipe_flag', 'tools', 'train', 'generate', 'evaluate', 'export')
+    + ('configs',),
 )
 _UNTESTED = {
     'structs.py': 'declares fields and does nothing',

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import train
+from ma_rlhf_jax import recipe_flag, train
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.validation import ConfigError
 from tests import tiny
@@ -31,14 +31,14 @@ def clean_flags() -> Iterator[None]:
 
 
 def _parsed(*arguments: str) -> ConfigDict:
-  train.parse_flags(['train', *arguments])
-  return train._CONFIG.value
+  recipe_flag.parse(['train', *arguments])
+  return recipe_flag.CONFIG.value
 
 
 def _message(*arguments: str) -> str:
   """What a start that cannot go on ends with."""
   with pytest.raises(SystemExit) as caught:
-    train.main(train.parse_flags(['train', *arguments]))
+    train.main(recipe_flag.parse(['train', *arguments]))
   assert isinstance(caught.value.code, str)
   assert 'Traceback' not in caught.value.code
   return caught.value.code
@@ -55,7 +55,7 @@ def test_without_config_the_default_recipe_is_taken() -> None:
   config = _parsed('--config.ppo.kl_coef=0.125', '--workdir=x')
   assert config.ppo.kl_coef == 0.125
   assert train._WORKDIR.value == 'x'
-  default = pathlib.Path(train.default_recipe())
+  default = pathlib.Path(config_lib.default_recipe())
   assert default == _ROOT / 'configs' / 'tiny.py'
   assert config.sft.optim.lr == _parsed(_TINY).sft.optim.lr
 

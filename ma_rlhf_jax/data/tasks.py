@@ -190,6 +190,17 @@ def _read(
   ]
 
 
+def check_task(task: str) -> None:
+  """Raises ValueError if the rows of a task cannot be read."""
+  if task not in FORMATTERS:
+    raise ValueError(
+        f'data.task={task!r}: its rows cannot be read yet, only '
+        f'{", ".join(FORMATTERS)}; for the same recipe on rows with prompt, '
+        'chosen and rejected give --config.data.task=columns and '
+        '--config.data.path'
+    )
+
+
 def _synthetic_rows(config: ConfigDict) -> tuple[list[Row], list[Row]]:
   """Rows to train on, and the ones that follow in the same stream."""
   c = config.data
@@ -266,6 +277,7 @@ def load_examples(
     FileNotFoundError: where there is no such data.
     ValueError: on data that is empty, too small, or lacks a column or a cell.
   """
+  check_task(config.data.task)
   synthetic_task = config.data.task == 'synthetic'
   train, held_out = (
       _synthetic_rows(config) if synthetic_task else _stored_rows(config)

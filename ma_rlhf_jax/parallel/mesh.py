@@ -35,6 +35,14 @@ def make_mesh(mesh: ConfigDict) -> Mesh:
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def abstract(batch: Any, mesh: Mesh) -> Any:
+  """Shapes, dtypes and shardings of what `place` would give."""
+  sharding = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+  )
+
+
 def place(batch: Any, mesh: Mesh) -> Any:
   """Host arrays onto the devices, rows over `data` and `fsdp`."""
   sharding = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from ma_rlhf_jax import switches, validation
+from ma_rlhf_jax import recipe_flag, switches, validation
 from ma_rlhf_jax.config import default_recipe
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.macro import aggregate, host, termination
@@ -41,12 +41,12 @@ _BY_PROBABILITY = ('ppl', 'ppl_adjacent', 'ppl_authors', 'low_probability')
 # Pieces of the tokenizer that is trained where none is given.
 _VOCAB_SIZE = 1024
 
-_ARGV: list[str] = []
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Rule A: a recipe and its arguments.', sys_argv=_ARGV
-)
+# --config is rule A.
 _OTHER = config_flags.DEFINE_config_file(
-    'other', None, 'Rule B. Default: A with token_ppo.', sys_argv=_ARGV
+    'other',
+    None,
+    'Rule B. Default: --config with token_ppo.',
+    sys_argv=recipe_flag.ARGV,
 )
 _TEXT = flags.DEFINE_multi_string('text', [], 'A response; may be repeated.')
 _INPUT = flags.DEFINE_string('input', None, 'Rows: .jsonl or .jsonl.gz.')
@@ -307,7 +307,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     path = flag.partition('=')[2].partition(':')[0]
     if not pathlib.Path(path).is_file():
       sys.exit(f'error: {flag}: there is no such file')
-  _ARGV[:] = spelt
+  recipe_flag.ARGV[:] = spelt
   try:
     return flags.FLAGS(spelt)
   except (flags.Error, AttributeError, ValueError) as error:
@@ -319,7 +319,7 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f'unexpected arguments: {argv[1:]}')
-    told = explore(_CONFIG.value, _OTHER.value)
+    told = explore(recipe_flag.CONFIG.value, _OTHER.value)
     color = _COLOR.value == 'always'
     color |= _COLOR.value == 'auto' and sys.stdout.isatty()
     print(explore_view.text(told, _ROWS.value, color))

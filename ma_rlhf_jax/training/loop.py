@@ -1,10 +1,10 @@
 """The loop around every stage: resume, log, evaluate, save, profile."""
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -20,6 +20,13 @@ from ma_rlhf_jax.training import metrics as metrics_lib
 from ma_rlhf_jax.training.run import Run
 
 States = dict[str, TrainState | Array]  # models, and scalars beside them
+
+
+class Program(NamedTuple):
+  """A jitted function and `jax.ShapeDtypeStruct` trees of its arguments."""
+
+  function: Callable[..., Any]
+  args: tuple[Any, ...]
 
 
 class Stage(abc.ABC):
@@ -63,6 +70,14 @@ class Stage(abc.ABC):
     """The states after update number `index`, and its metrics.
 
     One metric is `tokens`, the real tokens that the update has seen.
+    """
+
+  @abc.abstractmethod
+  def programs(self) -> dict[str, Program]:
+    """What `step` runs on the devices, by name, in its order.
+
+    Called before the first update. The stage may have been made of abstract
+    parameters, so that programs of any size can be traced and compiled.
     """
 
   @abc.abstractmethod

@@ -14,24 +14,23 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import losses, rewards, targets
-from ma_rlhf_jax.parallel.mesh import place
+from ma_rlhf_jax.parallel.mesh import abstract, place
 from ma_rlhf_jax.rollout import sampling, scoring
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
     LossWeights,
     Params,
-    PromptBatch,
     Rollout,
     TrainState,
 )
-from ma_rlhf_jax.training import judge, optim, update
+from ma_rlhf_jax.training import checkpoint, judge, optim, update
 from ma_rlhf_jax.training.experience import (
     Models,
     make_experience,
     score_sequences,
 )
-from ma_rlhf_jax.training.loop import Stage
+from ma_rlhf_jax.training.loop import Program, Stage
 from ma_rlhf_jax.training.run import Run
 
 Batch = tuple[Experience, LossWeights]
@@ -173,7 +172,14 @@ class PPO(Stage):
 
   def _make_programs(self) -> None:
     run, c, shapes = self.run, self.config, self.shapes
-    num_rows = c.batch_size * c.samples_per_prompt
+    num_rows = run.rows
+    # The evaluation runs the same program.
+    self._rollout = functools.partial(
+        judge.sample_responses,
+        shape=shapes.policy,
+        settings=run.sampling(),
+        num_rollouts=update.num_micro(num_rows, run.config.rollout.batch_size),
+    )
     self._score = jax.jit(
         functools.partial(
             score_sequences,
@@ -240,6 +246,43 @@ class PPO(Stage):
         donate_argnums=0,
     )
 
+  def programs(self) -> dict[str, Program]:
+    states, frozen, models = checkpoint.abstract_of(
+        (self.states, self.frozen, self.params(self.states))
+    )
+    programs = {}
+
+    def add(name: str, function: Callable[..., Any], *args: Any) -> Any:
+      """Shapes of what the program gives, a batch over the devices."""
+      programs[name] = Program(function, args)
+      made = jax.eval_shape(function, *args)
+      batch = made[0] if isinstance(made, tuple) else made
+      return abstract(batch, self.run.mesh)
+
+    prompts = self.run.abstract_prompts(self.run.rows)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    split = lambda: jax.random.split(jax.random.key(0), self.run.rows)
+    rollout = add('ppo/rollout', self._rollout, models.policy, prompts, key, 0)
+    scored = add('ppo/score', self._score, models, rollout.sequences)
+    given_BT = rollout.sequences.response_mask_BT if self._host else None
+    experience = add(
+        'ppo/experience',
+        self._experience,
+        rollout,
+        scored,
+        abstract(jax.eval_shape(split), self.run.mesh),
+        states['kl_coef'],
+        given_BT,
+    )
+    for name, function in (
+        ('policy', self._update_policy),
+        ('critic', self._update_critic),
+    ):
+      if name in states:
+        args = (states[name], frozen[name], experience, key)
+        programs[f'ppo/update_{name}'] = Program(function, args)
+    return programs
+
   def params(self, states: dict) -> Models:
     """The parameters of the four models."""
     trained = {
@@ -264,28 +307,15 @@ class PPO(Stage):
     )
     return place(starts_BT, self.run.mesh), metrics
 
-  def _rollout(
-      self, params: Params, prompts: PromptBatch, index: int
-  ) -> Rollout:
-    return judge.sample_responses(
-        params,
-        prompts,
-        self.run.key('rollout'),
-        index,
-        shape=self.shapes.policy,
-        settings=self.run.sampling(),
-        num_rollouts=update.num_micro(
-            prompts.prompt_ids_B.shape[0], self.run.config.rollout.batch_size
-        ),
-    )
-
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     run = self.run
     prompts = judge.prompt_batch(
         run, self.data, self.rows(index), self.config.samples_per_prompt
     )
     with jax.profiler.TraceAnnotation('rollout'):
-      rollout = self._rollout(self.params(states).policy, prompts, index)
+      rollout = self._rollout(
+          self.params(states).policy, prompts, run.key('rollout'), index
+      )
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )

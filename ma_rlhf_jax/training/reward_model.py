@@ -16,8 +16,8 @@ from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import preference
 from ma_rlhf_jax.structs import Array, PairBatch, Params, TrainState
-from ma_rlhf_jax.training import console, optim, update
-from ma_rlhf_jax.training.loop import Stage
+from ma_rlhf_jax.training import checkpoint, console, optim, update
+from ma_rlhf_jax.training.loop import Program, Stage
 from ma_rlhf_jax.training.run import Run
 
 
@@ -117,6 +117,13 @@ class RewardModel(Stage):
     state, metrics = self._step(state, self.frozen, batch)
     metrics['reward_model/lr'] = self.learning_rate(index)
     return {'reward_model': state}, metrics
+
+  def programs(self) -> dict[str, Program]:
+    rows = self.run.abstract_sequences(self.config.batch_size)
+    state = checkpoint.abstract_of(self.states['reward_model'])
+    frozen = checkpoint.abstract_of(self.frozen)
+    args = (state, frozen, PairBatch(rows, rows))
+    return {'reward_model/update': Program(self._step, args)}
 
   def params(self, states: dict) -> Params:
     """The parameters of the reward model."""

@@ -14,9 +14,9 @@ from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.macro.host import NAMES, HostSettings, HostTermination
-from ma_rlhf_jax.parallel.mesh import place
+from ma_rlhf_jax.parallel.mesh import abstract, place
 from ma_rlhf_jax.rollout.decode import SamplingSettings
-from ma_rlhf_jax.structs import Array
+from ma_rlhf_jax.structs import Array, PromptBatch, SequenceBatch
 
 if TYPE_CHECKING:  # transformers takes seconds to import
   from transformers import PreTrainedTokenizerBase
@@ -103,6 +103,25 @@ class Run:
     missing = (size or len(rows)) - len(rows)
     fill = lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
     return place(jax.tree.map(fill, made), self.mesh)
+
+  def abstract_sequences(self, rows: int) -> SequenceBatch:
+    """Shapes of a batch of whole sequences, as they lie on the devices."""
+    length = self.prompt_len + self.response_len
+    array = lambda width, dtype: jax.ShapeDtypeStruct((rows, width), dtype)
+    batch = SequenceBatch(
+        tokens_BL=array(length, np.int32),
+        mask_BL=array(length, bool),
+        response_mask_BT=array(self.response_len, bool),
+    )
+    return abstract(batch, self.mesh)
+
+  def abstract_prompts(self, rows: int) -> PromptBatch:
+    """Shapes of a batch of prompts, as they lie on the devices."""
+    array = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), np.int32)
+    mask = jax.ShapeDtypeStruct((rows, self.prompt_len), bool)
+    ids = array()
+    batch = PromptBatch(array(self.prompt_len), mask, ids, ids)
+    return abstract(batch, self.mesh)
 
   def held_out(self, make: Callable[..., Any], size: int) -> Iterator[Any]:
     """The held-out rows in batches of `size`, the last one filled up."""

@@ -16,8 +16,8 @@ from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective.losses import sft_loss, token_weights
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
 from ma_rlhf_jax.structs import Array, Params, SequenceBatch, TrainState
-from ma_rlhf_jax.training import judge, optim, update
-from ma_rlhf_jax.training.loop import Stage
+from ma_rlhf_jax.training import checkpoint, judge, optim, update
+from ma_rlhf_jax.training.loop import Program, Stage
 from ma_rlhf_jax.training.run import Run
 
 
@@ -158,6 +158,12 @@ class SFT(Stage):
     policy, metrics = self._step(states['policy'], self.frozen, batch)
     metrics['policy/lr'] = self.learning_rate(index)
     return {'policy': policy}, metrics
+
+  def programs(self) -> dict[str, Program]:
+    batch = self.run.abstract_sequences(self.config.batch_size)
+    state = checkpoint.abstract_of(self.states['policy'])
+    frozen = checkpoint.abstract_of(self.frozen)
+    return {'sft/update': Program(self._step, (state, frozen, batch))}
 
   def params(self, states: dict) -> Params:
     """The parameters of the policy."""

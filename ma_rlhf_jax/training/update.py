@@ -1,11 +1,12 @@
 """One optimizer update: accumulated gradients, then the optimizer."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 import optax
 
 from ma_rlhf_jax import masking
@@ -21,37 +22,52 @@ LossFn = Callable[[Params, Any], tuple[Array, dict[str, Array]]]
 def init_state(
     params: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
-  """The state before the first update; moments lie where their params lie."""
+  """The state before the first update; moments lie where their params lie.
+
+  Args:
+    params: arrays, or `jax.ShapeDtypeStruct` for a state of such.
+    optimizer: of this model.
+  """
+  init = jax.jit(optimizer.init)
+  if _is_abstract(params):
+    init = functools.partial(jax.eval_shape, optimizer.init)
   return TrainState(
       step=on_mesh_of(params, jnp.zeros((), jnp.int32)),
       params=params,
       opt_state=optax.tree.map_params(
           optimizer,
-          _where,
-          jax.jit(optimizer.init)(params),
+          lambda moment, param: _put(moment, param.sharding),
+          init(params),
           params,
           transform_non_params=lambda x: on_mesh_of(params, x),
       ),
   )
 
 
-def _where(moment: Array, param: Array) -> Array:
-  """The moment where its parameter lies, if that was decided."""
-  if isinstance(param.sharding, NamedSharding):
-    return jax.device_put(moment, param.sharding)
-  return moment
+def _is_abstract(tree: Any) -> bool:
+  return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
 
 
-def on_mesh_of(params: Params, tree: Any) -> Any:
-  """`tree` on every device of the mesh of `params`.
-
-  There an update leaves them, so that the second finds its program compiled.
-  """
-  sharding = jax.tree.leaves(params)[0].sharding
+def _put(x: Array, sharding: Sharding | None) -> Array:
+  """`x` where `sharding` says, if anything was decided."""
   if not isinstance(sharding, NamedSharding):
-    return tree
-  everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-  return jax.device_put(tree, everywhere)
+    return x
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.device_put(x, sharding)
+
+
+def on_mesh_of(params: Params, x: Array) -> Array:
+  """`x` on every device of the mesh of `params`.
+
+  There an update leaves it, so that the second finds its program compiled.
+  """
+  if _is_abstract(params):
+    x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  sharding = jax.tree.leaves(params)[0].sharding
+  if isinstance(sharding, NamedSharding):
+    sharding = NamedSharding(sharding.mesh, PartitionSpec())
+  return _put(x, sharding)
 
 
 def accumulate_gradients(

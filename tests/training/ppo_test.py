@@ -120,7 +120,7 @@ def _update(
       ppo=tiny.config(**fields).ppo,
   )
   state = update.init_state(params, optimizer)
-  return jax.jit(run)(state, experience, jax.random.key(5))
+  return jax.jit(run)(state, {}, experience, jax.random.key(5))
 
 
 # Token-level PPO, as a textbook has it.

@@ -1,0 +1,61 @@
+"""The flag --config of the commands: a recipe, its arguments, its fields."""
+
+import pathlib
+import re
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from ma_rlhf_jax.config import default_recipe
+
+ARGV: list[str] = []  # the command line as `parse` spells it
+
+CONFIG = config_flags.DEFINE_config_file(
+    'config',
+    None,
+    'The recipe, and its arguments after a colon. Default: configs/tiny.py.',
+    sys_argv=ARGV,
+)
+
+
+def _missing_recipe(argv: list[str]) -> str:
+  """What to say where --config names no file; '' where it does."""
+  for flag, following in zip(argv, [*argv[1:], ''], strict=True):
+    if match := re.fullmatch(r'--?config(?:=(.*))?', flag):
+      path = (match.group(1) or following).partition(':')[0]
+      if not pathlib.Path(path).is_file():
+        return (
+            f'--config={path}: there is no such file in {pathlib.Path.cwd()}; '
+            f'give the path of a recipe, {default_recipe()} for example'
+        )
+  return ''
+
+
+def _words(error: BaseException) -> str:
+  """The message; that of the cause where ml_collections wraps one."""
+  while 'Traceback' in str(error) and error.__context__ is not None:
+    error = error.__context__
+  if isinstance(error.args[0], KeyError):
+    return f'the config has no field {error.args[0].args[0]}'
+  return str(error)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses flags; `--config.ppo.from=` is spelt `from_run` inside.
+
+  `from` is a Python keyword, which a config field cannot be named. Without
+  --config the default recipe is put first, so that fields can be set.
+  """
+  spelt = [
+      re.sub(r'^(--?config\.ppo\.from)(?==|$)', r'\1_run', a) for a in argv
+  ]
+  if not any(re.match(r'--?config(=|$)', a) for a in spelt):
+    spelt.insert(1, f'--config={default_recipe()}')
+  if missing := _missing_recipe(spelt):
+    sys.exit(f'error: {missing}')
+  ARGV[:] = spelt
+  try:
+    return flags.FLAGS(spelt)
+  except (flags.Error, AttributeError, ValueError, OSError) as error:
+    sys.exit(f'error: {_words(error)}')
