@@ -9,6 +9,7 @@ same shape, such as `left_padded(LENGTHS, 9)`.
 
 import dataclasses
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.models.tensor_names import list_tensors, to_theirs
 from ma_rlhf_jax.structs import Array, Params
 
 # All sizes differ, and heads * head_dim is not the width.
@@ -33,6 +35,20 @@ ONE_KV_HEAD = dataclasses.replace(TINY, num_kv_heads=1)
 UNUSUAL = dataclasses.replace(
     TINY, vocab_size=320, rope_theta=500.0, norm_eps=1e-3
 )
+# Gemma 2 with layers that slide, a scale that is not the size of a head, and
+# caps that bite: scores and logits reach a few units.
+TINY_2 = dataclasses.replace(
+    TINY,
+    family='gemma2',
+    query_pre_attn_scalar=7,
+    attn_softcap=1.5,
+    final_softcap=2.0,
+    sliding_window=4,
+    sliding_layers=(True, False, True),
+)
+UNUSUAL_2 = dataclasses.replace(
+    TINY_2, vocab_size=320, rope_theta=500.0, norm_eps=1e-3
+)
 # Eight rows, one of them empty.
 LENGTHS = [9, 4, 6, 1, 0, 9, 8, 3]
 
@@ -48,6 +64,19 @@ def draw(kind: str, config: GemmaConfig, seed: int) -> Params:
     return jnp.asarray(drawn.astype(like.dtype))  # nothing to compile
 
   return jax.tree_util.tree_map_with_path(leaf, abstract_params(kind, config))
+
+
+def their_tensors(
+    kind: str, config: GemmaConfig, params: Params, **names: str
+) -> dict[str, np.ndarray]:
+  """The tensors of a file that holds `params`; `names` as in list_tensors."""
+  leaves = traverse_util.flatten_dict(params, sep='/')
+  tensors = {}
+  for t in list_tensors(kind, config, **names):
+    leaf = np.asarray(leaves[t.path])
+    layer = leaf if t.layer is None else leaf[t.layer]
+    tensors[t.name] = np.ascontiguousarray(to_theirs(layer, t.inputs))
+  return tensors
 
 
 def left_padded(lengths: list[int], width: int, seed: int = 0) -> tuple:

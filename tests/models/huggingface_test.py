@@ -1,18 +1,29 @@
 """Tests of `models.huggingface`."""
 
+from collections.abc import Callable
 import dataclasses
+import errno
 import json
 import pathlib
+import sys
+import tempfile
 import types
 from typing import Any
 
 from etils import epath
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from ma_rlhf_jax.models import huggingface, tensor_names
-from tests.models.drawn import TINY, UNUSUAL, assert_same_bits, draw
+from ma_rlhf_jax.models import heads, huggingface
+from tests.models.drawn import (
+    TINY,
+    UNUSUAL,
+    assert_same_bits,
+    draw,
+    their_tensors,
+)
 
 
 def test_resolve_gives_local_folders(tmp_path: pathlib.Path) -> None:
@@ -59,95 +70,136 @@ def test_resolve_copies_a_bucket_without_code_and_pickles(
     huggingface.resolve('gs://bucket/x')
 
 
+def test_a_copy_that_does_not_fit_leaves_nothing(
+    export: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+  class Full:
+    """A bucket whose second file finds the disk full."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+      self.path, self.name = path, path.name
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+      return self.path / name
+
+    def glob(self, pattern: str) -> list['Full']:
+      return [Full(p) for p in self.path.glob(pattern)]
+
+    def copy(self, target: pathlib.Path) -> None:
+      if any(target.parent.iterdir()):
+        raise OSError(errno.ENOSPC, 'no space left on device')
+      target.write_text('half')
+
+  (tmp_path / 'scratch').mkdir()
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'scratch'))
+  bucket = types.SimpleNamespace(Path=lambda _: Full(export))
+  monkeypatch.setattr(huggingface, 'epath', bucket)
+  with pytest.raises(OSError, match="no space left to fetch 'gs://full'.*TMPD"):
+    huggingface.resolve('gs://full')
+  assert not any((tmp_path / 'scratch').iterdir())
+
+
+def _hub_error(kind: str, status: int) -> Exception:
+  from huggingface_hub import errors
+
+  response = types.SimpleNamespace(headers={}, request=None)
+  text = f'{status} Error.\nMore lines'
+  return getattr(errors, kind)(text, response=response)
+
+
+@pytest.mark.parametrize(
+    ('error', 'message'),
+    [
+        (
+            lambda: _hub_error('GatedRepoError', 403),
+            'is gated on the hub; accept its terms at '
+            'https://huggingface.co/user/model, then set HF_TOKEN',
+        ),
+        (
+            lambda: _hub_error('RepositoryNotFoundError', 401),
+            'is neither a folder here nor a repository on the hub; check the '
+            'spelling, and set HF_TOKEN if it is a private one',
+        ),
+        (
+            lambda: _hub_error('HfHubHTTPError', 500),
+            'could not be fetched from the hub: 500 Error.',
+        ),
+    ],
+)
+def test_answers_of_the_hub_are_told_apart(
+    error: Callable[[], Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  def snapshot(*_: Any, **__: Any) -> None:
+    raise error()
+
+  monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot)
+  with pytest.raises(FileNotFoundError) as caught:
+    huggingface.resolve('user/model')
+  assert str(caught.value) == f"'user/model' {message}"
+
+
+def test_a_full_disk_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+  def snapshot(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, 'no space left on device')
+
+  monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot)
+  with pytest.raises(OSError, match="fetch 'user/model'; free.*HF_HOME"):
+    huggingface.resolve('user/model')
+
+
 def test_resolve_offline_names_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
   with pytest.raises(
-      FileNotFoundError, match="'user/no-such-model' is neither"
+      FileNotFoundError,
+      match="'user/no-such-model' is neither .* nor in the cache",
   ):
     huggingface.resolve('user/no-such-model')
 
 
-_CONFIG_JSON = {
-    'model_type': 'gemma',
-    'vocab_size': 320,
-    'num_hidden_layers': 3,
-    'hidden_size': 24,
-    'intermediate_size': 36,
-    'num_attention_heads': 4,
-    'num_key_value_heads': 2,
-    'head_dim': 10,
-}
+def test_what_is_no_id_of_the_hub_is_refused() -> None:
+  with pytest.raises(FileNotFoundError, match="'user/a..b' could not be"):
+    huggingface.resolve('user/a..b')
 
 
-def _with(folder: pathlib.Path, **changes: Any) -> pathlib.Path:
-  folder.mkdir(exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps({**_CONFIG_JSON, **changes}))
-  return folder
+def test_read_shape_gives_that_of_the_file(export: pathlib.Path) -> None:
+  assert huggingface.read_shape(export) == UNUSUAL
+  path = export / 'config.json'
+  changed = json.loads(path.read_text()) | {'hidden_act': 'x', 'head_dim': 7}
+  path.write_text(json.dumps(changed))
+  with pytest.raises(ValueError) as error:
+    huggingface.read_shape(export)
+  first, *reasons = str(error.value).split('\n  ')
+  assert first == f'{path} cannot be used:'
+  assert [reason.split()[0] for reason in reasons] == [
+      'head_dim=7',
+      'hidden_act',
+  ]
 
 
-@pytest.mark.parametrize(
-    ('changes', 'theta', 'eps'),
-    [
-        ({}, 10_000.0, 1e-6),  # what a file that says nothing means
-        ({'rope_theta': 500.0, 'rope_scaling': None}, 500.0, 1e-6),
-        (
-            {'rope_parameters': {'rope_type': 'default', 'rope_theta': 70.0}},
-            70.0,
-            1e-6,
-        ),
-        (
-            {
-                'hidden_act': 'gelu',
-                'hidden_activation': None,
-                'rms_norm_eps': 1,
-            },
-            10_000.0,
-            1,
-        ),
-        ({'hidden_activation': 'gelu_pytorch_tanh'}, 10_000.0, 1e-6),
-    ],
-)
-def test_read_shape(
-    changes: dict, theta: float, eps: float, tmp_path: pathlib.Path
-) -> None:
-  assert huggingface.read_shape(_with(tmp_path, **changes)) == (
-      dataclasses.replace(UNUSUAL, rope_theta=theta, norm_eps=eps)
-  )
-
-
-@pytest.mark.parametrize(
-    ('changes', 'reason'),
-    [
-        ({'model_type': 'gemma3'}, "model_type is 'gemma3'; implemented"),
-        ({'hidden_act': 'relu'}, "hidden_act is 'relu'"),
-        ({'hidden_activation': 'silu'}, "hidden_activation is 'silu'"),
-        ({'attention_bias': True}, 'attention_bias is True'),
-        ({'tie_word_embeddings': False}, 'tie_word_embeddings is False'),
-        ({'use_bidirectional_attention': True}, 'use_bidirectional_attention'),
-        ({'rope_scaling': {'type': 'linear', 'factor': 2}}, "type 'linear'"),
-        ({'rope_parameters': {'rope_type': 'yarn'}}, "type 'yarn'"),
-        ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary'),
-        ({'num_key_value_heads': 3}, 'num_key_value_heads=3 does not divide'),
-        ({'head_dim': 7}, 'head_dim=7 is odd'),
-        ({'hidden_size': None}, 'hidden_size is None'),
-    ],
-)
-def test_what_is_not_implemented_is_refused(
-    changes: dict, reason: str, tmp_path: pathlib.Path
-) -> None:
-  with pytest.raises(ValueError, match=reason) as error:
-    huggingface.read_shape(_with(tmp_path, **changes))
-  assert str(tmp_path / 'config.json') in str(error.value)
-
-
-def test_all_reasons_are_given_at_once(tmp_path: pathlib.Path) -> None:
-  folder = _with(tmp_path, hidden_act='relu', attention_bias=True, head_dim=0)
-  with pytest.raises(ValueError, match=r'(?s)head_dim.*relu.*attention_bias'):
-    huggingface.read_shape(folder)
+def test_code_beside_a_model_is_never_run(export: pathlib.Path) -> None:
+  (export / 'modeling.py').write_text('raise SystemExit(3)')
+  path = export / 'config.json'
+  code = {'auto_map': {'AutoModelForCausalLM': 'modeling.Model'}}
+  path.write_text(json.dumps(json.loads(path.read_text()) | code))
+  assert huggingface.read_shape(export) == UNUSUAL  # a Gemma all the same
+  huggingface.check_params(export, UNUSUAL, 'policy')
+  assert 'modeling' not in sys.modules
 
 
 def test_missing_config_is_named(tmp_path: pathlib.Path) -> None:
   with pytest.raises(FileNotFoundError, match='config.json is missing'):
+    huggingface.read_shape(tmp_path)
+
+
+def test_an_adapter_is_no_model(tmp_path: pathlib.Path) -> None:
+  base = {'base_model_name_or_path': 'google/gemma-2b', 'peft_type': 'LORA'}
+  (tmp_path / 'adapter_config.json').write_text(json.dumps(base))
+  with pytest.raises(
+      FileNotFoundError,
+      match=r'is a LoRA adapter, .* its base model \(google/gemma-2b\)',
+  ):
     huggingface.read_shape(tmp_path)
 
 
@@ -157,64 +209,28 @@ def test_reward_model_in_the_authors_names(
 ) -> None:
   params = draw('scalar', TINY, seed=8)
   names = {'prefix': prefix, 'head': 'v_head.weight'}
-  tensors = {}
-  for t in tensor_names.list_tensors('scalar', TINY, **names):
-    leaf = params
-    for part in t.path.split('/'):
-      leaf = leaf[part]
-    leaf = np.asarray(leaf if t.layer is None else leaf[t.layer])
-    tensors[t.name] = np.ascontiguousarray(
-        tensor_names.to_theirs(leaf, t.inputs)
-    )
+  tensors = their_tensors('scalar', TINY, params, **names)
   assert prefix + 'layers.0.mlp.up_proj.weight' in tensors
   save_file(tensors, tmp_path / 'model.safetensors')
   assert_same_bits(params, huggingface.load_params(tmp_path, TINY, 'scalar'))
 
 
-def test_every_mismatch_is_listed(export: pathlib.Path) -> None:
-  tensors = load_file(export / 'model.safetensors')
-  del tensors['model.norm.weight']
-  tensors['model.layers.1.mlp.up_proj.weight'] = np.zeros((24, 36), np.float32)
-  tensors['model.layers.0.mlp.up_proj.weight'] = np.zeros((36, 24), np.int8)
-  tensors['model.layers.3.mlp.up_proj.weight'] = np.zeros((36, 24), np.float32)
-  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
-  save_file(tensors, export / 'model.safetensors')
-  with pytest.raises(ValueError, match='does not fit a policy') as error:
-    huggingface.load_params(export, UNUSUAL, 'policy')
-  assert sorted(str(error.value).split('\n  ')[1:]) == [
-      'model.layers.0.mlp.up_proj.weight is of type I8; needs one of '
-      "('F64', 'F32', 'F16', 'BF16')",
-      'model.layers.1.mlp.up_proj.weight has shape [24, 36]; needs [36, 24]',
-      'model.layers.3.mlp.up_proj.weight is not part of this model',
-      'model.norm.weight is missing; needs shape [24]',
-  ]
+def test_matrices_and_norms_may_differ_in_type(export: pathlib.Path) -> None:
+  mixed = dataclasses.replace(UNUSUAL, kernel_dtype='bfloat16')
+  found = huggingface.load_params(export, mixed, 'policy')
+  like = heads.abstract_params('policy', mixed)
+  assert {str(x.dtype) for x in jax.tree.leaves(like)} == {
+      'bfloat16',
+      'float32',
+  }
+  whole = draw('policy', UNUSUAL, seed=4)
+  rounded = jax.tree.map(
+      lambda x, y: np.asarray(x).astype(y.dtype), whole, like
+  )
+  assert_same_bits(rounded, found)
 
 
 def test_a_policy_is_no_scalar_model(export: pathlib.Path) -> None:
-  with pytest.raises(ValueError, match='score.weight is missing'):
+  with pytest.raises(ValueError, match='score.weight is missing') as error:
     huggingface.load_params(export, UNUSUAL, 'scalar')
-
-
-def test_broken_and_foreign_files_are_named(export: pathlib.Path) -> None:
-  file = export / 'model.safetensors'
-  file.write_bytes(file.read_bytes()[:-10])
-  with pytest.raises(ValueError, match='model.safetensors .* not a whole'):
-    huggingface.load_params(export, UNUSUAL, 'policy')
-  file.write_text('version https://git-lfs.github.com/spec/v1')
-  with pytest.raises(ValueError, match=r'\(42 bytes\) is not a whole'):
-    huggingface.load_params(export, UNUSUAL, 'policy')
-
-
-def test_pickles_are_refused_with_the_reason(export: pathlib.Path) -> None:
-  (export / 'model.safetensors').rename(export / 'pytorch_model.bin')
-  with pytest.raises(FileNotFoundError, match='pytorch_model.bin.*runs the'):
-    huggingface.load_params(export, UNUSUAL, 'policy')
-
-
-def test_index_stays_inside_the_folder(export: pathlib.Path) -> None:
-  (export / 'model.safetensors').rename(export / 'a.safetensors')
-  names = {'x': '../b.safetensors', 'y': 'a.safetensors', 'z': 'c.safetensors'}
-  index = export / 'model.safetensors.index.json'
-  index.write_text(json.dumps({'weight_map': names}))
-  with pytest.raises(ValueError, match=r"\['../b.*missing: \['c.safe"):
-    huggingface.load_params(export, UNUSUAL, 'policy')
+  assert 'does not fit a reward model or critic (Seq' in str(error.value)
