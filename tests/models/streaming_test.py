@@ -55,7 +55,8 @@ def _stream_all() -> Params:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(streaming, '_BLOCK_BYTES', 700)  # up to 23 a layer
+  for kind in (streaming._OnHost, streaming._OnDevices):
+    monkeypatch.setattr(kind, 'block_bytes', 700)  # up to 23 a layer
 
 
 @pytest.fixture
@@ -213,11 +214,10 @@ def test_devices_are_written_in_place(num_devices: int) -> None:
     np.testing.assert_array_equal(array, want)
 
 
-@pytest.mark.usefixtures('small_blocks')
 def test_windows_cover_a_layer_once() -> None:
   tensor = tensor_names.Tensor('x', (20, 24), 'x', layer=1, inputs=1)
   covered = np.zeros((3, 24, 4, 5), int)
-  windows = list(streaming._windows(covered.shape, tensor, 4))
+  windows = list(streaming._windows(covered.shape, tensor, 700 // 4))
   # 24 inputs by 5 float32 are 480 bytes: no two heads fit into 700.
   assert len(windows) == 4
   for at, shape in windows:
