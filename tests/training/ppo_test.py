@@ -258,6 +258,7 @@ def _seen(key: Array, **fields: Any) -> tuple[np.ndarray, dict]:
   params = {'updates': jnp.zeros(()), 'seen': jnp.zeros((9, 6))}
   state, metrics = ppo.update_on(
       update.init_state(params, optimizer),
+      {},
       _numbered(6),
       key,
       loss_fn=_record,
@@ -305,7 +306,13 @@ def test_updates_follow_each_other():
   start = update.init_state({'x': jnp.array(0.3)}, optimizer)
   fields = {'ppo__ppo_epochs': 2, 'ppo__minibatches': 3}
   state, metrics = ppo.update_on(
-      start, experience, key, weigh=_weigh, ppo=tiny.config(**fields).ppo, **how
+      start,
+      {},
+      experience,
+      key,
+      weigh=_weigh,
+      ppo=tiny.config(**fields).ppo,
+      **how,
   )
   want, seen_losses = start, []
   for rows in _seen(key, **fields)[0] > 0:
