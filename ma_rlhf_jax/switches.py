@@ -120,12 +120,16 @@ CONTROLS: dict[str, Callable[[ConfigDict], Values]] = {
 
 
 def _lora(config: ConfigDict) -> Values:
-  """Adapters, at ten times the learning rates, in passes that fit one GPU."""
+  """Adapters, at ten times the learning rates, in passes that fit one GPU.
+
+  SFT from random weights has no adapters and keeps its rate.
+  """
   stages = ('sft', 'reward_model', 'ppo')
+  adapted = (*stages, 'critic') if config.sft.init else (*stages[1:], 'critic')
   rows = config.ppo.batch_size * config.ppo.samples_per_prompt
   return {
       'lora.rank': 32,
-      **{f'{s}.optim.lr': 10 * config[s].optim.lr for s in (*stages, 'critic')},
+      **{f'{s}.optim.lr': 10 * config[s].optim.lr for s in adapted},
       **{f'{s}.micro_batch_size': min(8, config[s].batch_size) for s in stages},
       'rollout.batch_size': min(64, rows),
   }

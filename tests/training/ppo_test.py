@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from ma_rlhf_jax.macro import termination
+from ma_rlhf_jax.models import lora, presets
 from ma_rlhf_jax.models.gemma import hidden_states
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.objective import losses
@@ -258,6 +259,7 @@ def _seen(key: Array, **fields: Any) -> tuple[np.ndarray, dict]:
   params = {'updates': jnp.zeros(()), 'seen': jnp.zeros((9, 6))}
   state, metrics = ppo.update_on(
       update.init_state(params, optimizer),
+      {},
       _numbered(6),
       key,
       loss_fn=_record,
@@ -305,7 +307,13 @@ def test_updates_follow_each_other():
   start = update.init_state({'x': jnp.array(0.3)}, optimizer)
   fields = {'ppo__ppo_epochs': 2, 'ppo__minibatches': 3}
   state, metrics = ppo.update_on(
-      start, experience, key, weigh=_weigh, ppo=tiny.config(**fields).ppo, **how
+      start,
+      {},
+      experience,
+      key,
+      weigh=_weigh,
+      ppo=tiny.config(**fields).ppo,
+      **how,
   )
   want, seen_losses = start, []
   for rows in _seen(key, **fields)[0] > 0:
@@ -439,3 +447,39 @@ def test_the_kl_coefficient_adapts_and_is_part_of_the_state(tmp_path: Any):
   want = 0.05 * (1 + sign * 0.2 * 0.1)
   np.testing.assert_allclose(states['kl_coef'], want, rtol=1e-6)
   np.testing.assert_allclose(later['objective/kl_coef'], want, rtol=1e-6)
+
+
+def test_adapters_learn_beside_weights_shared_with_the_reference(tmp_path: Any):
+  run = tiny.run(
+      tmp_path,
+      tiny.config(ppo__batch_size=8, lora__rank=2, ppo__optim__lr=1e-2),
+      mesh=tiny.mesh(1, 1, 1),
+  )
+  learns = presets.trained(tiny.SHAPE, run.config)
+  key = jax.random.key(0)
+  params = Models(
+      policy=lora.add_adapters('policy', learns, POLICY, key),
+      ref_policy=POLICY,
+      critic=lora.add_adapters('scalar', learns, CRITIC, key),
+      reward_model=CRITIC,
+  )
+  shapes = Models(learns, tiny.SHAPE, learns, tiny.SHAPE)
+  stage = ppo.PPO(run, shapes, params)
+  before = jax.device_get((POLICY, CRITIC))
+  with jax.set_mesh(run.mesh):
+    states, metrics = stage.step(stage.states, 0)
+    states, later = stage.step(states, 1)
+  # They start where the reference is, and leave it.
+  np.testing.assert_allclose(metrics['objective/kl'], 0, atol=1e-5)
+  assert abs(later['objective/kl']) > 1e-4
+  # The state, and so a checkpoint, holds what learns; the rest stays.
+  for name, tree in (('policy', POLICY), ('critic', CRITIC)):
+    learned = lora.flatten(states[name].params)
+    assert all('_lora_' in path or path == 'head' for path in learned)
+    assert all(np.any(x) for path, x in learned.items())
+    base = lora.flatten(
+        lora.without_adapters(stage.params(states)._asdict()[name])
+    )
+    shared = {p: x for p, x in lora.flatten(tree).items() if p != 'head'}
+    assert all(base[path] is x for path, x in shared.items())
+  jax.tree.map(np.testing.assert_array_equal, (POLICY, CRITIC), before)

@@ -147,7 +147,7 @@ def _sgd_step(loss: str, num_micro: int) -> tuple[Params, dict[str, float]]:
       optimizer=optimizer,
       num_micro=num_micro,
   )
-  state, metrics = jax.jit(step)(state, _pairs([6, 1, 4, 3]))
+  state, metrics = jax.jit(step)(state, {}, _pairs([6, 1, 4, 3]))
   return state.params, {name: float(x) for name, x in metrics.items()}
 
 

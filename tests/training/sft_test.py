@@ -153,7 +153,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
         num_micro=num_micro,
     )
     state = update.init_state(start, optax.sgd(1.0))
-    state, metrics = jax.jit(step)(state, tiny.sequences([3, 1, 4, 0, 5, 2]))
+    batch = tiny.sequences([3, 1, 4, 0, 5, 2])
+    state, metrics = jax.jit(step)(state, {}, batch)
     found.append((state.params, {k: float(x) for k, x in metrics.items()}))
   (whole, metrics), (cut, cut_metrics) = found
   assert cut_metrics == pytest.approx(metrics, rel=1e-5)

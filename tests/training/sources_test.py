@@ -11,7 +11,7 @@ import pytest
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.models import exporting, heads, presets
+from ma_rlhf_jax.models import exporting, heads, lora, presets
 from ma_rlhf_jax.training import sources
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sources import Source, SourceError
@@ -20,7 +20,9 @@ from tests.models.drawn import draw
 
 SHAPE = dataclasses.replace(tiny.SHAPE, vocab_size=310, num_layers=1)
 _MODEL = {
-    f'model__{name}': getattr(SHAPE, name) for name in presets.SHAPE_FIELDS
+    f'model__{name}': getattr(SHAPE, name)
+    for name in presets.SHAPE_FIELDS
+    if name != 'sliding_layers'  # follows from the window
 }
 
 
@@ -211,7 +213,7 @@ def test_sft_starts_from_a_folder_or_another_run(
   shape, params = sources.initial_policy(
       _run(store, tmp_path, sft__init='policy')
   )
-  want = presets.with_runtime(SHAPE, tiny.config().model)
+  want = presets.trained_whole(SHAPE, tiny.config().model)
   assert shape == want
   assert workdir_lib.params_sha256(params) == _sha256('policy', 3)
   _, of_run = sources.initial_policy(_run(store, tmp_path, sft__init='workdir'))
@@ -226,7 +228,7 @@ def test_random_weights_have_the_rows_of_the_tokenizer_and_a_seed(
   )
   run = _run(store, tmp_path)
   shape, (kind, same, key) = sources.initial_policy(run)
-  want = presets.with_runtime(SHAPE, run.config.model)
+  want = presets.trained_whole(SHAPE, run.config.model)
   assert shape == same == want and kind == 'policy'
   run.config.model.vocab_size = 0
   run.config.seed = 1
@@ -260,11 +262,40 @@ def test_a_model_is_read_in_the_dtype_of_the_run(
     store: _Store, tmp_path: pathlib.Path
 ) -> None:
   run = _run(store, tmp_path)
-  run.config.model.param_dtype = 'bfloat16'
+  run.config.model.dtype = 'bfloat16'
   source = Source('ppo.reward_model', store.scalar)
+  # What does not learn is held as it is computed with, but for norms and head.
   shape, params = sources.load(run, source, 'scalar')
-  assert shape.param_dtype == 'bfloat16'
-  assert {x.dtype.name for x in jax.tree.leaves(params)} == {'bfloat16'}
+  assert (shape.param_dtype, shape.kernel_dtype) == ('float32', 'bfloat16')
+  for path, x in lora.flatten(params).items():
+    small = path == 'head' or path.endswith('scale')
+    assert x.dtype == ('float32' if small else 'bfloat16'), path
+  # What learns keeps its bits.
+  _, params = sources.load_to_train(run, source, 'scalar', 'critic')
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {'float32'}
+
+
+def test_adapters_share_the_weights_of_the_model_they_start_from(
+    store: _Store, tmp_path: pathlib.Path
+) -> None:
+  run = _run(store, tmp_path)
+  run.config.lora.rank = 2
+  source = Source('ppo.reward_model', store.scalar)
+  frozen = sources.load(run, source, 'scalar')
+  shape, params = sources.load_to_train(run, source, 'scalar', 'critic', frozen)
+  assert shape.lora.rank == 2
+  base, learning = map(lora.flatten, lora.split(shape, params))
+  before = lora.flatten(frozen[1])
+  assert all(x is before[path] for path, x in base.items())
+  assert learning['head'] is not before['head']
+  policy = sources.load_to_train(
+      run, Source('sft.init', store.policy), 'policy', 'sft'
+  )
+  ours = lora.flatten(policy[1])['layers/mlp/up_lora_a']
+  theirs = learning['backbone/layers/mlp/up_lora_a']
+  assert not np.array_equal(ours, theirs)  # each with keys of its own
+  # Random weights are no base to keep: all of them learn.
+  assert sources.initial_policy(run)[0].lora is None
 
 
 def test_another_tokenizer_is_refused(
