@@ -117,10 +117,15 @@ def plain_gemma(
   """float64 hidden states [l, D] of one row without padding, by loops."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   half, group = config.head_dim // 2, config.num_heads // config.num_kv_heads
+  scalar = config.query_pre_attn_scalar or config.head_dim
+  window = config.sliding_window
 
   def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
     rms = np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
     return x / rms * (1 + scale)
+
+  def capped(x: np.ndarray, cap: float) -> np.ndarray:
+    return cap * np.tanh(x / cap) if cap else x
 
   def turn(x: np.ndarray, position: int) -> np.ndarray:
     out = np.empty_like(x)
@@ -136,21 +141,28 @@ def plain_gemma(
     w = jax.tree.map(lambda leaf, n=layer: leaf[n], p['layers'])
     a, mlp = w['attention'], w['mlp']
     h = norm(x, w['attention_norm']['scale'])
+    slides = config.sliding_layers and config.sliding_layers[layer]
     added = np.zeros_like(x)
     for n in range(config.num_heads):
       k = n // group
       keys = [turn(h[t] @ a['key'][:, k], t) for t in range(len(x))]
       values = [row @ a['value'][:, k] for row in h]
       for t in range(len(x)):
+        seen = slice(max(0, t + 1 - window) if slides else 0, t + 1)
         query = turn(h[t] @ a['query'][:, n], t)
-        scores = [query @ key for key in keys[: t + 1]]
-        weights = np.exp(np.array(scores) / np.sqrt(config.head_dim))
-        mixed = weights @ np.array(values[: t + 1]) / weights.sum()
+        scores = np.array([query @ key for key in keys[seen]]) / np.sqrt(scalar)
+        weights = np.exp(capped(scores, config.attn_softcap))
+        mixed = weights @ np.array(values[seen]) / weights.sum()
         added[t] += mixed @ a['out'][n]
+    if config.family == 'gemma2':
+      added = norm(added, w['attention_post_norm']['scale'])
     x = x + added
     h = norm(x, w['mlp_norm']['scale'])
     gate = h @ mlp['gate']
     cube = gate + 0.044715 * gate**3
     gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * cube))
-    x = x + (gelu * (h @ mlp['up'])) @ mlp['down']
+    added = (gelu * (h @ mlp['up'])) @ mlp['down']
+    if config.family == 'gemma2':
+      added = norm(added, w['mlp_post_norm']['scale'])
+    x = x + added
   return norm(x, p['final_norm']['scale'])

@@ -6,14 +6,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import gemma
+from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.structs import Array, Params
 from tests.models.drawn import (
     LENGTHS,
     ONE_KV_HEAD,
     TINY,
+    TINY_2,
     draw,
     left_padded,
     loss,
@@ -37,10 +40,13 @@ def _value_and_grads(remat: bool = True) -> tuple[float, Params]:
   return float(value), jax.tree.map(np.asarray, grads)
 
 
-def test_equals_a_plain_loop() -> None:
-  hidden = _states()
+@pytest.mark.parametrize('config', [TINY, TINY_2], ids=['gemma', 'gemma2'])
+def test_equals_a_plain_loop(config: GemmaConfig) -> None:
+  assert config is TINY or config.sliding_window < max(LENGTHS) - 2
+  params = draw('policy', config, seed=0)
+  hidden = np.asarray(states(config, params, TOKENS, MASK))
   for row, length in enumerate(LENGTHS):
-    want = plain_gemma(TINY, PARAMS, TOKENS[row, 9 - length :])
+    want = plain_gemma(config, params, TOKENS[row, 9 - length :])
     np.testing.assert_allclose(hidden[row, 9 - length :], want, atol=2e-5)
 
 
