@@ -180,6 +180,11 @@ def load_params(
     ValueError: if a file is broken, if tensors do not fit (lists all of them),
       or if weights are nan or infinite.
   """
+  if config.lora is not None:
+    raise ValueError(
+        f'{folder} is read without adapters; load it by a config with '
+        'lora=None and give it adapters by lora.add_adapters'
+    )
   targets = traverse_util.flatten_dict(abstract_params(kind, config), sep='/')
   with contextlib.ExitStack() as stack:
     found, wanted = _checked_tensors(folder, config, kind, stack)

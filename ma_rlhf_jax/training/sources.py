@@ -180,6 +180,13 @@ def check(run: Run) -> None:
     _check_fit(run, Source('config.model', ''), shape, 'scalar')
 
 
+@functools.cache
+def _note(text: str) -> None:
+  """Prints `text` once, however often a model is inspected."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
 def _check_fit(
     run: Run, source: Source, shape: presets.GemmaConfig, kind: str
 ) -> None:
@@ -190,6 +197,12 @@ def _check_fit(
         f'{where}: the embedding has {shape.vocab_size} rows, fewer than the '
         f'{len(run.tokenizer)} entries of the tokenizer; use the tokenizer '
         'that belongs to the model, or set model.vocab_size to 0 for a new one'
+    )
+  if source.field and shape.vocab_size > len(run.tokenizer):
+    _note(
+        f'note: {where}: the embedding has {shape.vocab_size} rows for the '
+        f'{len(run.tokenizer)} entries of the tokenizer; the rows beyond are '
+        'loaded and exported with the others'
     )
   with jax.set_mesh(run.mesh):
     uneven = partition.indivisible(heads.abstract_params(kind, shape))

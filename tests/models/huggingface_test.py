@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ma_rlhf_jax.models import heads, huggingface
+from ma_rlhf_jax.models import heads, huggingface, presets
 from tests.models.drawn import (
     TINY,
     UNUSUAL,
@@ -228,6 +228,12 @@ def test_matrices_and_norms_may_differ_in_type(export: pathlib.Path) -> None:
       lambda x, y: np.asarray(x).astype(y.dtype), whole, like
   )
   assert_same_bits(rounded, found)
+
+
+def test_adapters_are_not_read(export: pathlib.Path) -> None:
+  config = dataclasses.replace(UNUSUAL, lora=presets.Lora(2, 4.0, ('query',)))
+  with pytest.raises(ValueError, match='is read without adapters'):
+    huggingface.load_params(export, config, 'policy')
 
 
 def test_a_policy_is_no_scalar_model(export: pathlib.Path) -> None:

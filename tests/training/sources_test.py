@@ -323,6 +323,25 @@ def test_an_embedding_too_small_for_the_tokenizer_is_refused(
   assert need in str(caught.value)
 
 
+def test_rows_without_an_entry_of_the_tokenizer_are_noted_once(
+    store: _Store, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+  run = _run(store, tmp_path, sft__init='policy', ppo__reward_model='scalar')
+  sources._note.cache_clear()  # other tests inspect these models too
+  sources.check(run)
+  sources.initial_policy(run)
+  lines = capsys.readouterr().out.splitlines()
+  rows = f'has 310 rows for the {len(store.tokenizer)} entries of the tokenizer'
+  assert len(store.tokenizer) < 310
+  assert [line.partition(':')[0] for line in lines] == ['note'] * 2
+  assert f'sft.init {store.policy}: the embedding {rows}' in lines[0]
+  assert f'ppo.reward_model {store.scalar}: the embedding {rows}' in lines[1]
+  same = dataclasses.replace(run, tokenizer=range(310))
+  source = Source('sft.init', store.policy)
+  sources._check_fit(same, source, SHAPE, 'policy')
+  assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     'fields, message',
     [
