@@ -136,6 +136,10 @@ def test_published_files_give_the_presets() -> None:
             {'layer_types': ['full_attention'] * 3, 'sliding_window': None},
             {'sliding_layers': (), 'sliding_window': 0},
         ),
+        (
+            {'layer_types': ['full_attention'] * 3},
+            {'sliding_layers': (), 'sliding_window': 0},
+        ),
         ({'attn_logit_softcapping': None}, {'attn_softcap': 0.0}),
         ({'final_logit_softcapping': None}, {'final_softcap': 0.0}),
         ({'query_pre_attn_scalar': 7}, {'query_pre_attn_scalar': 7}),
