@@ -116,6 +116,7 @@ def _update_programs(config: ConfigDict, rows: int, micro: int) -> Any:
     return tuple(
         ppo.update_on(
             state,
+            {},
             batch,
             key,
             loss_fn=loss_fn,
