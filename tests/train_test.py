@@ -44,62 +44,6 @@ def _message(*arguments: str) -> str:
   return caught.value.code
 
 
-def test_fields_and_recipe_arguments_are_set() -> None:
-  config = _parsed(
-      f'{_TINY}:ngram=3', '--config.ppo.kl_coef=0.125', '--config.seed', '7'
-  )
-  assert (config.macro.ngram, config.ppo.kl_coef, config.seed) == (3, 0.125, 7)
-
-
-def test_without_config_the_default_recipe_is_taken() -> None:
-  config = _parsed('--config.ppo.kl_coef=0.125', '--workdir=x')
-  assert config.ppo.kl_coef == 0.125
-  assert train._WORKDIR.value == 'x'
-  default = pathlib.Path(config_lib.default_recipe())
-  assert default == _ROOT / 'configs' / 'tiny.py'
-  assert config.sft.optim.lr == _parsed(_TINY).sft.optim.lr
-
-
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        [_TINY, '--config.ppo.from=DIR'],
-        [_TINY, '-config.ppo.from', 'DIR'],
-        [_TINY, '--config.ppo.from_run=DIR'],
-        ['--config.ppo.from=DIR'],
-    ],
-)
-def test_from_is_the_spelling_of_from_run(arguments: list[str]) -> None:
-  assert _parsed(*arguments).ppo.from_run == 'DIR'
-
-
-def test_values_that_look_like_flags_are_left_alone() -> None:
-  config = _parsed(_TINY, '--config.data.path=--config.ppo.from=x')
-  assert config.data.path == '--config.ppo.from=x'
-
-
-@pytest.mark.parametrize(
-    'arguments, words',
-    [
-        ([f'{_TINY}:n=1'], "error: recipe argument 'n' is unknown; known are"),
-        ([f'{_TINY}:ngram=x'], "'x' is not of type int"),
-        (['--config=/nowhere/tiny.py'], '/nowhere/tiny.py: there is no such'),
-        (['--config', 'nowhere.py:ngram=1'], 'nowhere.py: there is no such'),
-        ([_TINY, '--config.ppo.kl_coef=much'], '--config.ppo.kl_coef=much'),
-        (
-            [_TINY, '--config.ppo.kl_coeff=1'],
-            'the config has no field \'kl_coeff\'\nDid you mean "kl_coef"',
-        ),
-        ([_TINY, '--wordkir=x'], "Unknown command line flag 'wordkir'"),
-    ],
-)
-def test_a_wrong_flag_ends_in_one_message(
-    arguments: list[str], words: str
-) -> None:
-  message = _message(*arguments)
-  assert message.startswith('error: ') and words in message
-
-
 def test_all_problems_are_told_before_a_workdir_is_made(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -1,0 +1,64 @@
+"""Stages without weights have the programs and shapes of those with them."""
+
+import pathlib
+
+import jax
+import pytest
+
+from ma_rlhf_jax.models import heads, presets
+from ma_rlhf_jax.structs import Params
+from ma_rlhf_jax.training import checkpoint
+from ma_rlhf_jax.training.abstract import abstract_stages
+from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.training.ppo import PPO
+from ma_rlhf_jax.training.run import Run
+from tests import tiny
+
+_FIELDS = {
+    f'model__{name}': getattr(tiny.SHAPE, name)
+    for name in presets.SHAPE_FIELDS
+    if name != 'sliding_layers'
+}
+
+
+def _run(workdir: pathlib.Path, **fields: object) -> Run:
+  return tiny.run(workdir, tiny.config(**_FIELDS, **fields))
+
+
+def test_the_stages_of_the_config_are_made(tmp_path: pathlib.Path) -> None:
+  run = _run(tmp_path, stages=('sft', 'ppo'))
+  stages = abstract_stages(run)
+  assert list(stages) == ['sft', 'ppo']
+  assert list(stages['sft'].programs()) == ['sft/update']
+  assert list(stages['ppo'].programs()) == [
+      'ppo/rollout',
+      'ppo/score',
+      'ppo/experience',
+      'ppo/update_policy',
+      'ppo/update_critic',
+  ]
+  without = abstract_stages(
+      _run(tmp_path, ppo__baseline='rloo', ppo__samples_per_prompt=2)
+  )
+  assert 'ppo/update_critic' not in without['ppo'].programs()
+
+
+@pytest.mark.parametrize('rank', [0, 2])
+def test_a_state_has_the_shapes_of_a_real_one(
+    tmp_path: pathlib.Path, rank: int
+) -> None:
+  run = _run(tmp_path, lora__rank=rank)
+  with jax.set_mesh(run.mesh):
+    abstract = abstract_stages(run)['ppo']
+    learns = presets.trained(tiny.SHAPE, run.config)
+    frozen = presets.frozen(tiny.SHAPE, run.config.model)
+
+    def model(kind: str, shape: presets.GemmaConfig) -> Params:
+      return heads.init_params(kind, shape, jax.random.key(0))
+
+    shapes = Models(learns, frozen, learns, frozen)
+    kinds = Models('policy', 'policy', 'scalar', 'scalar')
+    real = PPO(run, shapes, Models(*map(model, kinds, shapes)))
+    assert abstract.states == checkpoint.abstract_of(real.states)
+    want = checkpoint.abstract_of(real.programs()['ppo/score'].args[0])
+    assert abstract.programs()['ppo/score'].args[0] == want
