@@ -46,8 +46,12 @@ def kept_tokens(logprobs_BV: Array, *, top_k: int, top_p: float) -> Array:
   keep = jnp.ones(logprobs_BV.shape, bool)
   vocab = logprobs_BV.shape[-1]
   if 0 < top_k < vocab:
-    floor_B1 = jax.lax.top_k(logprobs_BV, top_k)[0][:, -1:]
-    keep = logprobs_BV >= floor_B1
+    best_Bk, ids_Bk = jax.lax.top_k(logprobs_BV, top_k)
+    mark = lambda keep_V, ids_k: keep_V.at[ids_k].set(True)
+    # By their ids: a compiler may compute `logprobs_BV` twice, rounded apart,
+    # so that the k-th is less than itself. The comparison is for ties.
+    keep = jax.vmap(mark)(jnp.zeros(logprobs_BV.shape, bool), ids_Bk)
+    keep |= logprobs_BV >= best_Bk[:, -1:]
   if top_p < 1.0:
     kept = jax.nn.log_softmax(jnp.where(keep, logprobs_BV, -jnp.inf), axis=-1)
     order = jnp.argsort(-kept, axis=-1, stable=True)

@@ -54,6 +54,20 @@ def test_ties_with_the_kth_stay():
   assert _kept([0.2, 0.3, 0.2, 0.2, 0.1], top_k=2) == [0, 1, 2, 3]
 
 
+def test_the_best_token_is_drawn_where_only_it_is_kept():
+  # Where log-probs are compared with a k-th value that the compiler computed
+  # anew, it can be below itself: one row in 800 then drew token 0.
+  draw = jax.jit(
+      lambda logits, keys: sampling.sample(
+          logits, keys, temperature=0.8, top_k=1, top_p=1.0
+      )[0]
+  )
+  logits = np.random.default_rng(0).normal(size=(100, 8, 20)) * 0.3
+  for number, rows in enumerate(logits.astype(np.float32)):
+    found = draw(rows, _keys(8, number))
+    assert found.tolist() == rows.argmax(1).tolist()
+
+
 def test_top_p_by_hand():
   # Sorted: token 2 .375, 0 .25 (.625), 4 .1875 (.8125), 3 .125 (.9375), 1.
   probs = [0.25, 0.0625, 0.375, 0.125, 0.1875]
