@@ -1,0 +1,101 @@
+"""JSONL written aside: the file appears when it is whole, or not at all."""
+
+from collections.abc import Iterable, Mapping
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any, TextIO
+
+Row = Mapping[str, Any]
+
+
+def dump(row: Row) -> str:
+  """The line of a row, without its end; in UTF-8 wherever that can be."""
+  line = json.dumps(row, ensure_ascii=False)
+  try:
+    line.encode()
+  except UnicodeEncodeError:  # half a character in a field of the user
+    return json.dumps(row)
+  return line
+
+
+def check(path: str, overwrite: bool) -> None:
+  """Raises where an output cannot be written.
+
+  Args:
+    path: local; its folder must exist.
+    overwrite: a file that is there may be replaced.
+
+  Raises:
+    FileExistsError: if it is there, and no `overwrite`.
+    OSError: if it is a folder, or its folder is not there.
+  """
+  where = f'--output={path}'
+  file = pathlib.Path(path)
+  if file.is_dir():
+    raise IsADirectoryError(f'{where} is a folder; name a file in it')
+  if file.exists() and not overwrite:
+    raise FileExistsError(
+        f'{where} is there already; name another file, or give --overwrite'
+    )
+  if not file.parent.is_dir():
+    raise FileNotFoundError(
+        f'{where}: there is no folder {file.parent}; make it, or name another'
+    )
+
+
+class Output:
+  """A JSONL file whose rows are finished in any order.
+
+  Rows go to `<path>.partial` as they are finished, so that an end before the
+  last one loses none. `commit` puts all of them in order and renames.
+  """
+
+  def __init__(self, path: str):
+    """Opens the partial file; what an earlier end left there is replaced."""
+    self._path = pathlib.Path(path)
+    self._partial = pathlib.Path(f'{path}.partial')
+    self._file: TextIO = self._partial.open('w', encoding='utf-8')
+    self._rows: dict[int, list[str]] = {}
+
+  def __len__(self) -> int:
+    """How many rows of the input are finished."""
+    return len(self._rows)
+
+  def add(self, index: int, rows: Iterable[Row]) -> None:
+    """Keeps what came of row `index` of the input."""
+    lines = [dump(row) + '\n' for row in rows]
+    self._rows[index] = lines
+    self._file.writelines(lines)
+
+  def flush(self) -> None:
+    """Sees to it that all rows that were added are in the partial file."""
+    self._file.flush()
+
+  def commit(self) -> None:
+    """Puts the rows in the order of the input, and the file in its place."""
+    self._file.seek(0)
+    self._file.truncate()
+    for index in sorted(self._rows):
+      self._file.writelines(self._rows[index])
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._file.close()
+    self._partial.replace(self._path)
+
+  def abandon(self) -> str:
+    """Closes without `commit`; an empty partial file is removed.
+
+    Returns:
+      What to tell the user; '' where no row is lost.
+    """
+    with contextlib.suppress(OSError):  # no space left, say
+      self._file.close()
+    if not self._rows:
+      self._partial.unlink(missing_ok=True)
+      return ''
+    return (
+        f'{self._path} is not written; what is done of it ({len(self)} rows of '
+        f'the input) is in {self._partial}, in the order it was finished'
+    )
