@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -199,7 +200,24 @@ def test_a_conversation_streams_whole_characters(place: Place):
   assert notes[0].startswith('a conversation') and notes[2:] == ['forgotten']
 
 
-def test_a_conversation_through_a_pipe(place: Place):
+def test_a_pipe_gets_the_answers_alone(
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+  # Bytes that are no text do no harm, and /reset keeps prompts short.
+  lines = 'Où?\n\n/what\n/reset\n'.encode() + b'\xff\n/quit\nnever read\n'
+  stdin = io.TextIOWrapper(io.BytesIO(lines), 'utf-8')
+  monkeypatch.setattr(sys, 'stdin', stdin)
+  generate.run(Request(place.scripted, temperature=0.0, max_new_tokens=16))
+  told = capsys.readouterr()
+  assert told.out == 'né,😀!\n' * 2
+  assert 'there is no /what; /reset forgets' in told.err
+  assert stdin.read() == 'never read\n'
+
+
+@pytest.mark.slow
+def test_a_conversation_in_a_process_of_its_own(place: Place):
   one_device = ' --xla_force_host_platform_device_count=1'
   ran = subprocess.run(
       [

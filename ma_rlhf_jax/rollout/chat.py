@@ -139,4 +139,4 @@ def _turn(
   if forgotten := len(said.turns) - len(kept.turns):
     terminal.note(f'too long by now: the first {forgotten} turns are forgotten')
   text = _answer(terminal, answer(kept.prompt(line)))
-  return kept.add(line, text)
+  return kept.add(line, text) if text else kept

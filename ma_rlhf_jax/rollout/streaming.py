@@ -18,7 +18,8 @@ _STEP = 2  # tokens drawn between two looks at them
 _BROKEN = '\ufffd'
 
 _start = jax.jit(decode.start, static_argnums=(0, 4))
-_extend = jax.jit(decode.extend, static_argnums=(0, 5))
+# The state is given up: its cache can be as large as the model.
+_extend = jax.jit(decode.extend, static_argnums=(0, 5), donate_argnums=4)
 
 
 def plain_text(tokenizer: 'PreTrainedTokenizerBase', ids: Sequence[int]) -> str:

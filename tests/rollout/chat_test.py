@@ -80,6 +80,16 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said():
   assert talk.left.turns == (('a', ' As'), ('b', ' As I said.'))
 
 
+def test_a_turn_without_an_answer_is_forgotten():
+  def answer(prompt: str) -> Iterator[str]:
+    if prompt.endswith('Human: a\n\nAssistant:'):
+      raise KeyboardInterrupt
+    yield ' I.'
+
+  talk = _Talk('a', 'b', answer=answer)
+  assert talk.prompts[1] == '\n\nHuman: b\n\nAssistant:'
+
+
 def test_the_oldest_turns_are_forgotten_when_they_no_longer_fit():
   # A turn of 27 characters, and a question of 22.
   talk = _Talk('a', 'b', 'c', 'd', limit=76)
