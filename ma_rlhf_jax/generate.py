@@ -34,10 +34,10 @@ import jax
 
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.data import prompts as prompts_lib
-from ma_rlhf_jax.rollout import batching, chat, records
-from ma_rlhf_jax.rollout.request import Request
+from ma_rlhf_jax.generation import batching, chat, records
+from ma_rlhf_jax.generation import session as session_lib
+from ma_rlhf_jax.generation.request import Request
 from ma_rlhf_jax.training import console
-from ma_rlhf_jax.training import session as session_lib
 
 _HELP = {
     'model': 'Hugging Face folder, hub id or workdir.',

@@ -10,9 +10,9 @@ import pytest
 
 from ma_rlhf_jax import generate
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.generation.request import Request
 from ma_rlhf_jax.models import exporting
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.rollout.request import Request
 from tests.models.drawn import UNUSUAL, draw
 
 torch = pytest.importorskip('torch')

@@ -15,9 +15,9 @@ import pytest
 
 from ma_rlhf_jax import generate
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.rollout import chat
-from ma_rlhf_jax.rollout.request import Request
-from ma_rlhf_jax.training import session as session_lib
+from ma_rlhf_jax.generation import chat
+from ma_rlhf_jax.generation import session as session_lib
+from ma_rlhf_jax.generation.request import Request
 from tests import served
 
 _ROOT = pathlib.Path(__file__).parents[1]

@@ -21,6 +21,7 @@ _ROOMS = (
     ('objective',),
     ('scorers',),
     ('training',),
+    ('generation',),
     ('recipe_flag', 'tools', 'train', 'generate', 'evaluate', 'export')
     + ('configs',),
 )

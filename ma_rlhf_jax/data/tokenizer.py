@@ -26,8 +26,15 @@ MIN_PIECES = 28
 # Of the learned pieces at most this share are single characters; rarer
 # characters are spelt in bytes.
 MAX_ALPHABET_SHARE = 0.5
+# Either makes a tokenizer.
+_VOCABULARIES = ('tokenizer.json', 'tokenizer.model')
 # transformers reads it last and first, so it marks a folder as whole.
 _MARKER = 'tokenizer_config.json'
+
+
+def has_vocabulary(folder: str) -> bool:
+  """Whether a folder holds what a tokenizer is made of."""
+  return any((epath.Path(folder) / name).exists() for name in _VOCABULARIES)
 
 
 def load_tokenizer(path: str) -> 'PreTrainedTokenizerBase':
@@ -37,11 +44,18 @@ def load_tokenizer(path: str) -> 'PreTrainedTokenizerBase':
     path: folder (also gs://) or hub id; code in it is never run.
 
   Raises:
+    FileNotFoundError: if a folder holds no vocabulary.
     ValueError: if it has no tokenizer.json form, or pad, eos and bos are not
       three different ids.
   """
   from transformers import AutoTokenizer
 
+  # transformers would make up an empty vocabulary for a folder of a Gemma.
+  if ('://' in path or epath.Path(path).is_dir()) and not has_vocabulary(path):
+    raise FileNotFoundError(
+        f'{path} holds no {" or ".join(_VOCABULARIES)}; copy the tokenizer of '
+        'the model into it, or name another by tokenizer.path'
+    )
   if '://' not in path:
     return check_tokenizer(AutoTokenizer.from_pretrained(path), path)
   with tempfile.TemporaryDirectory() as local:

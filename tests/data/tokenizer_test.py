@@ -219,3 +219,12 @@ def test_a_tokenizer_that_cannot_spell_a_special_string_is_refused(
 
 def test_no_texts_give_no_ids(tokenizer: object) -> None:
   assert lib.encode_batch(tokenizer, []) == []
+
+
+def test_a_folder_without_a_vocabulary_is_no_tokenizer(
+    tmp_path: pathlib.Path,
+) -> None:
+  config = {'tokenizer_class': 'GemmaTokenizer', 'model_type': 'gemma'}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  with pytest.raises(FileNotFoundError, match='holds no tokenizer.json or'):
+    lib.load_tokenizer(str(tmp_path))

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ma_rlhf_jax.generation import batching, responses
+from ma_rlhf_jax.generation.responses import Models, Response
 from ma_rlhf_jax.models.gemma import head_logits, hidden_states
 from ma_rlhf_jax.models.heads import token_scores
-from ma_rlhf_jax.rollout import batching, decode, responses, sampling
-from ma_rlhf_jax.rollout.responses import Models, Response
+from ma_rlhf_jax.rollout import decode, sampling
 from tests import tiny
 
 T = tiny.RESPONSE_LEN

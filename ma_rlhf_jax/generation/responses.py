@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ma_rlhf_jax.generation import batching
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import place
-from ma_rlhf_jax.rollout import batching, decode, sampling, scoring
+from ma_rlhf_jax.rollout import decode, sampling, scoring
 from ma_rlhf_jax.structs import Array, Params, PromptBatch, SequenceBatch
 
 Model = tuple[GemmaConfig, Params]

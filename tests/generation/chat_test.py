@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from ma_rlhf_jax.rollout import chat
-from ma_rlhf_jax.rollout.chat import Conversation
+from ma_rlhf_jax.generation import chat
+from ma_rlhf_jax.generation.chat import Conversation
 
 
 class _Talk:

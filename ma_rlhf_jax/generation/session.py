@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from ma_rlhf_jax.data import prompts as prompts_lib
-from ma_rlhf_jax.rollout import chat, decode, records, streaming
-from ma_rlhf_jax.rollout.request import Request
-from ma_rlhf_jax.rollout.responses import Models, Response, respond
-from ma_rlhf_jax.training import finished
+from ma_rlhf_jax.generation import chat, finished, records, streaming
+from ma_rlhf_jax.generation.request import Request
+from ma_rlhf_jax.generation.responses import Models, Response, respond
+from ma_rlhf_jax.rollout import decode
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
 """Rows of the output by hand, and which of several responses is the best."""
 
-from ma_rlhf_jax.rollout import records
-from ma_rlhf_jax.rollout.responses import Response
+from ma_rlhf_jax.generation import records
+from ma_rlhf_jax.generation.responses import Response
 
 
 def _response(row: int, sample: int, score: float | None = None) -> Response:

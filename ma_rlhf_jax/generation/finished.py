@@ -29,8 +29,6 @@ _ROLES = {
     'model': ('policy', ('ppo', 'sft')),
     'reward_model': ('scalar', ('reward_model',)),
 }
-# Either makes a tokenizer.
-_VOCABULARIES = ('tokenizer.json', 'tokenizer.model')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +81,8 @@ def _product(name: str, value: str, stages: tuple[str, ...]) -> tuple[str, str]:
 def _tokenizer(
     folder: pathlib.Path, kind: str
 ) -> 'PreTrainedTokenizerBase | None':
-  # Where these are missing, transformers makes up an empty vocabulary.
-  files = [folder / name for name in _VOCABULARIES]
-  if not any(file.is_file() for file in files):
-    if kind == 'scalar':
-      return None
-    raise FileNotFoundError(
-        f'{folder} holds no {" or ".join(_VOCABULARIES)}; copy the tokenizer '
-        'of the model into it'
-    )
+  if kind == 'scalar' and not tokenizer_lib.has_vocabulary(str(folder)):
+    return None
   return tokenizer_lib.load_tokenizer(str(folder))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ma_rlhf_jax.rollout.responses import Response
+from ma_rlhf_jax.generation.responses import Response
 
 # What a row may hold beside `prompt` and the fields it came with.
 FIELDS = (

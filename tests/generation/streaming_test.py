@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.rollout import decode, responses, streaming
-from ma_rlhf_jax.rollout.responses import Models
-from ma_rlhf_jax.rollout.streaming import TextStream
+from ma_rlhf_jax.generation import responses, streaming
+from ma_rlhf_jax.generation.responses import Models
+from ma_rlhf_jax.generation.streaming import TextStream
+from ma_rlhf_jax.rollout import decode
 from tests import served, tiny
 
 STOP = '\n\nHuman:'

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.rollout import batching
-from ma_rlhf_jax.rollout.batching import Batch, Item
+from ma_rlhf_jax.generation import batching
+from ma_rlhf_jax.generation.batching import Batch, Item
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ma_rlhf_jax.rollout.request import Request
+from ma_rlhf_jax.generation.request import Request
 
 
 def _problems(**fields: Any) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import workdir as workdir_lib
-from ma_rlhf_jax.training import finished
+from ma_rlhf_jax.generation import finished
 from ma_rlhf_jax.training.sources import SourceError
 from tests import served, tiny
 from tests.models.drawn import draw

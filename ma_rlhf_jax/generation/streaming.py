@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import jax
 
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.generation import batching
+from ma_rlhf_jax.generation.responses import Models, row_keys
 from ma_rlhf_jax.parallel.mesh import place
-from ma_rlhf_jax.rollout import batching, decode
-from ma_rlhf_jax.rollout.responses import Models, row_keys
+from ma_rlhf_jax.rollout import decode
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.rollout.request import Request
-from ma_rlhf_jax.training import session as session_lib
-from ma_rlhf_jax.training.session import Session
+from ma_rlhf_jax.generation import session as session_lib
+from ma_rlhf_jax.generation.request import Request
+from ma_rlhf_jax.generation.session import Session
 from ma_rlhf_jax.training.sources import SourceError
 from tests import served
 
