@@ -27,6 +27,7 @@ setuptools.setup(
         'numpy>=2.0',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12',
+        'pyyaml>=6.0',
         'safetensors>=0.8',
         'tensorboardX>=2.6.2',
         'tokenizers>=0.22',
@@ -45,6 +46,7 @@ setuptools.setup(
         # Exact versions of all that judges: a linter's news is no failure, and
         # an exact torch lets pip take a CPU build where one is on offer.
         'test': [
+            'peft==0.21.2',
             'pyink==26.5.1',
             'pytest>=8.4',
             'pytest-xdist>=3.6',

@@ -19,9 +19,10 @@ from ma_rlhf_jax import recipe_flag, switches, validation
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
-from ma_rlhf_jax.models import exporting
+from ma_rlhf_jax.models import exporting, folders, peft_folder
+from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import mesh_shape
-from ma_rlhf_jax.training import checkpoint, metrics, sources
+from ma_rlhf_jax.training import card, checkpoint, metrics, sources
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO
@@ -41,15 +42,37 @@ _WORKDIR = flags.DEFINE_string(
 def _finish(
     run: Run, name: str, step: int, exports: dict, **facts: Any
 ) -> None:
-  """Writes the Hugging Face folders of a stage, then its marker."""
+  """Writes the folders of a stage's models, then its marker."""
   hashes = {}
   for stage, (kind, shape, params) in exports.items():
     folder = sources.product(run.workdir, stage)
     # A start that was killed before the marker may have left the folder.
     exporting.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
+    if shape.lora is not None:
+      _save_adapter(run, stage, step, kind, shape, params)
     hashes[stage] = workdir_lib.params_sha256(params)
   workdir_lib.mark_done(
       run.workdir, name, {'step': step, 'params_sha256': hashes, **facts}
+  )
+
+
+def _save_adapter(
+    run: Run, stage: str, step: int, kind: str, shape: GemmaConfig, params: Any
+) -> None:
+  """Writes what a stage's adapters learned, beside its merged model."""
+  folder = sources.adapter(run.workdir, stage)
+  base = sources.base(run.config, run.workdir, stage)
+  subject = card.Subject(
+      run.config, run.workdir, stage, shape, folder, step=step, base=base
+  )
+  peft_folder.save(
+      folder,
+      params,
+      shape,
+      kind,
+      base=base,
+      card=card.text(subject),
+      overwrite=True,
   )
 
 
@@ -198,6 +221,7 @@ def main(argv: list[str]) -> None:
     except (
         metrics.NonFiniteError,
         checkpoint.CheckpointError,
+        folders.NoSpaceError,
         sources.SourceError,
     ) as error:
       sys.exit(f'error: {error}')

@@ -185,6 +185,12 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
         f'model.num_kv_heads={m.num_kv_heads} must divide '
         f'model.num_heads={m.num_heads}'
     )
+  if m.family == 'gemma2' and m.num_heads and m.embed_dim % m.num_heads:
+    yield (
+        f'model.num_heads={m.num_heads} must divide model.embed_dim='
+        f"{m.embed_dim} with model.family='gemma2': transformers refuses "
+        'other files'
+    )
   if m.head_dim % 2:
     yield f'model.head_dim={m.head_dim} must be even (rotary halves)'
   if '' == c.tokenizer.path and c.tokenizer.vocab_size < 300:

@@ -36,7 +36,7 @@ def test_loaded_modules_are_seen() -> None:
   assert _loaded('import csv, wave', ('csv', 'wave', 'gzip')) == ['csv', 'wave']
 
 
-@pytest.mark.parametrize('verb', ['train', 'evaluate', 'generate'])
+@pytest.mark.parametrize('verb', ['train', 'evaluate', 'generate', 'export'])
 def test_verbs_start_without_heavy_modules(verb: str) -> None:
   assert _loaded(f'import ma_rlhf_jax.{verb}', _HEAVY) == []
 

@@ -1,6 +1,7 @@
 """The command line: flags, what is checked at the start, and its messages."""
 
 from collections.abc import Iterator
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import recipe_flag, train
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.models.presets import Lora
 from ma_rlhf_jax.validation import ConfigError
 from tests import tiny
+from tests.models.drawn import draw
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TINY = f'--config={_ROOT / "configs" / "tiny.py"}'
@@ -234,6 +237,38 @@ def test_a_product_is_written_over_what_a_killed_start_left(
       'params_sha256': {'sft': digest},
       'note': 'x',
   }
+
+
+def test_adapters_are_written_before_the_marker(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  saved = []
+
+  def save(folder: str, *unused: Any, **more: Any) -> None:
+    assert not (tmp_path / 'ppo' / 'done.json').exists()
+    assert more.pop('overwrite')
+    saved.append((folder.removeprefix(f'{tmp_path}/'), more))
+
+  monkeypatch.setattr(train.exporting, 'save', save)
+  monkeypatch.setattr(train.peft_folder, 'save', save)
+  config = tiny.config(ppo__policy_init='google/gemma-2b', lora__rank=2)
+  adapted = dataclasses.replace(tiny.SHAPE, lora=Lora(2, 4.0, ('up',)))
+  exports = {
+      'ppo': ('policy', adapted, draw('policy', adapted, 0)),
+      'critic': ('scalar', adapted, draw('scalar', adapted, 0)),
+  }
+  train._finish(tiny.run(tmp_path, config), 'ppo', 5, exports)
+  assert [folder for folder, _ in saved] == [
+      'ppo/hf',
+      'ppo/adapter',
+      'ppo/critic',
+      'ppo/critic_adapter',
+  ]
+  (_, _), (_, policy), (_, _), (_, critic) = saved
+  assert policy['base'] == 'google/gemma-2b'
+  assert critic['base'] == f'{tmp_path}/reward_model/hf'
+  assert '5 updates of 4 rows' in policy['card']
+  assert 'base_path = "google/gemma-2b"' in policy['card']
 
 
 def test_a_start_that_cannot_run_leaves_the_folder_free(

@@ -83,6 +83,10 @@ def test_numbers_out_of_range_are_refused(
 # Fields that are set, and what the only message must hold.
 _REFUSED = [
     ({'model.num_kv_heads': 3}, 'num_kv_heads=3 must divide model.num_heads=4'),
+    (
+        {'model.family': 'gemma2', 'model.embed_dim': 126},
+        'num_heads=4 must divide model.embed_dim=126',
+    ),
     ({'model.head_dim': 33}, 'model.head_dim=33 must be even'),
     ({'tokenizer.vocab_size': 287}, 'tokenizer.vocab_size=287 must be at'),
     ({'ppo.minibatches': 3}, 'ppo.minibatches=3 must divide ppo.batch_size'),

@@ -11,21 +11,20 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from typing import TYPE_CHECKING, Any
 
-from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from ma_rlhf_jax.models import lora
+from ma_rlhf_jax.models import folders, lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import (
     CAPS,
     FULL,
+    GEMMA2_DEFAULTS,
     INDEX,
     SINGLE,
     SIZES,
@@ -44,8 +43,20 @@ _ARCHITECTURES = {
     'scalar': 'ForSequenceClassification',
 }
 _CLASSES = {'gemma': 'Gemma', 'gemma2': 'Gemma2'}
-_MAX_SHARD_BYTES = 5 * 10**9
-_CONTEXT = 8192  # tokens Gemma was trained on; nothing here depends on it
+# The file that transformers looks for first; it marks a folder as whole.
+CONFIG = 'config.json'
+MAX_SHARD_BYTES = 5 * 10**9
+_GELU = 'gelu_pytorch_tanh'
+# What is the same in all of them, or has no meaning here.
+_CONSTANTS = {
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    'initializer_range': 0.02,
+    'max_position_embeddings': 8192,
+    'tie_word_embeddings': True,
+    'use_bidirectional_attention': None,
+    'use_cache': True,
+}
 
 
 def save(
@@ -56,7 +67,7 @@ def save(
     tokenizer: 'PreTrainedTokenizerBase',
     *,
     dtype: str | None = None,
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
   """Writes a folder that `transformers` 4 and 5 load.
@@ -78,35 +89,24 @@ def save(
 
   Raises:
     FileExistsError: if there is such a folder, not empty, and no `overwrite`.
+    NoSpaceError: if the disk is full; nothing is left then.
     ValueError: if the tokenizer has more entries than the embedding rows.
   """
-  target = epath.Path(folder)
-  if not overwrite and target.exists() and any(target.iterdir()):
-    raise FileExistsError(
-        f'{target} is there and not empty; choose another folder or remove it'
-    )
   if len(tokenizer) > config.vocab_size:
     raise ValueError(
-        f'{target}: the tokenizer has {len(tokenizer)} entries, the embedding '
+        f'{folder}: the tokenizer has {len(tokenizer)} entries, the embedding '
         f'only {config.vocab_size} rows; this is not the tokenizer of the model'
     )
-  local = '://' not in os.fspath(folder)
-  if local:
-    target.parent.mkdir(parents=True, exist_ok=True)
-  beside = {'dir': target.parent, 'prefix': f'.{target.name}-'} if local else {}
-  with tempfile.TemporaryDirectory(**beside) as scratch:
-    draft = pathlib.Path(scratch) / 'new'
-    draft.mkdir()
+  with folders.whole(folder, marker=CONFIG, overwrite=overwrite) as draft:
     leaves = lora.flatten(params)
     tensors = list_tensors(kind, config)
     scale = config.lora.scale if config.lora else 0.0
     to_host = functools.partial(_to_host, leaves, scale=scale, dtype=dtype)
     _write_tensors(draft, leaves, tensors, to_host, dtype, max_shard_bytes)
     if jax.process_index() == 0:
-      _write_tokenizer(draft, tokenizer)
+      write_tokenizer(draft, tokenizer)
       written = str(jnp.dtype(dtype or leaves[tensors[0].path].dtype))
       _write_configs(draft, config, kind, tokenizer, written)
-      (_rename if local else _upload)(draft, target)
 
 
 def _write_tensors(
@@ -154,21 +154,29 @@ def _to_host(
   dtype = jnp.dtype(dtype or ours.dtype)
   if adapter := lora.adapters(leaves, tensor.path):
     ours = lora.merged(ours, *map(layer, adapter), scale)
-  if isinstance(ours, jax.Array) and not ours.is_fully_addressable:
-    ours = multihost_utils.process_allgather(ours, tiled=True)
-  theirs = to_theirs(np.asarray(ours), tensor.inputs)
-  return np.ascontiguousarray(theirs, dtype)
+  return np.ascontiguousarray(to_theirs(gathered(ours), tensor.inputs), dtype)
 
 
-def _write_tokenizer(
+def gathered(x: Array) -> np.ndarray:
+  """`x` on the host, from all processes; every one must call this."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
+
+
+def write_tokenizer(
     draft: pathlib.Path, tokenizer: 'PreTrainedTokenizerBase'
 ) -> None:
-  """The tokenizer's files, with a class name that 4.x knows too."""
+  """The tokenizer's files, as `transformers` 4 reads them too."""
   tokenizer.save_pretrained(draft)
   path = draft / 'tokenizer_config.json'
   content = json.loads(path.read_text())
   if content['tokenizer_class'] == 'TokenizersBackend':  # the name since 5.0
     content['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  # That class adds token types in 4.x, which `generate` refuses.
+  content.setdefault('model_input_names', ['input_ids', 'attention_mask'])
+  for name in ('is_local', 'local_files_only'):  # how it was read here
+    content.pop(name, None)
   _write_json(path, content)
 
 
@@ -189,60 +197,52 @@ def _write_configs(
       'architectures': [_CLASSES[config.family] + _ARCHITECTURES[kind]],
       'model_type': config.family,
       **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
-      'hidden_act': 'gelu_pytorch_tanh',
-      'hidden_activation': 'gelu_pytorch_tanh',
       'rms_norm_eps': config.norm_eps,
-      'rope_theta': config.rope_theta,  # 4.x reads this, 5 the next
       'rope_parameters': {
-          'rope_type': 'default',
           'rope_theta': config.rope_theta,
+          'rope_type': 'default',
       },
-      'attention_bias': False,
-      'attention_dropout': 0.0,
-      'tie_word_embeddings': True,
-      'max_position_embeddings': _CONTEXT,
       'dtype': dtype,
-      'torch_dtype': dtype,  # the name in 4.x
+      **_CONSTANTS,
+      **_FAMILY_FIELDS[config.family](config),
+      # 4.x knows these by other names.
+      'rope_theta': config.rope_theta,
+      'torch_dtype': dtype,
   }
-  if config.family == 'gemma2':
-    shape |= _gemma2_fields(config)
   if kind == 'scalar':
     shape |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
   else:
     _write_json(draft / 'generation_config.json', shared)
-  _write_json(draft / 'config.json', {**shape, **shared})
+  _write_json(draft / CONFIG, dict(sorted({**shape, **shared}.items())))
+
+
+def _gemma_fields(config: GemmaConfig) -> dict[str, Any]:
+  # 5 reads the first; of 4.x some releases read the first, some the second.
+  return dict.fromkeys(('hidden_act', 'hidden_activation'), _GELU)
 
 
 def _gemma2_fields(config: GemmaConfig) -> dict[str, Any]:
   slides = config.sliding_layers or (False,) * config.num_layers
   scalar = config.query_pre_attn_scalar or config.head_dim
+  window = config.sliding_window or GEMMA2_DEFAULTS['sliding_window']
   return {
+      'hidden_activation': _GELU,
       # transformers 5 takes whole numbers only.
       'query_pre_attn_scalar': int(scalar) if scalar == int(scalar) else scalar,
       **{
           theirs: getattr(config, ours) or None for theirs, ours in CAPS.items()
       },
-      'sliding_window': config.sliding_window or None,
+      # A number is needed even where no layer slides.
+      'sliding_window': window,
       'layer_types': [SLIDING if s else FULL for s in slides],
-      'use_bidirectional_attention': None,
   }
+
+
+_FAMILY_FIELDS: dict[str, Callable[[GemmaConfig], dict[str, Any]]] = {
+    'gemma': _gemma_fields,
+    'gemma2': _gemma2_fields,
+}
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(content, indent=2) + '\n')
-
-
-def _rename(draft: pathlib.Path, target: epath.Path) -> None:
-  """Puts the folder in place; what was there moves into the scratch folder."""
-  if target.exists():
-    target.rename(draft.with_name('old'))
-  draft.rename(target)
-
-
-def _upload(draft: pathlib.Path, target: epath.Path) -> None:
-  """Copies the files, config.json last."""
-  target.mkdir(parents=True, exist_ok=True)
-  for old in sorted(target.iterdir(), key=lambda p: p.name != 'config.json'):
-    old.unlink()
-  for new in sorted(draft.iterdir(), key=lambda p: p.name == 'config.json'):
-    epath.Path(new).copy(target / new.name)

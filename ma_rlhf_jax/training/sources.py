@@ -48,6 +48,12 @@ def product(workdir: epath.PathLike, stage: str) -> str:
   return str(epath.Path(workdir) / folder)
 
 
+def adapter(workdir: epath.PathLike, stage: str) -> str:
+  """The folder of a stage's adapters in a workdir, beside its model."""
+  folder = 'ppo/critic_adapter' if stage == 'critic' else f'{stage}/adapter'
+  return str(epath.Path(workdir) / folder)
+
+
 def _named(field: str, value: str, stage: str) -> Source:
   """The source that `value` (folder, hub id or workdir) stands for."""
   if value.startswith('~'):
@@ -89,6 +95,30 @@ def critic_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
     stage = 'critic'
     return _named('ppo.critic_init', config.ppo.critic_init, stage)
   return reward_model_source(config, workdir)
+
+
+def base(config: ConfigDict, workdir: epath.PathLike, stage: str) -> str:
+  """What the model of a stage starts from; '' = random weights.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    stage: 'sft', 'reward_model', 'ppo' or 'critic'.
+
+  Returns:
+    A hub id, a gs:// path or the absolute path of a folder.
+  """
+  init = {'sft': config.sft.init, 'reward_model': config.reward_model.init}
+  if init.get(stage):
+    path = _named(f'{stage}.init', init[stage], 'sft').path
+  elif stage == 'sft':
+    return ''
+  elif stage == 'critic':
+    path = critic_source(config, workdir).path
+  else:
+    path = policy_source(config, workdir).path
+  folder = pathlib.Path(path)
+  return str(folder.resolve()) if folder.is_dir() else path
 
 
 def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:

@@ -10,11 +10,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+import safetensors
+from safetensors.numpy import load_file, save_file
 
-from ma_rlhf_jax.models import exporting, heads, huggingface
+from ma_rlhf_jax.models import exporting, folders, heads, huggingface
+from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import make_mesh
-from tests.models.drawn import UNUSUAL, assert_same_bits, draw
+from tests.models.drawn import UNUSUAL, UNUSUAL_2, assert_same_bits, draw
+
+# Neither bounds nor windows, which Gemma 2 has where a file is silent.
+UNBOUNDED = dataclasses.replace(
+    UNUSUAL, family='gemma2', query_pre_attn_scalar=10.0
+)
 
 
 # Every two of the choices meet once.
@@ -89,17 +96,23 @@ def test_parameters_come_from_and_go_onto_a_mesh(
   assert embedding.data.shape == (160, 12)
 
 
-def test_nothing_is_left_of_a_failed_export(
+def test_a_disk_that_fills_up_leaves_nothing(
     tokenizer: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  def full(*_: Any) -> None:
-    assert any(tmp_path.rglob('model.safetensors'))  # it comes late
-    raise OSError('no space left')
+  written = []
 
-  monkeypatch.setattr(exporting, '_write_configs', full)
+  def fills_up(tensors: Any, path: pathlib.Path, **more: Any) -> None:
+    if len(written) == 2:
+      raise safetensors.SafetensorError('I/O error: No space left on device')
+    save_file(tensors, path, **more)
+    written.append(path.stat().st_size)
+
+  monkeypatch.setattr(exporting, 'save_file', fills_up)
   params = draw('policy', UNUSUAL, seed=4)
-  with pytest.raises(OSError, match='no space'):
-    exporting.save(tmp_path / 'hf', params, UNUSUAL, 'policy', tokenizer)
+  arguments = (tmp_path / 'hf', params, UNUSUAL, 'policy', tokenizer)
+  with pytest.raises(folders.NoSpaceError, match='hf: no space left'):
+    exporting.save(*arguments, max_shard_bytes=20_000)
+  assert len(written) == 2 and min(written) > 10_000
   assert not any(tmp_path.iterdir())
 
 
@@ -118,35 +131,91 @@ def test_a_folder_is_replaced_only_on_request(
   assert list(export.parent.iterdir()) == [export]
 
 
-def test_config_comes_last_where_rename_is_not_atomic(
-    export: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-  order, target = [], tmp_path / 'bucket'
-  target.mkdir()
-  (target / 'config.json').write_text('old')
-  (target / 'old.safetensors').write_text('old')
-
-  class Recording(type(exporting.epath.Path(target))):
-
-    def unlink(self, *args: Any) -> None:
-      order.append(f'-{self.name}')
-      super().unlink(*args)
-
-    def __truediv__(self, name: str) -> Any:
-      order.append(f'+{name}')
-      return super().__truediv__(name)
-
-  exporting._upload(export, Recording(target))
-  assert order[:2] == ['-config.json', '-old.safetensors']
-  assert order[-1] == '+config.json'
-  assert {p.name for p in target.iterdir()} == {
-      p.name for p in export.iterdir()
-  }
-
-
 def test_too_large_a_tokenizer_is_refused(
     tokenizer: Any, tmp_path: pathlib.Path
 ) -> None:
   small = dataclasses.replace(UNUSUAL, vocab_size=50)
   with pytest.raises(ValueError, match='only 50 rows'):
     exporting.save(tmp_path / 'hf', {}, small, 'policy', tokenizer)
+
+
+def _as_transformers_writes(
+    config: GemmaConfig, kind: str, folder: pathlib.Path
+) -> dict[str, Any]:
+  """The config.json of the same model, made by the class of transformers."""
+  import transformers
+
+  name = {'gemma': 'Gemma', 'gemma2': 'Gemma2'}[config.family]
+  head = {'policy': 'CausalLM', 'scalar': 'SequenceClassification'}[kind]
+  slides = config.sliding_layers or (False,) * config.num_layers
+  of_gemma2 = {
+      'query_pre_attn_scalar': int(config.query_pre_attn_scalar),
+      'attn_logit_softcapping': config.attn_softcap or None,
+      'final_logit_softcapping': config.final_softcap or None,
+      'sliding_window': config.sliding_window or 4096,
+      'layer_types': [
+          'sliding_attention' if s else 'full_attention' for s in slides
+      ],
+  }
+  made = getattr(transformers, f'{name}Config')(
+      vocab_size=320,
+      num_hidden_layers=3,
+      hidden_size=24,
+      intermediate_size=36,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      head_dim=10,
+      rms_norm_eps=1e-3,
+      rope_parameters={'rope_type': 'default', 'rope_theta': 500.0},
+      architectures=[f'{name}For{head}'],
+      dtype='bfloat16',
+      **(of_gemma2 if name == 'Gemma2' else {}),
+      **({'num_labels': 1} if kind == 'scalar' else {}),
+  )
+  made.save_pretrained(folder)
+  return json.loads((folder / 'config.json').read_text())
+
+
+@pytest.mark.parametrize('kind', ['policy', 'scalar'])
+@pytest.mark.parametrize('config', [UNUSUAL, UNUSUAL_2, UNBOUNDED])
+def test_config_is_what_transformers_writes(
+    config: GemmaConfig, kind: str, tokenizer: Any, tmp_path: pathlib.Path
+) -> None:
+  params = draw(kind, config, seed=4)
+  arguments = (tmp_path / 'hf', params, config, kind, tokenizer)
+  exporting.save(*arguments, dtype='bfloat16')
+  ours = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+  # What transformers 4 reads under other names.
+  assert ours.pop('torch_dtype') == 'bfloat16'
+  assert ours.pop('rope_theta') == 500.0
+  if config.family == 'gemma':
+    assert ours.pop('hidden_activation') == 'gelu_pytorch_tanh'
+  theirs = _as_transformers_writes(config, kind, tmp_path / 'theirs')
+  assert ours == theirs
+  assert list(ours) == sorted(ours)
+  names = {p.name for p in (tmp_path / 'hf').iterdir()}
+  assert ('generation_config.json' in names) == (kind == 'policy')
+  tensors = load_file(tmp_path / 'hf' / 'model.safetensors')
+  assert 'lm_head.weight' not in tensors
+  assert ('score.weight' in tensors) == (kind == 'scalar')
+
+
+@pytest.mark.parametrize('config', [UNUSUAL_2, UNBOUNDED])
+def test_gemma2_comes_back_as_it_was(
+    config: GemmaConfig, tokenizer: Any, tmp_path: pathlib.Path
+) -> None:
+  params = draw('scalar', config, seed=4)
+  exporting.save(tmp_path / 'hf', params, config, 'scalar', tokenizer)
+  assert huggingface.read_shape(tmp_path / 'hf') == config
+  found = huggingface.load_params(tmp_path / 'hf', config, 'scalar')
+  assert_same_bits(params, found)
+
+
+def test_the_tokenizer_adds_no_token_types_in_transformers_4(
+    export: pathlib.Path,
+) -> None:
+  # PreTrainedTokenizerFast of 4.57 adds them, and `generate` refuses them.
+  settings = json.loads((export / 'tokenizer_config.json').read_text())
+  assert settings['tokenizer_class'] == 'PreTrainedTokenizerFast'
+  assert settings['model_input_names'] == ['input_ids', 'attention_mask']
+  assert 'is_local' not in settings and 'local_files_only' not in settings

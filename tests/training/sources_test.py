@@ -106,6 +106,53 @@ def test_products_lie_in_the_folder_of_their_stage() -> None:
   assert sources.product('/w', 'critic') == '/w/ppo/critic'
 
 
+def test_adapters_lie_beside_the_model_of_their_stage() -> None:
+  assert sources.adapter('/w', 'sft') == '/w/sft/adapter'
+  assert sources.adapter('/w', 'ppo') == '/w/ppo/adapter'
+  assert sources.adapter('/w', 'critic') == '/w/ppo/critic_adapter'
+
+
+@pytest.mark.parametrize(
+    'fields, want',
+    [
+        ({}, ['', '/w/sft/hf', '/w/sft/hf', '/w/reward_model/hf']),
+        (
+            {'sft__init': 'policy', 'reward_model__init': 'workdir'},
+            [
+                '{policy}',
+                '{workdir}/sft/hf',
+                '/w/sft/hf',
+                '/w/reward_model/hf',
+            ],
+        ),
+        (
+            {'ppo__policy_init': 'policy', 'ppo__critic_init': 'finished'},
+            ['', '{policy}', '{policy}', '{finished}/ppo/critic'],
+        ),
+    ],
+)
+def test_what_a_stage_starts_from(
+    store: _Store, fields: dict[str, str], want: list[str]
+) -> None:
+  config = _config(store, **fields)
+  found = [
+      sources.base(config, '/w', stage)
+      for stage in ('sft', 'reward_model', 'ppo', 'critic')
+  ]
+  assert found == [x.format(**dataclasses.asdict(store)) for x in want]
+
+
+def test_what_a_stage_starts_from_is_a_whole_path_or_a_hub_id(
+    store: _Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  folder = pathlib.Path(store.policy)
+  monkeypatch.chdir(folder.parent)
+  config = tiny.config(sft__init=f'./{folder.name}')
+  assert sources.base(config, '/w', 'sft') == store.policy
+  config = tiny.config(sft__init='google/gemma-2b')
+  assert sources.base(config, '/w', 'sft') == 'google/gemma-2b'
+
+
 def test_nothing_given_means_the_products_of_this_run(store: _Store) -> None:
   config = _config(store)
   assert sources.policy_source(config, '/w') == Source('', '/w/sft/hf')

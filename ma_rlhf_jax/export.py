@@ -1,0 +1,272 @@
+"""Exports what a stage has made, with a model card and a receipt.
+
+`python -m ma_rlhf_jax.export --workdir=DIR --stage=ppo --output=OUT` writes a
+folder that any user of Hugging Face loads. It appears once it was read back and
+says what its source says. `--push_to_hub=user/name` also uploads it.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+import sys
+
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.models import (
+    exporting,
+    folders,
+    hub,
+    huggingface,
+    peft_folder,
+)
+from ma_rlhf_jax.training import (
+    card,
+    check_rows,
+    checkpoint,
+    lineage,
+    publish,
+    sources,
+)
+
+STAGES = ('sft', 'reward_model', 'ppo', 'critic')
+_UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}
+
+
+class ExportError(ValueError):
+  """Nothing can be exported; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What the command line asks for; the flags below say what each means."""
+
+  workdir: str
+  output: str
+  stage: str = 'ppo'
+  dtype: str = ''
+  adapter: bool = False
+  max_shard_size: str = '5GB'
+  prompts: str = ''
+  overwrite: bool = False
+  push_to_hub: str = ''
+
+
+def export(request: Request) -> str:
+  """Makes the folder, and uploads it where that is asked for.
+
+  Returns:
+    What to tell the user.
+
+  Raises:
+    ValueError, OSError: in words for the user; nothing of the folder is left,
+      except where only the upload failed.
+  """
+  shard_bytes = _check(request)
+  workdir, config = workdir_lib.read_config(request.workdir)
+  _check_done(workdir, config, request)
+  output = epath.Path(request.output).expanduser()
+  marker = peft_folder.CONFIG if request.adapter else exporting.CONFIG
+  with folders.whole(
+      output, marker=marker, overwrite=request.overwrite
+  ) as draft:
+    product = huggingface.resolve(sources.product(workdir, request.stage))
+    tokenizer = tokenizer_lib.load_tokenizer(str(product))
+    kind = card.kind(request.stage)
+    job = publish.Job(
+        config,
+        workdir,
+        request.stage,
+        tokenizer,
+        rows=(
+            check_rows.of_file(request.prompts, tokenizer, kind)
+            if request.prompts
+            else check_rows.held_out(config, tokenizer, kind)
+        ),
+        model_path=request.push_to_hub or output.name,
+        draft=draft,
+    )
+    if request.adapter:
+      receipt = publish.write_adapter(job)
+    else:
+      receipt = publish.write_model(
+          job, dtype=request.dtype, max_shard_bytes=shard_bytes
+      )
+  told = f'{output}: {_summary(receipt)}'
+  if request.push_to_hub and request.adapter:
+    told += _local_base(output)
+  if request.push_to_hub:
+    told += f'\nuploaded to {hub.upload(output, request.push_to_hub)}'
+  return told
+
+
+def _check(request: Request) -> int:
+  """Raises what can be known before any file is read; the bytes of a shard."""
+  if request.stage not in STAGES:
+    raise ExportError(
+        f'--stage={request.stage}: choose one of {", ".join(STAGES)}'
+    )
+  if request.dtype not in ('', *publish.DTYPES):
+    raise ExportError(
+        f'--dtype={request.dtype}: choose one of {", ".join(publish.DTYPES)}, '
+        'or leave it out to keep that of the model'
+    )
+  size = re.fullmatch(r'(\d+)([KMG]?)B', request.max_shard_size)
+  if not size or not int(size[1]):
+    raise ExportError(
+        f'--max_shard_size={request.max_shard_size}: write for example 5GB or '
+        '500MB'
+    )
+  if request.adapter and request.dtype:
+    raise ExportError(
+        f'--dtype={request.dtype}: adapters are always float32; leave it out'
+    )
+  _check_output(request)
+  if request.push_to_hub:
+    hub.check(request.push_to_hub)
+  return int(size[1]) * _UNITS[size[2]]
+
+
+def _check_output(request: Request) -> None:
+  output = epath.Path(request.output).expanduser()
+  if request.push_to_hub and '://' in request.output:
+    raise ExportError(
+        f'--output={request.output}: an upload starts from a local folder'
+    )
+  if not output.exists():
+    return
+  if not output.is_dir():
+    raise ExportError(f'--output={output} is a file; give a new path')
+  empty = not any(output.iterdir())
+  if not empty and not request.overwrite:
+    raise ExportError(
+        f'--output={output} is there and not empty; give a new path, or '
+        '--overwrite where it is an export'
+    )
+  if not empty and not (output / publish.RECEIPT).exists():
+    raise ExportError(
+        f'--output={output} holds no {publish.RECEIPT}, so it is no export and '
+        'is not overwritten; give a new path'
+    )
+
+
+def _check_done(
+    workdir: epath.Path, config: ConfigDict, request: Request
+) -> None:
+  """Raises where the stage has not made what is to be exported."""
+  stage = request.stage
+  trainer = 'ppo' if stage == 'critic' else stage
+  if workdir_lib.read_done(workdir, trainer) is None:
+    if why := sources.given_stages(config, workdir).get(stage):
+      raise ExportError(
+          f'stage {stage!r} was not trained in {workdir}: {why}; export that '
+          'where it was made'
+      )
+    raise ExportError(
+        f'stage {trainer!r} of {workdir} is not done; run it to its end: '
+        f'{_command(workdir)}'
+    )
+  if stage == 'critic' and config.ppo.baseline != 'critic':
+    raise ExportError(
+        f'{workdir} has no critic: it was trained with ppo.baseline='
+        f'{config.ppo.baseline!r}; choose another --stage'
+    )
+  adapter = epath.Path(sources.adapter(workdir, stage))
+  if request.adapter and not adapter.exists():
+    raise ExportError(
+        f'stage {stage!r} of {workdir} has no adapters (lora.rank='
+        f'{config.lora.rank}; a model from random weights learns whole); leave '
+        'out --adapter'
+    )
+
+
+def _command(workdir: epath.Path) -> str:
+  """The command that the last start of a run was given."""
+  starts = sorted(workdir.glob('run-[0-9]*.json'))
+  arguments = json.loads(starts[-1].read_text())['command'][1:]
+  return f'python -m ma_rlhf_jax.train {shlex.join(arguments)}'
+
+
+def _local_base(output: epath.Path) -> str:
+  """A note where others lack what the adapters go on top of."""
+  base = peft_folder.read_base(output)
+  if lineage.is_hub_id(base):
+    return ''
+  return (
+      f'\nnote: the adapters go on top of {base}, which is no model of the '
+      'hub; others need that, too'
+  )
+
+
+def _summary(receipt: dict) -> str:
+  """One line: what was written, and who read it back how well."""
+  found = [
+      f'{name} {", ".join(_words(values))}'
+      for name, values in receipt['readers'].items()
+      if values is not None
+  ]
+  return (
+      f'{receipt["stage"]} in {receipt["dtype"]}, read back on '
+      f'{receipt["rows"]} prompts by {"; by ".join(found)}'
+  )
+
+
+def _words(values: dict[str, float]) -> list[str]:
+  return [
+      f'{name.replace("_", " ")} {value:.3g}'
+      for name, value in values.items()
+      if not name.endswith('allowed')
+  ]
+
+
+def main(argv: list[str]) -> None:
+  """Exports what the flags name."""
+  values = flags.FLAGS
+  checkpoint.quiet_logging()
+  try:
+    if len(argv) > 1 or not values.workdir or not values.output:
+      raise ExportError(
+          'usage: python -m ma_rlhf_jax.export --workdir=DIR --output=OUT '
+          '[--stage=ppo]; --help lists all flags'
+      )
+    names = [field.name for field in dataclasses.fields(Request)]
+    request = Request(**{name: values[name].value for name in names})
+    print(export(request), flush=True)
+  except (ValueError, OSError) as error:
+    sys.exit(f'error: {error}')
+
+
+def define_flags() -> None:
+  """The flags of the command."""
+  flags.DEFINE_string('workdir', None, 'Of the run that trained the model.')
+  flags.DEFINE_string('output', None, 'The folder to make; also gs://.')
+  flags.DEFINE_string('stage', 'ppo', f'What to export: {", ".join(STAGES)}.')
+  flags.DEFINE_string(
+      'dtype', '', 'float32 or bfloat16; default: that of the model.'
+  )
+  flags.DEFINE_boolean(
+      'adapter', False, 'The adapters alone, as a folder for peft.'
+  )
+  flags.DEFINE_string('max_shard_size', '5GB', 'Of one file of weights.')
+  flags.DEFINE_string(
+      'prompts',
+      '',
+      'JSONL to check with (prompt, for scores also response); default: '
+      'held-out rows of the run.',
+  )
+  flags.DEFINE_boolean('overwrite', False, 'Replace an earlier export.')
+  flags.DEFINE_string(
+      'push_to_hub',
+      '',
+      'user/name to upload to; the token is that of HF_TOKEN or of `hf auth '
+      'login`, a new repository is private.',
+  )
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)
