@@ -24,14 +24,8 @@ from ma_rlhf_jax.models import (
     huggingface,
     peft_folder,
 )
-from ma_rlhf_jax.training import (
-    card,
-    check_rows,
-    checkpoint,
-    lineage,
-    publish,
-    sources,
-)
+from ma_rlhf_jax.publishing import card, check_rows, lineage, publish
+from ma_rlhf_jax.training import checkpoint, sources
 
 STAGES = ('sft', 'reward_model', 'ppo', 'critic')
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}

@@ -22,7 +22,8 @@ from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting, folders, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import mesh_shape
-from ma_rlhf_jax.training import card, checkpoint, metrics, sources
+from ma_rlhf_jax.publishing import card
+from ma_rlhf_jax.training import checkpoint, metrics, sources
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO

@@ -16,7 +16,7 @@ from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.export import ExportError, Request
 from ma_rlhf_jax.models import export_check, hub, huggingface
 from ma_rlhf_jax.models.presets import Lora
-from ma_rlhf_jax.training import publish
+from ma_rlhf_jax.publishing import publish
 from tests import products
 from tests.models.drawn import assert_same_bits
 

@@ -22,6 +22,7 @@ _ROOMS = (
     ('scorers',),
     ('training',),
     ('generation',),
+    ('publishing',),
     ('recipe_flag', 'tools', 'train', 'generate', 'evaluate', 'export')
     + ('configs',),
 )

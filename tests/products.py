@@ -19,8 +19,9 @@ from ma_rlhf_jax.models import (
     presets,
 )
 from ma_rlhf_jax.models.presets import GemmaConfig, Lora
+from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import card, sources
+from ma_rlhf_jax.training import sources
 from tests import tiny
 from tests.models.drawn import draw
 

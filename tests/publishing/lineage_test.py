@@ -7,7 +7,7 @@ import pytest
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models.presets import PRESETS
-from ma_rlhf_jax.training import lineage
+from ma_rlhf_jax.publishing import lineage
 from tests import tiny
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'critic')

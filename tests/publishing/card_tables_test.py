@@ -8,7 +8,7 @@ from etils import epath
 import pytest
 
 from ma_rlhf_jax.config import fingerprint
-from ma_rlhf_jax.training import card_tables
+from ma_rlhf_jax.publishing import card_tables
 from tests import tiny
 from tests.products import COMPARISON
 

@@ -12,7 +12,8 @@ import pytest
 from ma_rlhf_jax.models import export_check, exporting, huggingface
 from ma_rlhf_jax.models.export_check import ExportCheckError
 from ma_rlhf_jax.models.presets import Lora
-from ma_rlhf_jax.training import check_rows, publish, sources
+from ma_rlhf_jax.publishing import check_rows, publish
+from ma_rlhf_jax.training import sources
 from tests import products
 from tests.models.drawn import assert_same_bits
 

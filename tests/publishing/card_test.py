@@ -12,7 +12,7 @@ import yaml
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models.presets import PRESETS
-from ma_rlhf_jax.training import card
+from ma_rlhf_jax.publishing import card
 from tests import tiny
 from tests.products import GEMMA2
 

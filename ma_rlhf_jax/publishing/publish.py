@@ -28,9 +28,10 @@ from ma_rlhf_jax.models import (
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import AXES
+from ma_rlhf_jax.publishing import card, lineage
+from ma_rlhf_jax.publishing.check_rows import Rows
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import card, lineage, sources
-from ma_rlhf_jax.training.check_rows import Rows
+from ma_rlhf_jax.training import sources
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.training import check_rows
-from ma_rlhf_jax.training.check_rows import PromptsError
+from ma_rlhf_jax.publishing import check_rows
+from ma_rlhf_jax.publishing.check_rows import PromptsError
 from tests import products
 
 

@@ -12,8 +12,9 @@ import yaml
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.training import card_tables, lineage, sources
-from ma_rlhf_jax.training.card_tables import plain
+from ma_rlhf_jax.publishing import card_tables, lineage
+from ma_rlhf_jax.publishing.card_tables import plain
+from ma_rlhf_jax.training import sources
 
 GEMMA_NOTICE = (
     'Gemma is provided under and subject to the Gemma Terms of Use found at '
