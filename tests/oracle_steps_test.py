@@ -224,6 +224,7 @@ def _logprobs(logits: jax.Array, ids: np.ndarray) -> jax.Array:
       logits[:, :-1],
       identity,
       jnp.asarray(ids[:, 1:]),
+      softcap=0.0,
       temperature=_SWITCHES['ppo.logprob_temperature'],
       chunk_tokens=5,
   )[0]
