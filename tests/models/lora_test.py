@@ -150,9 +150,10 @@ def test_decoding_through_adapters_equals_a_whole_pass() -> None:
   whole = states(config, params, TOKENS, MASK)
   cache = gemma.Cache.empty(config, len(TOKENS), TOKENS.shape[1])
   positions = masking.positions(MASK)
+  step = jax.jit(gemma.Gemma(config).apply)
   for column in range(TOKENS.shape[1]):
     mask = MASK & (np.arange(TOKENS.shape[1]) <= column)[None]
-    hidden, cache = gemma.Gemma(config).apply(
+    hidden, cache = step(
         {'params': params},
         TOKENS[:, column : column + 1],
         positions[:, column : column + 1],

@@ -1,22 +1,61 @@
 """The tool that shows macro actions, run as a user runs it."""
 
+from collections.abc import Iterator
+import contextlib
 import gzip
+import io
 import json
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
+from absl import flags
+from absl.testing import flagsaver
 import pytest
+
+from ma_rlhf_jax.tools import explore
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TINY = str(_ROOT / 'configs' / 'tiny.py')
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-  command = [sys.executable, '-m', 'ma_rlhf_jax.tools.explore', *arguments]
-  return subprocess.run(
+class _Ran(NamedTuple):
+  """What a command ended with."""
+
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+@contextlib.contextmanager
+def _own_flags() -> Iterator[None]:
+  """Flags belong to one command line, those of fields too."""
+  with flagsaver.flagsaver():
+    yield
+  for name in list(flags.FLAGS):
+    if name.startswith(('config.', 'other.')):
+      delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
+
+
+def _run(*arguments: str) -> _Ran:
+  """The command in this process, which has imported everything."""
+  out = io.StringIO()
+  with _own_flags(), contextlib.redirect_stdout(out):
+    try:
+      explore.main(explore.parse_flags(['explore', *arguments]))
+    except SystemExit as stopped:
+      return _Ran(1, out.getvalue(), str(stopped.code))
+  return _Ran(0, out.getvalue(), '')
+
+
+def test_the_command_prints_and_ends() -> None:
+  command = [sys.executable, '-m', 'ma_rlhf_jax.tools.explore', '--text=a b']
+  ran = subprocess.run(
       command, capture_output=True, text=True, cwd=_ROOT, check=False
   )
+  assert ran.returncode == 0 and 'decisions' in ran.stdout, ran.stderr
 
 
 def test_advantages_under_two_rules_stand_side_by_side(tmp_path: pathlib.Path):
