@@ -23,16 +23,6 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import switches
 
-# Published shapes that `model.preset` may name; `models.presets` has them.
-PRESETS = (
-    'gemma-2b',
-    'gemma-7b',
-    'codegemma-2b',
-    'codegemma-7b-it',
-    'gemma-2-2b',
-    'gemma-2-9b',
-    'gemma-2-27b',
-)
 # The matrices of a layer, any of which may get adapters (`lora.targets`).
 KERNELS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 
@@ -292,7 +282,7 @@ def published(init: str, preset: str) -> ConfigDict:
 
   Args:
     init: hub id of the model that SFT starts from.
-    preset: its shape, a name in `PRESETS`.
+    preset: its shape, a key of `models.presets.PRESETS`.
 
   Returns:
     `base()` in bfloat16 with 512 + 512 tokens, the paper's sampling, all
@@ -336,7 +326,10 @@ ARGUMENTS = {
 
 
 def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
-  """`config` after the recipe arguments `word,name=value`, in their order.
+  """`config` after the recipe arguments `word,name=value`.
+
+  Variants and values are set in their order, then controls and set-ups, which
+  are worked out from them.
 
   Args:
     config: what `base()` and the recipe made.
@@ -345,9 +338,13 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
   Raises:
     ValueError: on an unknown name or a value of the wrong type.
   """
+  controls = []
   for item in filter(None, (arguments or '').split(',')):
+    if item in switches.VARIANTS:
+      switches.select_variant(config, item)
+      continue
     if item in switches.WORDS:
-      switches.select(config, item)
+      controls.append(item)
       continue
     name, _, text = item.partition('=')
     if name not in ARGUMENTS:
@@ -365,6 +362,7 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
           f'{parse.__name__}; write for example {name}=5'
       ) from None
     config.update_from_flattened_dict({field: value})
+  switches.select_controls(config, controls)
   return config
 
 

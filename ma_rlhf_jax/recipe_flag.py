@@ -20,14 +20,15 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def _missing_recipe(argv: list[str]) -> str:
-  """What to say where --config names no file; '' where it does."""
+  """What to say where --config or --other names no file; '' if they do."""
   for flag, following in zip(argv, [*argv[1:], ''], strict=True):
-    if match := re.fullmatch(r'--?config(?:=(.*))?', flag):
+    if match := re.fullmatch(r'--?(?:config|other)(?:=(.*))?', flag):
       path = (match.group(1) or following).partition(':')[0]
       if not pathlib.Path(path).is_file():
         return (
-            f'--config={path}: there is no such file in {pathlib.Path.cwd()}; '
-            f'give the path of a recipe, {default_recipe()} for example'
+            f'{flag.partition("=")[0]}={path}: there is no such file in '
+            f'{pathlib.Path.cwd()}; give the path of a recipe, '
+            f'{default_recipe()} for example'
         )
   return ''
 
@@ -59,3 +60,5 @@ def parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(spelt)
   except (flags.Error, AttributeError, ValueError, OSError) as error:
     sys.exit(f'error: {_words(error)}')
+  except SyntaxError as error:
+    sys.exit(f'error: a recipe must be Python: {error}')

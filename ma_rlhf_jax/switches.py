@@ -1,11 +1,11 @@
 """The switches that define the algorithm: variants, controls, contradictions.
 
 A variant or a control is a table of explicit values, named after the colon of
---config and set before any flag: `--config=configs/tiny.py:authors`. What is
-said explicitly afterwards wins.
+--config and set before any flag: `--config=configs/tiny.py:authors`. Controls
+are worked out from what variants and arguments beside them say; flags win.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import textwrap
 from typing import Any
 
@@ -50,16 +50,24 @@ VARIANTS: dict[str, Values] = {
     },
 }
 
-_TOKENS: Values = {'macro.termination': 'fixed', 'macro.ngram': 1}
+# Whatever a variant or an argument says: macro actions that are of this size.
+_BARE: Values = {
+    'macro.termination': 'fixed',
+    'macro.min_len': 1,
+    'macro.max_len': 0,
+    'macro.last_token_alone': False,
+    'macro.empty_step': False,
+}
+_TOKENS: Values = _BARE | {'macro.ngram': 1}
 _RLOO_SAMPLES = 4
 
 
 def _tokens_per_macro(config: ConfigDict, control: str) -> int:
-  if config.macro.termination != 'fixed' or config.macro.ngram < 1:
+  if config.macro.termination != 'fixed' or config.macro.ngram < 2:
     raise ValueError(
-        f'{control} matches a fixed number of tokens, but macro.termination='
-        f'{config.macro.termination!r} and macro.ngram={config.macro.ngram}; '
-        f'write for example :ngram=5,{control}'
+        f'{control} matches macro actions of a fixed number of tokens above 1, '
+        f'but macro.termination={config.macro.termination!r} and macro.ngram='
+        f'{config.macro.ngram}; write for example :ngram=5,{control}'
     )
   return config.macro.ngram
 
@@ -86,7 +94,7 @@ def _rloo(config: ConfigDict) -> Values:
   }
 
 
-# What tells apart why macro actions help. n is macro.ngram before the control.
+# What tells apart why macro actions help. n is macro.ngram without the control.
 CONTROLS: dict[str, Callable[[ConfigDict], Values]] = {
     # No macro actions.
     'token_ppo': lambda c: _TOKENS,
@@ -113,7 +121,7 @@ CONTROLS: dict[str, Callable[[ConfigDict], Values]] = {
     # The longest horizon: rewards to go less a baseline.
     'lambda_one': lambda c: {'ppo.gae_lambda': 1.0},
     # n = infinity: a response is one decision.
-    'one_macro': lambda c: {'macro.termination': 'fixed', 'macro.ngram': 0},
+    'one_macro': lambda c: _BARE | {'macro.ngram': 0},
     # No critic: the other responses to a prompt are the baseline.
     'rloo': _rloo,
 }
@@ -140,21 +148,37 @@ SETUPS: dict[str, Callable[[ConfigDict], Values]] = {'lora': _lora}
 WORDS = (*VARIANTS, *CONTROLS, *SETUPS)
 
 
-def select(config: ConfigDict, word: str) -> None:
-  """Sets what a variant, control or set-up stands for.
+def select_variant(config: ConfigDict, word: str) -> None:
+  """Sets what a variant, a key of `VARIANTS`, stands for."""
+  values = VARIANTS[word] | {'macro.variant': word}
+  config.update_from_flattened_dict(values)
+
+
+def select_controls(config: ConfigDict, words: Sequence[str]) -> None:
+  """Sets what controls, then set-ups stand for.
 
   Args:
-    config: is changed.
-    word: one of `WORDS`.
+    config: what variants and arguments have made of it; is changed.
+    words: keys of `CONTROLS` and `SETUPS`, in any order.
 
   Raises:
-    ValueError: if the control means nothing for this config.
+    ValueError: if a control means nothing for this config, or two of them
+      contradict each other.
   """
-  if word in VARIANTS:
-    values = VARIANTS[word] | {'macro.variant': word}
-  else:
-    values = (CONTROLS | SETUPS)[word](config)
+  said: dict[str, tuple[str, Any]] = {}
+  for word in dict.fromkeys(words):
+    for name, value in CONTROLS.get(word, lambda c: {})(config).items():
+      other, set_to = said.setdefault(name, (word, value))
+      if set_to != value:
+        raise ValueError(
+            f'{other} sets {name}={set_to!r} and {word} sets it to {value!r}; '
+            'leave one of them out'
+        )
+  values = {name: value for name, (_, value) in said.items()}
   config.update_from_flattened_dict(values)
+  for word in dict.fromkeys(words):
+    if word in SETUPS:
+      config.update_from_flattened_dict(SETUPS[word](config))
 
 
 def _kl_weight(config: ConfigDict) -> str:
@@ -162,7 +186,8 @@ def _kl_weight(config: ConfigDict) -> str:
   m, p = config.macro, config.ppo
   weight = f'{p.kl_coef:g}'
   if m.reward != 'sum':
-    if m.termination == 'fixed' and m.ngram:
+    bounded = m.min_len > m.ngram or 0 < m.max_len < m.ngram
+    if m.termination == 'fixed' and m.ngram and not bounded:
       weight = f'{p.kl_coef:g} / {m.ngram} = {p.kl_coef / m.ngram:g}'
     else:
       weight = f'{p.kl_coef:g} / its tokens'

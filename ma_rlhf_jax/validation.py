@@ -9,46 +9,41 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches
+from ma_rlhf_jax.macro import aggregate, host, termination
+from ma_rlhf_jax.models import presets, tensor_names
+from ma_rlhf_jax.objective import advantage, losses, preference, targets
+from ma_rlhf_jax.training import optim, sft
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
 _OPTIMS = ('sft.optim', 'reward_model.optim', 'ppo.optim', 'critic.optim')
 
-# Field -> the values it may have.
+_OF_REWARDS = ('sum', 'mean')  # the weights that pool no values
+
+# Field -> the values it may have, from the tables of the functions themselves.
 CHOICES: dict[str, tuple[Any, ...]] = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
-    'model.preset': ('', *config_lib.PRESETS),
-    'model.family': ('gemma', 'gemma2'),
+    'model.preset': ('', *presets.PRESETS),
+    'model.family': tuple(tensor_names.WEIGHTS),
     'data.task': tuple(config_lib.TASK_LENGTHS),
-    'sft.loss_on': ('response', 'text', 'everything'),
-    'reward_model.loss': ('per_token', 'last_token', 'authors'),
-    'ppo.discount': ('macro', 'token'),
-    'ppo.advantage': ('shared', 'own'),
+    'sft.loss_on': tuple(sft.LOSS_ON),
+    'reward_model.loss': tuple(preference.PAIR_LOSSES),
+    'ppo.discount': tuple(advantage.DISCOUNTS),
+    'ppo.advantage': tuple(targets.ADVANTAGES),
     'ppo.baseline': ('critic', 'rloo'),
-    'ppo.ratio': ('token', 'macro', 'geometric'),
-    'ppo.loss_reduction': ('sequence', 'token', 'macro', 'constant'),
-    'critic.target': ('token', 'macro', 'starts'),
+    'ppo.ratio': tuple(losses.RATIOS),
+    'ppo.loss_reduction': tuple(losses.REDUCTIONS),
+    'critic.target': tuple(targets.CRITIC_TARGETS),
     'macro.variant': tuple(switches.VARIANTS),
-    'macro.termination': (
-        'fixed',
-        'randomised',
-        'ppl',
-        'ppl_adjacent',
-        'ppl_authors',
-        'low_probability',
-        'parsing',
-        'sentences',
-        'clauses',
-        'python',
-    ),
+    'macro.termination': (*termination.RULES, *host.NAMES),
     'macro.random_leftover': ('one', 'cycle'),
     'macro.logprobs': ('ref', 'old'),
-    'macro.parse_fallback': ('fixed', 'one'),
+    'macro.parse_fallback': host.FALLBACKS,
     'macro.reward': ('sum', 'mean', 'position_reversed'),
-    'macro.value': ('start', 'equal', 'unit', 'position', 'position_reversed'),
+    'macro.value': tuple(v for v in aggregate.WEIGHTS if v not in _OF_REWARDS),
     'export.which': ('last', 'best'),
     'profile.stage': _STAGES[:3],
-    **{f'{o}.schedule': ('cosine', 'linear', 'constant') for o in _OPTIMS},
+    **{f'{o}.schedule': optim.SCHEDULES for o in _OPTIMS},
     **{
         f'checkpoint.best_metric.{stage}': tuple(
             sign + f'eval/{name}' for name in names for sign in ('', '-')

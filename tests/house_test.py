@@ -12,7 +12,7 @@ _PACKAGE = 'ma_rlhf_jax'
 # Data flows down this list; a module imports from its own line or above. The
 # last line is the shell, which may import anything.
 _ROOMS = (
-    ('config', 'structs', 'masking', 'switches', 'validation', 'workdir'),
+    ('config', 'structs', 'masking', 'switches', 'workdir'),
     ('parallel',),
     ('data',),
     ('models',),
@@ -23,7 +23,15 @@ _ROOMS = (
     ('training',),
     ('generation',),
     ('publishing',),
-    ('recipe_flag', 'tools', 'train', 'generate', 'evaluate', 'export')
+    (
+        'validation',
+        'recipe_flag',
+        'tools',
+        'train',
+        'generate',
+        'evaluate',
+        'export',
+    )
     + ('configs',),
 )
 _UNTESTED = {

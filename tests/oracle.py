@@ -33,6 +33,12 @@ def cases(name: str) -> list[dict[str, Any]]:
   return file['cases']
 
 
+def need(found: Any, what: str) -> None:
+  """Skips the test where the folder holds nothing of a kind."""
+  if not found:
+    pytest.skip(f'{folder()} holds no {what}')
+
+
 def tensor(values: list) -> np.ndarray:
   """float64 array of (nested) numbers and the strings nan, inf, -inf."""
   return np.vectorize(float, otypes=[np.float64])(np.asarray(values, object))

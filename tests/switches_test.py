@@ -86,10 +86,57 @@ def test_the_two_kl_controls_differ_in_the_rewards_alone():
   assert {n for n in one if one[n] != two[n]} == {'macro.reward'}
 
 
-def test_a_matched_control_needs_a_number_of_tokens():
-  for arguments in ('termination=ppl,lambda_matched', 'ngram=0,kl_matched'):
-    with pytest.raises(ValueError, match='write for example :ngram=5'):
-      _config(arguments)
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        'termination=ppl,lambda_matched',
+        'ngram=0,kl_matched',
+        'ngram=1,kl_matched',
+    ],
+)
+def test_a_matched_control_needs_a_number_of_tokens(arguments: str):
+  with pytest.raises(ValueError, match='write for example :ngram=5'):
+    _config(arguments)
+
+
+@pytest.mark.parametrize('word', ['token_ppo', 'lambda_matched', 'kl_matched'])
+def test_one_token_macros_have_nothing_of_a_variant_left(word: str):
+  c = _config(f'authors,{word}')
+  assert c.macro.ngram == 1
+  assert not c.macro.empty_step and not c.macro.last_token_alone
+  assert not _config('authors,one_macro').macro.last_token_alone
+
+
+def test_controls_are_worked_out_from_the_same_config_in_any_order():
+  for arguments in (
+      'lambda_matched,kl_matched,ngram=10',
+      'ngram=10,kl_matched,lambda_matched,kl_matched',
+  ):
+    c = _config(arguments)
+    assert c.macro.ngram == 1
+    assert c.ppo.kl_coef == pytest.approx(0.005)  # .05 / 10
+    assert c.ppo.gae_lambda == pytest.approx(0.9948838)  # .95 ** (1 / 10)
+  for arguments in ('rloo,authors', 'authors,rloo', 'rloo,rloo,authors'):
+    c = _config(arguments)
+    assert (c.ppo.baseline, c.ppo.batch_size) == ('rloo', 64)
+    assert (c.macro.reward, c.ppo.gae_lambda) == ('mean', 1.0)
+
+
+def test_controls_that_contradict_each_other_are_refused():
+  words = 'lambda_matched sets ppo.gae_lambda=.* and lambda_one sets it to 1.0'
+  with pytest.raises(ValueError, match=words):
+    _config('lambda_matched,lambda_one')
+  with pytest.raises(
+      ValueError, match='one_macro sets macro.ngram=0 and token'
+  ):
+    _config('one_macro,token_ppo')
+
+
+def test_adapters_come_on_top_of_the_controls():
+  c = _config('lora,rloo')
+  assert c.lora.rank == 32
+  assert c.ppo.batch_size == 64 and c.rollout.batch_size == 64
+  assert c.ppo.optim.lr == pytest.approx(1.5e-4)
 
 
 # Fields that are set, and words that the only message must hold.

@@ -24,7 +24,8 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any, Protocol
+import time
+from typing import Any, Protocol, TextIO
 
 from absl import logging
 from etils import epath
@@ -43,6 +44,7 @@ BATCH_SECONDS = 600.0
 # is not started again.
 MAX_DEATHS = 4
 _FAILED = (None,)  # the trees of a text that was not parsed: one sentence
+_ANSWER_FIELDS = ('trees', 'error', 'text')
 
 Trees = Sequence[Any]
 
@@ -179,13 +181,27 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
     pass  # it has ended by itself
 
 
-def _answer(line: str) -> dict[str, Any] | None:
-  """A line of a parser as an object; None for whatever else it prints."""
+def _answer(line: str, text: str) -> dict[str, Any] | None:
+  """A line of a parser as the answer to a text; None if it is none.
+
+  It may give the text back, and then the text must be this one. Messages and
+  answers to other texts are passed over.
+  """
   try:
     row = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  return row if isinstance(row, dict) else None
+  if not isinstance(row, dict) or row.keys().isdisjoint(_ANSWER_FIELDS):
+    return None
+  return row if row.get('text', text) == text else None
+
+
+def _pass_on(pipe: TextIO, lines: queue.SimpleQueue[str | None]) -> None:
+  """Puts the lines of a pipe into a queue, and None after the last one."""
+  with pipe:
+    for line in pipe:
+      lines.put(line)
+  lines.put(None)
 
 
 class _Process:
@@ -194,13 +210,14 @@ class _Process:
   def __init__(self, command: Sequence[str], env: dict[str, str]):
     self._command, self._env = command, env
     self._process: subprocess.Popen[str] | None = None
+    self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     self._answered = self._late = False
     self._deaths = 0
     self.reason = ''
 
   def _start(self) -> subprocess.Popen[str]:
     self._answered = False
-    return subprocess.Popen(
+    process = subprocess.Popen(
         self._command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -209,10 +226,37 @@ class _Process:
         env={**os.environ, **self._env},
         start_new_session=True,  # so that its children end with it
     )
+    self._lines = queue.SimpleQueue()
+    # Whatever holds the pipe open, nobody waits for more than the queue.
+    arguments = process.stdout, self._lines
+    threading.Thread(target=_pass_on, args=arguments, daemon=True).start()
+    return process
 
-  def _kill(self, process: subprocess.Popen[str]) -> None:
+  def _await(self, text: str, seconds: float) -> dict[str, Any] | None:
+    """The next line that answers; None at the end or when time is up."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+      try:
+        line = self._lines.get(timeout=left)
+      except queue.Empty:
+        break
+      if line is None:
+        return None
+      if (answer := _answer(line, text)) is not None:
+        return answer
     self._late = True
-    _kill_group(process)
+    return None
+
+  def _send(self, process: subprocess.Popen[str], text: str) -> None:
+    while not self._lines.empty():  # what it said after its last answer
+      if self._lines.get() is None:
+        self._lines.put(None)
+        break
+    try:
+      process.stdin.write(json.dumps({'text': text}) + '\n')
+      process.stdin.flush()
+    except OSError:
+      pass  # it has closed its end, and its lines end too
 
   def _exchange(self, text: str) -> dict[str, Any] | None:
     """The answer to one text; None if the process dies or has to be killed."""
@@ -223,20 +267,19 @@ class _Process:
       return None
     seconds = ANSWER_SECONDS if self._answered else START_SECONDS
     self._late = False
-    # Killed, it ends its pipes, whichever of them is waited for.
-    timer = threading.Timer(seconds, self._kill, [process])
+    # One that reads nothing may fill its pipe: killed, it ends that too.
+    timer = threading.Timer(seconds, _kill_group, [process])
     timer.start()
     try:
-      process.stdin.write(json.dumps({'text': text}) + '\n')
-      process.stdin.flush()
-      for line in process.stdout:
-        if (answer := _answer(line)) is not None:
-          self._answered = True
-          return answer
-    except OSError:
-      pass  # it has closed its end
+      self._send(process, text)
+      answer = self._await(text, seconds)
     finally:
       timer.cancel()
+    if answer is not None:
+      self._answered = True
+      return answer
+    if self._late:
+      _kill_group(process)
     code = self.close()
     late = f'gave no answer in {seconds:.0f} s'
     self.reason = late if self._late else f'ended with exit code {code}'
@@ -268,8 +311,11 @@ class _Process:
       process.wait(1.0)
     except subprocess.TimeoutExpired:
       _kill_group(process)
-    process.stdout.close()
     return process.wait()
+
+
+def _has_trees(answer: dict[str, Any] | None) -> bool:
+  return answer is not None and isinstance(answer.get('trees'), list)
 
 
 class _CommandParser:
@@ -290,9 +336,9 @@ class _CommandParser:
     self._threads = futures.ThreadPoolExecutor(workers)
     # A wrong command fails here, and models are loaded side by side.
     answers = self._threads.map(lambda p: p.ask('A test.'), self._processes)
-    if None in list(answers):
+    if not all(_has_trees(answer) for answer in list(answers)):
       self.close()
-      reasons = {process.reason for process in self._processes}
+      reasons = {p.reason or 'gives no trees' for p in self._processes}
       raise ValueError(
           f'macro.parser={name!r} {" and ".join(filter(None, reasons))}; for '
           'each line {"text": "..."} it must print one line {"trees": [...]}; '
@@ -307,10 +353,9 @@ class _CommandParser:
       self._idle.put(process)
     if answer is None:
       self._report(process.reason)
-    elif 'error' in answer or not isinstance(answer.get('trees'), list):
+    elif 'error' in answer or not _has_trees(answer):
       self._report(str(answer.get('error', f'answered {answer}'))[:500])
-    trees = (answer or {}).get('trees')
-    return trees if isinstance(trees, list) else _FAILED
+    return answer['trees'] if _has_trees(answer) else _FAILED
 
   def __call__(self, texts: Sequence[str]) -> list[Trees]:
     return list(self._threads.map(self._parse, texts))

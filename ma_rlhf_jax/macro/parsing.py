@@ -215,6 +215,10 @@ def _occurrences(variants: Variants, solid: str) -> list[Edges]:
   return [found[at] for at in sorted(found)]
 
 
+# Of the ways to place trees that repeat, so many that cover most are kept.
+_MAX_WAYS = 200
+
+
 def _best_places(
     trees: Sequence[Variants | None], solid: str
 ) -> list[Edges | None]:
@@ -237,6 +241,8 @@ def _best_places(
       if taken[cursor][0] > most:
         ways[cursor] = taken[cursor]
         most = taken[cursor][0]
+    for cursor in list(ways)[:-_MAX_WAYS]:
+      del ways[cursor]
   placed, (_, way) = [], ways[max(ways)]
   while way:
     way, edges = way

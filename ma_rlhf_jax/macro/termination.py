@@ -325,6 +325,10 @@ RULES: dict[str, Rule] = {
 }
 
 
+# The rules that read `logprobs_BT`, for which tools need a model.
+BY_PROBABILITY = ('ppl', 'ppl_adjacent', 'ppl_authors', 'low_probability')
+
+
 def macro_actions(starts_BT: Array, mask_BT: Array) -> MacroActions:
   """Macro actions from their first tokens.
 

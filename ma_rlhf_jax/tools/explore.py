@@ -6,14 +6,15 @@ under two rules side by side. Segmentation and estimation are those of training.
 """
 
 from collections.abc import Sequence
+import copy
 import dataclasses
 import gzip
 import json
 import pathlib
-import re
 import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
+import zlib
 
 from absl import app, flags
 import jax
@@ -22,8 +23,8 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from ma_rlhf_jax import recipe_flag, switches, validation
-from ma_rlhf_jax.config import default_recipe
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.data.prompts import text_problem
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.macro.spelling import Speller
 from ma_rlhf_jax.models import huggingface
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 _COLUMNS = ('response', 'text', 'chosen')
-_BY_PROBABILITY = ('ppl', 'ppl_adjacent', 'ppl_authors', 'low_probability')
 # Pieces of the tokenizer that is trained where none is given.
 _VOCAB_SIZE = 1024
 
@@ -45,7 +45,7 @@ _VOCAB_SIZE = 1024
 _OTHER = config_flags.DEFINE_config_file(
     'other',
     None,
-    'Rule B. Default: --config with token_ppo.',
+    'Rule B. Default: --config, its fields included, with token_ppo.',
     sys_argv=recipe_flag.ARGV,
 )
 _TEXT = flags.DEFINE_multi_string('text', [], 'A response; may be repeated.')
@@ -86,11 +86,13 @@ class Rows:
   given: list[dict[str, Any]]
 
   def array(self, name: str, default: float) -> np.ndarray:
-    """float32 [B, T] of a per-token field; ValueError on a wrong length."""
+    """float32 [B, T] of a per-token field; ValueError on a wrong one."""
     made = np.full(self.mask.shape, default, np.float32)
     for number, (ids, row) in enumerate(zip(self.ids, self.given, strict=True)):
       if (values := row.get(name)) is None:
         continue
+      if not isinstance(values, list) or not all(map(_is_number, values)):
+        raise ValueError(f'row {number + 1}: {name} must be a list of numbers')
       if len(values) != len(ids):
         raise ValueError(
             f'row {number + 1}: {name} has {len(values)} numbers, the response '
@@ -113,28 +115,46 @@ class Rows:
     return made
 
 
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float)
+
+
+def _row(line: str, where: str, column: str | None) -> dict[str, Any]:
+  """A line of a JSONL file; its response is put under `text`."""
+  try:
+    row = json.loads(line)
+  except ValueError as error:
+    raise ValueError(f'{where} is no JSON: {error}') from None
+  if not isinstance(row, dict):
+    raise ValueError(f'{where} must be an object of named columns')
+  names = [column] if column else [n for n in _COLUMNS if n in row]
+  if not names or not isinstance(row.get(names[0]), str):
+    raise ValueError(
+        f'{where} has no text in {column or ", ".join(_COLUMNS)}; it has '
+        f'{", ".join(row) or "nothing"}; name the column by --column'
+    )
+  row = {**row, 'text': row[names[0]]}
+  for name in ('text', 'prompt'):
+    if problem := text_problem(row.get(name, '')):
+      raise ValueError(f'{where}: {name} {problem}')
+  if not _is_number(row.get('score', 0)):
+    raise ValueError(f'{where}: score is {row["score"]!r}; it must be a number')
+  return row
+
+
 def read_rows(path: str, column: str | None, limit: int) -> list[dict]:
   """Rows of a JSONL file; the response is put under `text`."""
   opener = gzip.open if path.endswith('.gz') else open
   rows = []
-  with opener(path, 'rt', encoding='utf-8') as lines:
-    for number, line in enumerate(lines, start=1):
-      if len(rows) == limit:
-        break
-      where = f'--input={path}, line {number}'
-      try:
-        row = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise ValueError(f'{where} is no JSON: {error}') from None
-      if not isinstance(row, dict):
-        raise ValueError(f'{where} must be an object of named columns')
-      names = [column] if column else [n for n in _COLUMNS if n in row]
-      if not names or not isinstance(row.get(names[0]), str):
-        raise ValueError(
-            f'{where} has no text in {column or ", ".join(_COLUMNS)}; it has '
-            f'{", ".join(row) or "nothing"}; name the column by --column'
-        )
-      rows.append({**row, 'text': row[names[0]]})
+  try:
+    with opener(path, 'rt', encoding='utf-8') as lines:
+      for number, line in enumerate(lines, start=1):
+        if len(rows) == limit:
+          break
+        if line.strip():
+          rows.append(_row(line, f'--input={path}, line {number}', column))
+  except (EOFError, UnicodeDecodeError, zlib.error) as error:
+    raise ValueError(f'--input={path} is cut or no text: {error}') from error
   if not rows:
     raise ValueError(f'--input={path} holds no row')
   return rows
@@ -163,7 +183,9 @@ def encode(given: list[dict], tokenizer: 'PreTrainedTokenizerBase') -> Rows:
   )
 
 
-def score_with(model: str, rows: Rows, pad_id: int) -> np.ndarray:
+def score_with(
+    model: str, rows: Rows, pad_id: int, temperature: float
+) -> np.ndarray:
   """float32 [B, T]: log-probs of the responses under a model, nats."""
   folder = huggingface.resolve(model)
   shape = huggingface.read_shape(folder)
@@ -183,7 +205,7 @@ def score_with(model: str, rows: Rows, pad_id: int) -> np.ndarray:
   )
   logprobs, _ = jax.jit(
       lambda params: scoring.response_logprobs(
-          shape, params, sequences, temperature=1.0, chunk_tokens=1024
+          shape, params, sequences, temperature=temperature, chunk_tokens=1024
       )
   )(params)
   return np.asarray(logprobs)
@@ -226,21 +248,19 @@ def _scored(rows: Rows, ref_logprobs: np.ndarray) -> Scored:
   )
 
 
-def _ref_logprobs(
-    rows: Rows, configs: list[ConfigDict], pad: int
-) -> np.ndarray:
-  """From the model or the rows; 0 where no rule asks for them."""
+def _ref_logprobs(rows: Rows, config: ConfigDict, pad: int) -> np.ndarray:
+  """From the model or the rows; 0 where the rule does not ask for them."""
   if _MODEL.value:
-    return score_with(_MODEL.value, rows, pad)
+    temperature = config.ppo.logprob_temperature or config.rollout.temperature
+    return score_with(_MODEL.value, rows, pad, temperature)
   missing = [n for n, r in enumerate(rows.given) if not r.get('ref_logprobs')]
-  for config in configs:
-    rule = config.macro.termination
-    if rule in _BY_PROBABILITY and missing:
-      raise ValueError(
-          f'macro.termination={rule!r} asks for probabilities, and row '
-          f'{missing[0] + 1} has no ref_logprobs; give --model=FOLDER, or '
-          'ref_logprobs (nats, one a token) in each row of --input'
-      )
+  rule = config.macro.termination
+  if rule in termination.BY_PROBABILITY and missing:
+    raise ValueError(
+        f'macro.termination={rule!r} asks for probabilities, and row '
+        f'{missing[0] + 1} has no ref_logprobs; give --model=FOLDER, or '
+        'ref_logprobs (nats, one a token) in each row of --input'
+    )
   return rows.array('ref_logprobs', 0.0)
 
 
@@ -259,12 +279,10 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
   texts = [row['text'] for row in given]
   tokenizer = load_tokenizer(_TOKENIZER.value or _MODEL.value, texts)
   rows = encode(given, tokenizer)
-  scored = _scored(
-      rows, _ref_logprobs(rows, [config, other], tokenizer.pad_token_id)
-  )
   speller = Speller(tokenizer)
   ruled = []
   for c in (config, other):
+    scored = _scored(rows, _ref_logprobs(rows, c, tokenizer.pad_token_id))
     macro = segment(c, rows, scored, tokenizer)
     targets, _ = experience.make_targets(scored, macro, c)
     lengths = np.asarray(aggregate.lengths(macro))
@@ -291,27 +309,11 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
   return Told(pieces, ruled, np.asarray(scored.score_B).tolist(), trained)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags, with the default recipe and rule B where none is named."""
-  named = lambda name: next(
-      (a for a in argv[1:] if re.match(rf'--?{name}=', a)), None
-  )
-  spelt = list(argv)
-  if not named('config'):
-    spelt.insert(1, f'--config={default_recipe()}')
-  if not named('other'):
-    recipe = (named('config') or spelt[1]).partition('=')[2]
-    joint = ',' if ':' in recipe else ':'
-    spelt.append(f'--other={recipe}{joint}token_ppo')
-  for flag in (a for a in spelt[1:] if re.match(r'--?(config|other)=', a)):
-    path = flag.partition('=')[2].partition(':')[0]
-    if not pathlib.Path(path).is_file():
-      sys.exit(f'error: {flag}: there is no such file')
-  recipe_flag.ARGV[:] = spelt
-  try:
-    return flags.FLAGS(spelt)
-  except (flags.Error, AttributeError, ValueError) as error:
-    sys.exit(f'error: {error}')
+def _token_ppo(config: ConfigDict) -> ConfigDict:
+  """The same without macro actions."""
+  other = copy.deepcopy(config)
+  switches.select_controls(other, ['token_ppo'])
+  return other
 
 
 def main(argv: list[str]) -> None:
@@ -319,7 +321,8 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f'unexpected arguments: {argv[1:]}')
-    told = explore(recipe_flag.CONFIG.value, _OTHER.value)
+    config = recipe_flag.CONFIG.value
+    told = explore(config, _OTHER.value or _token_ppo(config))
     color = _COLOR.value == 'always'
     color |= _COLOR.value == 'auto' and sys.stdout.isatty()
     print(explore_view.text(told, _ROWS.value, color))
@@ -332,4 +335,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=recipe_flag.parse)

@@ -5,6 +5,8 @@ import html
 
 import numpy as np
 
+from ma_rlhf_jax.training import console
+
 # Background colours of macro actions in turn: terminal codes, and hues.
 _CODES = (44, 42, 45, 46, 43, 41)
 _HUES = (210, 120, 300, 180, 50, 0)
@@ -48,7 +50,8 @@ class Told:
 
 
 def _visible(piece: str) -> str:
-  return piece.replace('\n', '⏎').replace('\t', '⇥') or '�'
+  """A token on one line, without what a terminal would obey."""
+  return console.one_line(piece.replace('\t', '⇥')) or '�'
 
 
 def _coloured(pieces: list[str], ids: np.ndarray, color: bool) -> str:

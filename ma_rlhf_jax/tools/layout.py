@@ -33,7 +33,6 @@ _ROW = flags.DEFINE_integer('row', 0, 'Which row of each part is shown.')
 
 # Padding is told in one line from so many columns on.
 _RUN = 4
-BY_PROBABILITY = ('ppl', 'ppl_adjacent', 'ppl_authors', 'low_probability')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +164,7 @@ def reward_model_tables(run: Run, row: int) -> list[Table]:
 def _macro_actions(run: Run, rows: SequenceBatch) -> MacroActions | None:
   """The macro actions of a response; None where a model would be asked."""
   macro = run.config.macro
-  if macro.termination in BY_PROBABILITY:
+  if macro.termination in termination.BY_PROBABILITY:
     return None
   mask_BT = jnp.asarray(rows.response_mask_BT)
   given_BT = None

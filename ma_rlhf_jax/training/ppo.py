@@ -160,7 +160,7 @@ class PPO(Stage):
     self.states = {
         'policy': update.init_state(learning, policy_optimizer),
         'kl_coef': update.on_mesh_of(
-            learning, jnp.asarray(c.kl_coef, jnp.float32)
+            learning, jnp.asarray(c.kl_coef, jnp.result_type(float))
         ),
     }
     if c.baseline == 'critic':

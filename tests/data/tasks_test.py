@@ -11,7 +11,7 @@ import pytest
 from ma_rlhf_jax.config import base
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.data.tasks import Example, load_examples, split_parts
-from tests.oracle import cases
+from tests.oracle import cases, need
 
 ROWS = [
     {'prompt': f'p{i}', 'chosen': f'c{i}', 'rejected': f'r{i}'}
@@ -78,7 +78,7 @@ def test_an_empty_response_is_kept() -> None:
 
 def test_oracle_hh_prompts() -> None:
   found = [c for c in cases('data_prompts.json') if c['dataset'] == 'hh']
-  assert found
+  need(found, 'rows of HH')
   for case in found:
     names = ('get_prompt', 'get_chosen', 'get_rejected')
     want = tuple(case[name] for name in names)

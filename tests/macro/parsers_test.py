@@ -103,6 +103,64 @@ def test_a_process_that_fails_does_not_stop_a_call(
   assert len(caplog.records) == 1
 
 
+# Parsers that talk; MODE says what is printed for each text.
+_TALKER = """
+import json, subprocess, sys
+print(json.dumps({'event': 'loaded'}), flush=True)
+for line in sys.stdin:
+  text = json.loads(line)['text']
+  tree = f'(S (N {text[:1]}) (N {text[1:]}))'
+  answer = json.dumps({'trees': [tree]})
+  print(json.dumps({'progress': 1}), flush=True)
+  MODE
+"""
+_TALK = {
+    'twice': 'print(answer, flush=True); print(answer, flush=True)',
+    'given back': "print(json.dumps({'text': 'no', 'trees': []}), flush=True)\n"
+    "  print(json.dumps({'text': text, **json.loads(answer)}), flush=True)",
+}
+
+
+@pytest.mark.parametrize('mode', _TALK)
+def test_what_is_no_answer_to_this_text_is_passed_over(
+    mode: str, toy: pathlib.Path
+) -> None:
+  script = toy.with_name('talker.py')
+  script.write_text(_TALKER.replace('MODE', _TALK[mode]))
+  parser = f'command: {sys.executable} {script}'
+  with termination_of(parser=parser, parse_cutoff=9) as termination:
+    rows = [[3 + i, 4 + i, 5 + i, 1] for i in range(4)]
+    starts, metrics = termination(*batch(*rows))
+    time.sleep(0.2)
+    again, more = termination(*batch([9, 8, 7, 1], [8, 7, 6, 1]))
+  assert metrics['macro/fallback'] == more['macro/fallback'] == 0.0
+  assert ones(starts) == [[1, 0, 0, 0, 0]] * 4
+  assert ones(again) == [[1, 0, 0, 0, 0]] * 2
+
+
+def test_a_command_that_gives_no_trees_is_refused(toy: pathlib.Path) -> None:
+  begin = time.monotonic()
+  with pytest.raises(ValueError, match="'command: cat' gives no trees"):
+    termination_of(parser='command: cat')
+  assert time.monotonic() - begin < 10
+
+
+def test_a_child_that_holds_the_pipe_is_not_waited_for(
+    toy: pathlib.Path,
+) -> None:
+  script = toy.with_name('daemon.py')
+  start = "subprocess.Popen(['sleep', '30'], start_new_session=True)"
+  hang = (
+      f"{start}; sys.exit() if text != 'A test.' else print(answer, flush=True)"
+  )
+  script.write_text(_TALKER.replace('MODE', hang))
+  with termination_of(parser=f'command: {sys.executable} {script}') as rule:
+    begin = time.monotonic()
+    _, metrics = rule(*batch(ABCD))
+    assert time.monotonic() - begin < 10
+  assert metrics['macro/fallback'] == 1.0
+
+
 def test_a_process_that_keeps_dying_is_given_up(toy: pathlib.Path) -> None:
   parser = _command(toy, 'dies')
   with termination_of(parser=parser) as termination:

@@ -78,9 +78,11 @@ def _estimate(case: dict, *, settings: Any, how: tuple) -> dict[str, Any]:
   }
 
 
-def _case(seed: int, pad: float = np.nan) -> dict[str, Any]:
+def _case(seed: int, pad: float = np.nan, rows: int = 5) -> dict[str, Any]:
+  """Rows of random lengths, of which one may be 0; `pad` on the padding."""
   rng = np.random.default_rng(seed)
-  mask = np.arange(COLUMNS)[None] < np.array([11, 4, 0, 7, 1])[:, None]
+  lengths = rng.integers(0, COLUMNS + 1, size=rows)
+  mask = np.arange(COLUMNS)[None] < lengths[:, None]
   arrays = {
       name: jnp.asarray(np.where(mask, rng.normal(size=mask.shape), pad))
       for name in ARRAYS
@@ -138,47 +140,71 @@ def _close(got: dict, want: dict, rows: Any = slice(None)) -> None:
     )
 
 
+def _assert_row_is_its_own(alone: dict, batch: dict, row: int) -> None:
+  """A row alone gives what it gave in its batch.
+
+  The gradients differ by what the batch divides them by.
+  """
+  for name in ('rewards', 'advantages', 'returns', 'ids'):
+    np.testing.assert_allclose(
+        alone[name][0], batch[name][row], rtol=0, atol=1e-12
+    )
+  for name in ('policy_grad', 'critic_grad'):
+    one, many = alone[name][0], batch[name][row]
+    scale = np.abs(one).max() / (np.abs(many).max() or 1)
+    np.testing.assert_allclose(one, scale * many, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(('rule', 'alone', 'how'), _cases())
 def test_padding_order_and_neighbours_change_nothing(
     rule: str, alone: bool, how: tuple
 ):
   with jax.enable_x64(True):
     run = functools.partial(_estimate, settings=_settings(rule, alone), how=how)
-    case = _case(0)
-    base = jax.device_get(run(case))
-    mask = np.asarray(case['mask'])
-    # Padding.
-    _close(run(_case(0, pad=np.inf)), base)
-    for name in (
-        'rewards',
-        'advantages',
-        'returns',
-        'policy_grad',
-        'critic_grad',
-    ):
-      assert np.isfinite(base[name]).all() and not base[name][~mask].any(), name
-    assert (base['ids'][~mask] == COLUMNS).all()
-    # Order.
-    order = np.array([3, 0, 4, 2, 1])
-    _close(run(jax.tree.map(lambda x: x[order], case)), base, order)
-    # One row alone, without its columns of padding. The gradients differ by
-    # what the batch divides them by.
-    for row, length in enumerate(mask.sum(axis=1)):
-      if row not in (1, 4):
-        continue
-      alone_case = {
-          name: x[row : row + 1] if x.ndim == 1 else x[row : row + 1, :length]
+    for seed in range(4):
+      case = _case(seed)
+      base = jax.device_get(run(case))
+      mask = np.asarray(case['mask'])
+      # Padding.
+      _close(run(_case(seed, pad=np.inf)), base)
+      for name in (
+          'rewards',
+          'advantages',
+          'returns',
+          'policy_grad',
+          'critic_grad',
+      ):
+        assert np.isfinite(base[name]).all() and not base[name][~mask].any()
+      assert (base['ids'][~mask] == COLUMNS).all()
+      # Order.
+      order = np.random.default_rng(seed).permutation(len(mask))
+      _close(run(jax.tree.map(lambda x, o=order: x[o], case)), base, order)
+      for row in range(len(mask)):
+        one = jax.tree.map(lambda x, r=row: x[r : r + 1], case)
+        _assert_row_is_its_own(jax.device_get(run(one)), base, row)
+
+
+@pytest.mark.parametrize('rule', ['fixed', 'ppl'])
+def test_any_batch_and_any_width_give_a_row_the_same(rule: str):
+  with jax.enable_x64(True):
+    run = functools.partial(
+        _estimate, settings=_settings(rule, False), how=_hows()[0]
+    )
+    for rows in (2, 7):
+      case = _case(rows, rows=rows)
+      base = jax.device_get(run(case))
+      row, length = 0, max(1, int(case['mask'][0].sum()))
+      cut = {  # without its columns of padding
+          name: x[:1] if x.ndim == 1 else x[:1, :length]
           for name, x in case.items()
       }
-      got = jax.device_get(run(alone_case))
-      for name in ('rewards', 'advantages', 'returns', 'ids'):
-        np.testing.assert_allclose(
-            got[name][0], base[name][row, :length], rtol=0, atol=1e-12
-        )
-      for name in ('policy_grad', 'critic_grad'):
-        one, many = got[name][0], base[name][row, :length]
-        scale = np.abs(one).max() / (np.abs(many).max() or 1)
-        np.testing.assert_allclose(one, scale * many, rtol=1e-9, atol=1e-12)
+      narrow = {
+          name: x[:, :length] if np.ndim(x) == 2 else x
+          for name, x in base.items()
+      }
+      real = np.asarray(case['mask'])[:, :length]
+      narrow['ids'] = np.where(real, narrow['ids'], length)
+      _assert_row_is_its_own(jax.device_get(run(cut)), narrow, row)
 
 
 @pytest.mark.parametrize('rule', termination.RULES)
@@ -197,8 +223,7 @@ def test_macro_rewards_add_up_to_token_rewards_and_no_score_is_lost(rule: str):
       np.testing.assert_allclose(total, want, rtol=0, atol=1e-12)
 
 
-def test_the_score_stands_on_the_last_real_token_whatever_pads_hold():
-  # Where the pad id is the EOS id, the mask still knows which is which.
+def test_the_score_stands_on_the_last_real_token():
   mask = jnp.array([[True, True, True, False], [True, False, False, False]])
   got = rewards.token_rewards(
       jnp.zeros((2, 4)),

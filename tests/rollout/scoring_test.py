@@ -128,3 +128,26 @@ def test_micro_batches_equal_the_whole(num: int):
   assert seen[0] == 6 // num
   np.testing.assert_array_equal(got[0], want[0])
   np.testing.assert_array_equal(got[1][0], want[1][0])
+
+
+def test_gradients_reach_the_states_before_response_tokens_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  rows = tiny.sequences(ROWS)
+  states = scoring.hidden_states(
+      tiny.SHAPE, POLICY, rows.tokens_BL, rows.mask_BL
+  )
+
+  def loss(hidden_BLD: jax.Array) -> jax.Array:
+    monkeypatch.setattr(scoring, 'hidden_states', lambda *_: hidden_BLD)
+    logprobs_BT, _ = scoring.response_logprobs(
+        tiny.SHAPE, POLICY, rows, temperature=0.7, chunk_tokens=8
+    )
+    return jnp.sum(jnp.sin(logprobs_BT))
+
+  moved_BL = np.abs(jax.grad(loss)(states)).max(axis=-1) > 0
+  want_BL = np.zeros_like(moved_BL)
+  want_BL[:, tiny.PROMPT_LEN - 1 : -1] = np.asarray(rows.response_mask_BT)
+  # Neither the prompt but its last token, nor the last response token, nor
+  # padding on either side.
+  np.testing.assert_array_equal(moved_BL, want_BL)

@@ -14,6 +14,7 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
+from ma_rlhf_jax import recipe_flag
 from ma_rlhf_jax.tools import explore
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def _run(*arguments: str) -> _Ran:
   out = io.StringIO()
   with _own_flags(), contextlib.redirect_stdout(out):
     try:
-      explore.main(explore.parse_flags(['explore', *arguments]))
+      explore.main(recipe_flag.parse(['explore', *arguments]))
     except SystemExit as stopped:
       return _Ran(1, out.getvalue(), str(stopped.code))
   return _Ran(0, out.getvalue(), '')
@@ -149,6 +150,10 @@ def test_what_is_wrong_is_said_in_a_line(arguments: list[str], words: str):
         ('{"text": ', 'line 2 is no JSON'),
         ('{"prompt": "a"}', 'line 2 has no text in response, text, chosen'),
         ('{"text": "a", "values": [1]}', 'row 2: values has 1 numbers'),
+        ('{"text": "a", "values": 3}', 'row 2: values must be a list'),
+        ('{"text": "a", "score": "high"}', "line 2: score is 'high'; it must"),
+        ('{"text": "a", "prompt": 5}', 'line 2: prompt is 5, not text'),
+        ('{"text": "\\ud83d"}', 'line 2: text holds half a character'),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: pathlib.Path, line: str, words: str):
@@ -157,3 +162,34 @@ def test_a_bad_row_is_named(tmp_path: pathlib.Path, line: str, words: str):
   ran = _run(f'--input={rows}')
   assert ran.returncode == 1
   assert words in ran.stderr and 'Traceback' not in ran.stderr
+
+
+def test_a_file_that_is_cut_is_named(tmp_path: pathlib.Path):
+  rows = tmp_path / 'rows.jsonl.gz'
+  rows.write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-20])
+  ran = _run(f'--input={rows}')
+  assert ran.returncode == 1 and 'rows.jsonl.gz is cut' in ran.stderr
+
+
+def test_blank_lines_are_no_rows(tmp_path: pathlib.Path):
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_text('\n{"text": "a b"}\n\n')
+  assert _run(f'--input={rows}').returncode == 0
+
+
+def test_a_recipe_that_is_no_python_is_named():
+  ran = _run('--text=a', f'--config={_ROOT / "README.md"}')
+  assert ran.returncode == 1 and 'a recipe must be Python' in ran.stderr
+
+
+def test_the_fields_of_rule_a_hold_for_rule_b_too():
+  fields = ['--config.ppo.gae_lambda=0.5', '--text=a b c d e f g']
+  ran = _run('--config', f'{_TINY}:authors', *fields)
+  assert ran.returncode == 0, ran.stderr
+  b = next(x for x in ran.stdout.splitlines() if x.startswith('B: '))
+  assert 'authors' in b and 'macro.ngram=1' in b
+
+
+def test_a_terminal_is_told_no_escapes():
+  ran = _run('--text=a \x1b[31mred\r\x07', '--color=never')
+  assert ran.returncode == 0 and not set('\x1b\r\x07') & set(ran.stdout)

@@ -331,7 +331,12 @@ def test_updates_follow_each_other():
 # Whole steps of the stage.
 
 
-def _stage(mesh: jax.sharding.Mesh, tmp: Any, **fields: Any) -> ppo.PPO:
+def _stage(
+    mesh: jax.sharding.Mesh,
+    tmp: Any,
+    tokenizer: tiny.Tokenizer = tiny.Tokenizer(),  # noqa: B008
+    **fields: Any,
+) -> ppo.PPO:
   """A stage whose optimizers do not blow up gradients of 1e-7."""
   defaults = {
       'ppo__batch_size': 8,
@@ -341,7 +346,8 @@ def _stage(mesh: jax.sharding.Mesh, tmp: Any, **fields: Any) -> ppo.PPO:
       'critic__optim__eps': 1e-2,
       'critic__optim__lr': 1e-2,
   }
-  run = tiny.run(tmp, tiny.config(**{**defaults, **fields}), mesh=mesh)
+  config = tiny.config(**{**defaults, **fields})
+  run = tiny.run(tmp, config, mesh=mesh, tokenizer=tokenizer)
   copy = lambda params: jax.tree.map(jnp.array, params)  # steps donate
   params = Models(
       policy=copy(POLICY),
@@ -395,6 +401,24 @@ def test_a_step_moves_both_models_and_says_what_it_did(stepped: tuple):
   }
   assert known <= metrics.keys()
   assert all(np.isfinite(x) for x in metrics.values())
+
+
+def test_padding_with_eos_takes_the_same_step(stepped: tuple, tmp_path: Any):
+  tokenizer = tiny.Tokenizer(pad_token_id=tiny.EOS)
+  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, tokenizer)
+  with jax.set_mesh(stage.run.mesh):
+    states, metrics = stage.step(stage.states, 0)
+  assert stage.run.sampling().pad_id == stage.run.sampling().eos_id
+  want_states, want = stepped
+  assert want['response/length'] < tiny.RESPONSE_LEN  # some have ended
+  for name, value in want.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+  for name in ('policy', 'critic'):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+        states[name].params,
+        want_states[name].params,
+    )
 
 
 def test_eight_devices_take_the_step_of_one(stepped: tuple, tmp_path: Any):

@@ -167,6 +167,19 @@ def test_a_field_of_the_estimation_reaches_its_argument(
   assert _differ(found.targets, want(**_ESTIMATION | base))
 
 
+def test_the_coefficient_that_was_adapted_weighs_the_rewards() -> None:
+  make = functools.partial(lib.make_experience, config=tiny.config())
+  found, metrics = make(ROLLOUT, SCORED, KEYS, jnp.float32(0.4), None)
+  rewards_BT = rewards.token_rewards(
+      OLD, REF, SCORED.score_B, MASK, kl_coef=0.4, score_clip=2.5
+  )
+  want = targets.macro_targets(
+      SCORED.values_BT, rewards_BT, found.macro, **_ESTIMATION
+  )
+  _same(found.targets, want)
+  assert metrics['objective/kl_coef'] == np.float32(0.4)
+
+
 def test_the_critic_has_the_lambda_of_ppo_unless_it_has_its_own() -> None:
   one = _experience(**{'ppo.gae_lambda': 0.4, 'macro.ngram': 3})
   both = {'ppo.gae_lambda': 0.4, 'critic.gae_lambda': 0.4, 'macro.ngram': 3}
