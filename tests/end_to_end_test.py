@@ -247,6 +247,7 @@ def test_started_again_it_skips_what_is_done(
   ]
 
 
+@pytest.mark.slow
 def test_a_variant_shares_sft_and_reward_model_by_hash(
     machine: _Machine, first: tuple[pathlib.Path, str]
 ) -> None:

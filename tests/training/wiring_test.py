@@ -236,28 +236,28 @@ _EXPERIENCE = _experience(**{'macro.ngram': 3})
 _EXPERIENCE = _EXPERIENCE.replace(
     scored=SCORED.replace(logprobs_BT=_NOW + _random(5, 0.1))
 )
-_WEIGH = {
-    name: functools.partial(losses.loss_weights, reduction=name)
-    for name in losses.REDUCTIONS
-}
 
 
-def _updated(stage: ppo.PPO, model: str, loss_fn: Any, mask: Any, **how: Any):
+def _updated(model: str, loss_fn: Any, mask: Any, *, reduction: str) -> Any:
   """What `update_on` makes of the state of a model, all values explicit."""
   name = {'policy': 'ppo', 'critic': 'critic'}[model]
-  optimizer = optim.make_optimizer(stage.run.config[name].optim, 3)
+  config = tiny.config(**_MOMENTUM[name])
+  optimizer = optim.make_optimizer(config[name].optim, 3)
   params = {'policy': POLICY, 'critic': CRITIC}[model]
+
+  def weigh(batch: Experience) -> Array:
+    starts_BT = batch.macro.starts_BT
+    return losses.loss_weights(mask(batch), starts_BT, reduction=reduction)
+
   state, _ = ppo.update_on(
       update.init_state(params, optimizer),
       {},
       _EXPERIENCE,
       jax.random.key(0),
       loss_fn=loss_fn,
-      weigh=lambda batch: _WEIGH[how.get('reduction', 'sequence')](
-          mask(batch), batch.macro.starts_BT
-      ),
+      weigh=weigh,
       optimizer=optimizer,
-      ppo=stage.config,
+      ppo=config.ppo,
   )
   return state.params
 
@@ -273,6 +273,28 @@ def _assert_changed_alike(
   assert any(np.abs(a - b).max() > 2e-2 for a, b in zip(*others, strict=True))
 
 
+# With plain momentum a scaled loss shows; Adam's steps are of one size.
+_MOMENTUM = {
+    name: {f'{name}__optim__eps': 1.0, f'{name}__optim__clip_norm': 0.0}
+    for name in ('ppo', 'critic')
+}
+
+
+@functools.cache
+def _policy_after(**how: Any) -> Any:
+  how = {'clip_eps': 0.2, 'ratio': 'token'} | how
+  reduction = how.pop('reduction', 'sequence')
+  loss_fn = functools.partial(
+      ppo.policy_loss_fn,
+      shape=tiny.SHAPE,
+      temperature=1.0,
+      chunk_tokens=8,
+      **how,
+  )
+  mask = lambda batch: batch.macro.mask_BT
+  return _updated('policy', loss_fn, mask, reduction=reduction)
+
+
 @pytest.mark.parametrize(
     ('field', 'argument', 'value'),
     [
@@ -286,28 +308,32 @@ def _assert_changed_alike(
 def test_a_field_of_the_policy_loss_reaches_its_argument(
     field: str, argument: str, value: Any
 ) -> None:
-  # With plain momentum a scaled loss shows; Adam's steps are of one size.
-  fields = {'ppo__optim__eps': 1.0, 'ppo__optim__clip_norm': 0.0}
-  stage = _stage(**{field: value}, **fields)
-
-  def want(**how: Any) -> Any:
-    how = {'clip_eps': 0.2, 'ratio': 'token'} | how
-    reduction = how.pop('reduction', 'sequence')
-    loss_fn = functools.partial(
-        ppo.policy_loss_fn,
-        shape=tiny.SHAPE,
-        temperature=1.0,
-        chunk_tokens=8,
-        **how,
-    )
-    mask = lambda batch: batch.macro.mask_BT
-    return _updated(stage, 'policy', loss_fn, mask, reduction=reduction)
-
-  expected = want(**{argument: value})
+  stage = _stage(**{field: value}, **_MOMENTUM['ppo'])
   found, _ = stage._update_policy(
       stage.states['policy'], {}, _EXPERIENCE, jax.random.key(0)
   )
-  _assert_changed_alike(found.params, expected, POLICY, want())
+  expected = _policy_after(**{argument: value})
+  _assert_changed_alike(found.params, expected, POLICY, _policy_after())
+
+
+@functools.cache
+def _critic_after(
+    eps: float = 0.2, starts: bool = False, reduction: str = 'sequence'
+) -> Any:
+  mask = lambda batch: batch.macro.starts_BT if starts else batch.macro.mask_BT
+
+  def loss_fn(params: Any, batch: Any) -> tuple[Array, dict]:
+    experience, weights = batch
+    return losses.value_loss(
+        scoring.response_values(tiny.SHAPE, params, experience.sequences),
+        experience.scored.values_BT,
+        experience.targets.returns_BT,
+        weights,
+        mask(experience),
+        clip_eps=eps,
+    )
+
+  return _updated('critic', loss_fn, mask, reduction=reduction)
 
 
 @pytest.mark.parametrize(
@@ -321,37 +347,17 @@ def test_a_field_of_the_policy_loss_reaches_its_argument(
 def test_a_field_of_the_critic_loss_reaches_its_argument(
     field: str, value: Any
 ) -> None:
-  fields = {'critic__optim__eps': 1.0, 'critic__optim__clip_norm': 0.0}
-  stage = _stage(**{field: value}, **fields)
-
-  def want(eps: float = 0.2, starts: bool = False, reduction='sequence') -> Any:
-    mask = lambda batch: (
-        batch.macro.starts_BT if starts else batch.macro.mask_BT
-    )
-
-    def loss_fn(params: Any, batch: Any) -> tuple[Array, dict]:
-      experience, weights = batch
-      return losses.value_loss(
-          scoring.response_values(tiny.SHAPE, params, experience.sequences),
-          experience.scored.values_BT,
-          experience.targets.returns_BT,
-          weights,
-          mask(experience),
-          clip_eps=eps,
-      )
-
-    return _updated(stage, 'critic', loss_fn, mask, reduction=reduction)
-
+  stage = _stage(**{field: value}, **_MOMENTUM['critic'])
   explicit = {
       'critic__clip_eps': {'eps': value},
       'critic__target': {'starts': True},
       'ppo__loss_reduction': {'reduction': value},
   }[field]
-  expected = want(**explicit)
   found, _ = stage._update_critic(
       stage.states['critic'], {}, _EXPERIENCE, jax.random.key(0)
   )
-  _assert_changed_alike(found.params, expected, CRITIC, want())
+  expected = _critic_after(**explicit)
+  _assert_changed_alike(found.params, expected, CRITIC, _critic_after())
 
 
 def test_the_coefficient_is_drawn_to_the_target_of_the_config() -> None:
