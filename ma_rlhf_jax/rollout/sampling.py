@@ -6,6 +6,10 @@ import jax.numpy as jnp
 
 from ma_rlhf_jax.structs import Array
 
+# Entries that are looked at together where a vocabulary is searched; 2,000
+# blocks in Gemma's.
+_BLOCK = 128
+
 
 def row_keys(
     stream_key: Array,
@@ -31,37 +35,76 @@ def row_keys(
   return jax.vmap(one)(prompt_ids_B, sample_ids_B)
 
 
-def kept_tokens(logprobs_BV: Array, *, top_k: int, top_p: float) -> Array:
-  """bool [B, V]: tokens that top-k and then top-p leave.
+def largest(x_BV: Array, k: int) -> tuple[Array, Array]:
+  """The k largest entries of each row and their indices, largest first.
 
-  Top-k keeps the k most probable tokens (ties with the k-th stay). Top-p keeps
-  the smallest set of the most probable remaining tokens whose renormalised
-  mass reaches `top_p` (arXiv 1904.09751); the first always stays.
+  Of equal entries the one with the smaller index comes first, as in
+  `jax.lax.top_k`, which costs several times as much over a large vocabulary:
+  the k largest entries lie in the k blocks with the largest maxima.
 
   Args:
-    logprobs_BV: float, nats, normalised.
-    top_k: 0 = off.
-    top_p: in (0, 1]; 1 = off.
+    x_BV: float.
+    k: at most V.
+
+  Returns:
+    values [B, k] and indices, int32 [B, k].
   """
-  keep = jnp.ones(logprobs_BV.shape, bool)
-  vocab = logprobs_BV.shape[-1]
-  if 0 < top_k < vocab:
-    best_Bk, ids_Bk = jax.lax.top_k(logprobs_BV, top_k)
-    mark = lambda keep_V, ids_k: keep_V.at[ids_k].set(True)
-    # By their ids: a compiler may compute `logprobs_BV` twice, rounded apart,
-    # so that the k-th is less than itself. The comparison is for ties.
-    keep = jax.vmap(mark)(jnp.zeros(logprobs_BV.shape, bool), ids_Bk)
-    keep |= logprobs_BV >= best_Bk[:, -1:]
+  batch, vocab = x_BV.shape
+  blocks = vocab // _BLOCK
+  if vocab % _BLOCK or k >= blocks:
+    values, indices = jax.lax.top_k(x_BV, k)
+    return values, indices.astype(jnp.int32)
+  x_BNb = x_BV.reshape(batch, blocks, _BLOCK)
+  _, chosen_Bk = jax.lax.top_k(jnp.max(x_BNb, axis=-1), k)
+  chosen_Bk = jnp.sort(chosen_Bk, axis=-1)  # so that ties stay in order
+  inside_Bkb = jnp.take_along_axis(x_BNb, chosen_Bk[..., None], axis=1)
+  values, places = jax.lax.top_k(inside_Bkb.reshape(batch, k * _BLOCK), k)
+  block_Bk = jnp.take_along_axis(chosen_Bk, places // _BLOCK, axis=1)
+  return values, (block_Bk * _BLOCK + places % _BLOCK).astype(jnp.int32)
+
+
+def nucleus(logits_BC: Array, top_p: float) -> Array:
+  """bool [B, C]: the first candidates whose mass together reaches `top_p`.
+
+  Args:
+    logits_BC: float, nats, largest first; their mass counts as 1.
+    top_p: in (0, 1]; the first candidate always stays.
+
+  Source: arXiv 1904.09751.
+  """
+  p_BC = jax.nn.softmax(logits_BC, axis=-1)
+  return jnp.cumsum(p_BC, axis=-1) - p_BC < top_p
+
+
+def _draw_any(logits_BV: Array, keys_B: Array) -> Array:
+  """int32 [B]: a draw from softmax(logits): a block first, then inside it.
+
+  One random number for each block and each of its entries, not for each of V.
+  """
+  batch, vocab = logits_BV.shape
+  draw = jax.vmap(jax.random.categorical)
+  if vocab % _BLOCK or vocab <= 2 * _BLOCK:
+    return draw(keys_B, logits_BV).astype(jnp.int32)
+  keys_B2 = jax.vmap(jax.random.split)(keys_B)
+  logits_BNb = logits_BV.reshape(batch, -1, _BLOCK)
+  block_B = draw(keys_B2[:, 0], jax.nn.logsumexp(logits_BNb, axis=-1))
+  inside_Bb = jnp.take_along_axis(logits_BNb, block_B[:, None, None], axis=1)
+  place_B = draw(keys_B2[:, 1], inside_Bb[:, 0])
+  return (block_B * _BLOCK + place_B).astype(jnp.int32)
+
+
+def _draw_filtered(
+    logits_BV: Array, keys_B: Array, *, top_k: int, top_p: float
+) -> tuple[Array, Array]:
+  """Tokens [B] and log-mass [B] of what was kept, relative to the logits."""
+  vocab = logits_BV.shape[-1]
+  values_BC, ids_BC = largest(logits_BV, min(top_k or vocab, vocab))
   if top_p < 1.0:
-    kept = jax.nn.log_softmax(jnp.where(keep, logprobs_BV, -jnp.inf), axis=-1)
-    order = jnp.argsort(-kept, axis=-1, stable=True)
-    sorted_p = jnp.exp(jnp.take_along_axis(kept, order, axis=-1))
-    mass_before = jnp.cumsum(sorted_p, axis=-1) - sorted_p
-    inside = jnp.take_along_axis(
-        mass_before < top_p, jnp.argsort(order, axis=-1), axis=-1
-    )
-    keep &= inside
-  return keep
+    inside_BC = nucleus(values_BC, top_p)
+    values_BC = jnp.where(inside_BC, values_BC, -jnp.inf)
+  place_B = jax.vmap(jax.random.categorical)(keys_B, values_BC)
+  tokens_B = jnp.take_along_axis(ids_BC, place_B[:, None], axis=1)[:, 0]
+  return tokens_B, jax.nn.logsumexp(values_BC, axis=-1)
 
 
 def sample(
@@ -74,6 +117,10 @@ def sample(
     banned_V: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """Draws a token a row from softmax(logits / temperature), filtered.
+
+  Top-k keeps the k most probable tokens, of equal ones those that come first.
+  Top-p keeps the fewest of the most probable tokens that are left whose
+  renormalised mass reaches `top_p`; the first always stays.
 
   Args:
     logits_BV: float logits.
@@ -97,14 +144,15 @@ def sample(
     tokens_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
     zeros_B = jnp.zeros(tokens_B.shape, logits_BV.dtype)
     return tokens_B, zeros_B, zeros_B + 1
-  logprobs_BV = jax.nn.log_softmax(logits_BV / temperature, axis=-1)
-  keep_BV = jnp.isfinite(allowed_BV)
-  if 0 < top_k or top_p < 1.0:
-    allowed_BV = jax.nn.log_softmax(allowed_BV / temperature, axis=-1)
-    keep_BV &= kept_tokens(allowed_BV, top_k=top_k, top_p=top_p)
-  filtered_BV = jnp.where(keep_BV, logprobs_BV, -jnp.inf)
-  tokens_B = jax.vmap(jax.random.categorical)(keys_B, filtered_BV)
-  log_mass_B = jax.nn.logsumexp(filtered_BV, axis=-1)
-  drawn = jnp.take_along_axis(filtered_BV, tokens_B[:, None], axis=-1)[:, 0]
-  kept_mass_B = jnp.minimum(jnp.exp(log_mass_B), 1)
-  return tokens_B.astype(jnp.int32), drawn - log_mass_B, kept_mass_B
+  tempered_BV = allowed_BV / temperature
+  log_z_B = jax.nn.logsumexp(logits_BV / temperature, axis=-1)
+  if 0 < top_k < logits_BV.shape[-1] or top_p < 1.0:
+    tokens_B, log_mass_B = _draw_filtered(
+        tempered_BV, keys_B, top_k=top_k, top_p=top_p
+    )
+  else:
+    tokens_B = _draw_any(tempered_BV, keys_B)
+    log_mass_B = jax.nn.logsumexp(tempered_BV, axis=-1)
+  drawn_B = jnp.take_along_axis(tempered_BV, tokens_B[:, None], axis=-1)[:, 0]
+  kept_mass_B = jnp.minimum(jnp.exp(log_mass_B - log_z_B), 1)
+  return tokens_B, drawn_B - log_mass_B, kept_mass_B

@@ -26,6 +26,14 @@ _MIN_EXPECTED = 5.0  # draws in a cell; smaller ones are put together
 LOGITS = np.random.default_rng(3).normal(size=_VOCAB).astype(np.float32)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _small_blocks():
+  """A hundred blocks, as a large vocabulary has many."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sampling, '_BLOCK', 2)
+    yield
+
+
 Sampler = Callable[..., tuple[jax.Array, ...]]
 
 
@@ -173,13 +181,15 @@ def test_a_wrong_sampler_is_found(
 
 
 def test_top_p_before_top_k_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-  kept = sampling.kept_tokens
+  largest, nucleus = sampling.largest, sampling.nucleus
 
-  def swapped(logprobs_BV: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
-    by_mass = kept(logprobs_BV, top_k=0, top_p=top_p)
-    return by_mass & kept(logprobs_BV, top_k=top_k, top_p=1.0)
+  def swapped(x_BV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    values, ids = largest(x_BV, x_BV.shape[-1])
+    inside = nucleus(values, 0.9)
+    return jnp.where(inside, values, -jnp.inf)[:, :k], ids[:, :k]
 
-  monkeypatch.setattr(sampling, 'kept_tokens', swapped)
+  monkeypatch.setattr(sampling, 'largest', swapped)
+  monkeypatch.setattr(sampling, 'nucleus', lambda x_BC, _: x_BC > -jnp.inf)
   how = How(1.0, top_k=50, top_p=0.9)
   anew = lambda *args, **settings: sampling.sample(*args, **settings)
   assert _fault(how, how, anew) == 'outside the support'

@@ -36,10 +36,21 @@ def _sample(
 
 
 def _kept(probs: list[float], **how) -> list[int]:
-  """Which tokens are kept, of a single row."""
-  how = {'top_k': 0, 'top_p': 1.0} | how
-  kept = sampling.kept_tokens(jnp.log(jnp.array([probs])), **how)
-  return np.flatnonzero(kept[0]).tolist()
+  """Which tokens are kept, of a single row: what 400 draws find."""
+  tokens, _, _ = _sample(np.log(np.array(probs, np.float32)), 400, **how)
+  return sorted(set(tokens.tolist()))
+
+
+@pytest.mark.parametrize('vocab', [5, 640, 1000, 4096])
+@pytest.mark.parametrize('values', [3, 100_000])  # with many ties, with few
+def test_the_largest_are_those_of_top_k(vocab: int, values: int) -> None:
+  drawn = np.random.default_rng(vocab).integers(values, size=(6, vocab))
+  rows = drawn.astype(np.float32)
+  for k in (1, 4, min(50, vocab), vocab):
+    found = sampling.largest(rows, k)
+    want = jax.lax.top_k(rows, k)
+    np.testing.assert_array_equal(found[0], want[0])
+    np.testing.assert_array_equal(found[1], want[1])
 
 
 def test_top_k_by_hand():
@@ -50,8 +61,8 @@ def test_top_k_by_hand():
     assert _kept(probs, top_k=off) == [0, 1, 2, 3, 4]
 
 
-def test_ties_with_the_kth_stay():
-  assert _kept([0.2, 0.3, 0.2, 0.2, 0.1], top_k=2) == [0, 1, 2, 3]
+def test_of_ties_with_the_kth_the_first_stays():
+  assert _kept([0.2, 0.3, 0.2, 0.2, 0.1], top_k=2) == [0, 1]
 
 
 def test_the_best_token_is_drawn_where_only_it_is_kept():
@@ -93,8 +104,10 @@ def test_top_p_sees_what_top_k_left():
 
 def test_kept_sets_are_those_of_each_row():
   rows = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
-  kept = sampling.kept_tokens(rows, top_k=0, top_p=0.8)
-  assert kept.tolist() == [[True, True, False], [False, True, True]]
+  rows = jnp.repeat(rows, 100, axis=0)
+  tokens, _, _ = _draw(rows, _keys(200), temperature=1.0, top_k=0, top_p=0.8)
+  assert set(tokens[:100].tolist()) == {0, 1}
+  assert set(tokens[100:].tolist()) == {1, 2}
 
 
 def test_temperature_zero_is_greedy():
