@@ -222,6 +222,10 @@ def _rollout() -> ConfigDict:
   c.top_p = 1.0  # 1 = off
   c.min_new_tokens = 0  # tokens before EOS may be drawn
   c.batch_size = 0  # sequences decoded at once; 0 = all
+  # Devices to one copy of the weights, which divide mesh.fsdp * mesh.tensor;
+  # 0 = the fewest that hold at most 4 GiB of it each.
+  c.tensor = 0
+  c.int8_cache = False  # keys and values in 8 bits: less to read for a token
   return c
 
 
@@ -314,6 +318,7 @@ RESUMABLE = (
     'model.logprob_chunk',
     'data.cache_dir',
     'macro.parse_workers',
+    'rollout.tensor',
 )
 
 # What follows the colon in --config=recipe.py:word,name=value. Words are the

@@ -77,7 +77,8 @@ _AT_LEAST_0 = (
     ' macro.parse_workers macro.max_len'
     ' ppo.critic_warmup_updates ppo.eval_every critic.clip_eps macro.ngram'
     ' data.split_seed rollout.temperature rollout.top_k rollout.min_new_tokens'
-    ' rollout.batch_size checkpoint.every log.samples evaluate.temperature'
+    ' rollout.batch_size rollout.tensor checkpoint.every log.samples'
+    ' evaluate.temperature'
 ).split() + [f'{o}.{f}' for o in _OPTIMS for f in ('weight_decay', 'clip_norm')]
 _ABOVE_0 = (
     'model.rope_theta model.norm_eps ppo.clip_eps rollout.top_p ppo.max_kl'

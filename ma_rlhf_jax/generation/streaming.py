@@ -20,7 +20,7 @@ _BROKEN = '\ufffd'
 
 _start = jax.jit(decode.start, static_argnums=(0, 4))
 # The state is given up: its cache can be as large as the model.
-_extend = jax.jit(decode.extend, static_argnums=(0, 5), donate_argnums=4)
+_extend = jax.jit(decode.extend, static_argnums=(0, 3), donate_argnums=2)
 
 
 def plain_text(tokenizer: 'PreTrainedTokenizerBase', ids: Sequence[int]) -> str:
@@ -117,8 +117,7 @@ def stream(
     told = len(ids)
     if told == settings.max_new_tokens or ids[-1] == settings.eos_id:
       return
-    arguments = prompts.mask_BP, keys_B, state, settings
-    state = _extend(shape, params, *arguments, told + _STEP)
+    state = _extend(shape, params, state, settings, told + _STEP)
 
 
 def speak(

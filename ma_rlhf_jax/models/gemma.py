@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.attention import attend, rotate, soft_capped
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.partition import constrain
+from ma_rlhf_jax.parallel.partition import beside_cache, constrain, split_cache
 from ma_rlhf_jax.structs import Array, Params
 
 # What the two parameters of an adapter add to the name of their kernel.
@@ -29,40 +29,103 @@ LORA_A, LORA_B = '_lora_a', '_lora_b'
 class Cache:
   """Keys and values of all layers; slot s belongs to token column s.
 
+  Either one array of all layers, as a scan over layers carries it, or a tuple
+  of one array [B, S, K, H] a layer, which a loop over tokens updates in place.
+
   Attributes:
-    keys_XBSKH: rotated keys, in the compute dtype.
+    keys_XBSKH: rotated keys, in the compute dtype or int8.
     values_XBSKH: values.
+    key_scales_XBSK: of int8 keys, one a token and head; () = not quantised.
+    value_scales_XBSK: of int8 values.
   """
 
-  keys_XBSKH: Array
-  values_XBSKH: Array
+  keys_XBSKH: Array | tuple[Array, ...]
+  values_XBSKH: Array | tuple[Array, ...]
+  key_scales_XBSK: Array | tuple[Array, ...] = ()
+  value_scales_XBSK: Array | tuple[Array, ...] = ()
 
   @classmethod
-  def empty(cls, config: GemmaConfig, batch: int, slots: int) -> 'Cache':
-    """A cache of zeros."""
-    shape = (config.num_layers, batch, slots)
-    shape += (config.num_kv_heads, config.head_dim)
-    axes = ('layers', 'batch', None, None, None)
-    zeros = constrain(jnp.zeros(shape, config.compute_dtype), axes)
-    return cls(keys_XBSKH=zeros, values_XBSKH=zeros)
+  def empty(
+      cls, config: GemmaConfig, batch: int, slots: int, *, int8: bool = False
+  ) -> 'Cache':
+    """A cache of zeros; by layers where the layers of the config are."""
+    c = config
+    shape = (batch, slots, c.num_kv_heads, c.head_dim)
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+      if c.unrolled:
+        make = lambda: split_cache(jnp.zeros(shape, dtype))
+        return tuple(make() for _ in range(c.num_layers))
+      return split_cache(jnp.zeros((c.num_layers, *shape), dtype), stacked=True)
+
+    if not int8:
+      return cls(*(zeros(shape, c.compute_dtype) for _ in range(2)))
+    scales = lambda: zeros(shape[:-1], jnp.float32)
+    quantised = lambda: zeros(shape, jnp.int8)
+    return cls(quantised(), quantised(), scales(), scales())
 
   def write(
-      self, layer: Array, slot: Array | int, keys: Array, values: Array
+      self, layer: Array | int, slot: Array | int, keys: Array, values: Array
   ) -> 'Cache':
     """The cache with [B, L, K, H] keys and values from `slot` on."""
-    # Of one type, also where plain integers would be 64 bits wide.
-    at = tuple(jnp.int32(i) for i in (layer, 0, slot, 0, 0))
-    put = jax.lax.dynamic_update_slice
+
+    def put(cached: Any, new: Array) -> Any:
+      # Of one type, also where plain integers would be 64 bits wide.
+      update = jax.lax.dynamic_update_slice
+      at = tuple(map(jnp.int32, (0, slot) + (0,) * (new.ndim - 2)))
+      if isinstance(cached, tuple):
+        written = update(cached[layer], new, at)
+        return cached[:layer] + (written,) + cached[layer + 1 :]
+      return update(cached, new[None], (jnp.int32(layer), *at))
+
+    if not self._is_int8:
+      return Cache(put(self.keys_XBSKH, keys), put(self.values_XBSKH, values))
+    (keys, key_scales), (values, value_scales) = map(quantise, (keys, values))
     return Cache(
-        keys_XBSKH=put(self.keys_XBSKH, keys[None], at),
-        values_XBSKH=put(self.values_XBSKH, values[None], at),
+        put(self.keys_XBSKH, keys),
+        put(self.values_XBSKH, values),
+        put(self.key_scales_XBSK, key_scales),
+        put(self.value_scales_XBSK, value_scales),
     )
 
-  def layer(self, layer: Array) -> tuple[Array, Array]:
-    """Keys and values [B, S, K, H] of one layer."""
-    take = jax.lax.dynamic_index_in_dim
-    keys = take(self.keys_XBSKH, layer, keepdims=False)
-    return keys, take(self.values_XBSKH, layer, keepdims=False)
+  def layer(
+      self, layer: Array | int, slots: int, dtype: jnp.dtype
+  ) -> tuple[Array, Array]:
+    """Keys and values [B, S, K, H] of the first `slots` slots of one layer."""
+
+    def take(cached: Any) -> Array:
+      if isinstance(cached, tuple):
+        return cached[layer][:, :slots]
+      one = jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False)
+      return one[:, :slots]
+
+    keys, values = take(self.keys_XBSKH), take(self.values_XBSKH)
+    if not self._is_int8:
+      return keys, values
+    scaled = lambda x, scales: x.astype(dtype) * scales[..., None].astype(dtype)
+    return (
+        scaled(keys, take(self.key_scales_XBSK)),
+        scaled(values, take(self.value_scales_XBSK)),
+    )
+
+  @property
+  def num_kv_heads(self) -> int:
+    """K."""
+    return jax.tree.leaves(self.keys_XBSKH)[0].shape[-2]
+
+  @property
+  def _is_int8(self) -> bool:
+    return not isinstance(self.key_scales_XBSK, tuple) or bool(
+        self.key_scales_XBSK
+    )
+
+
+def quantise(x: Array) -> tuple[Array, Array]:
+  """int8 [..., H] and scales [...], such that int8 * scale is nearly `x`."""
+  wide_x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(wide_x), axis=-1) / 127
+  safe = jnp.where(scale > 0, scale, 1)
+  return jnp.round(wide_x / safe[..., None]).astype(jnp.int8), scale
 
 
 class _Kernels(nn.Module):
@@ -180,7 +243,8 @@ class Attention(_Kernels):
     keys = rotate(keys, positions_BL, theta=c.rope_theta)
     if cache is not None:
       cache = cache.write(layer, slot, keys, values)
-      keys, values = cache.layer(layer)
+      keys, values = cache.layer(layer, mask_BLS.shape[-1], keys.dtype)
+      queries = beside_cache(queries, c.num_kv_heads)
     mixed = attend(
         queries,
         keys,
@@ -189,6 +253,8 @@ class Attention(_Kernels):
         scale=c.attention_scale,
         softcap=c.attn_softcap,
     )
+    if cache is not None:
+      mixed = beside_cache(mixed, c.num_kv_heads)
     axes = ('heads', 'head', 'embed')
     return self.project('out', mixed, (c.embed_dim,), axes), cache
 
@@ -229,7 +295,7 @@ class Masks(NamedTuple):
     near_LS = query_L1 - key_1S < config.sliding_window
     return cls(mask_BLS, mask_BLS & near_LS[None])
 
-  def of_layer(self, slides: Array) -> Array:
+  def of_layer(self, slides: Array | bool) -> Array:
     """The mask of a layer; `slides` says whether it is a sliding one."""
     if self.sliding is None:
       return self.full
@@ -286,7 +352,8 @@ class Gemma(nn.Module):
     Args:
       tokens_BL: int32.
       positions_BL: int32 rotary positions.
-      mask_BLS: bool; S is L without a cache, else the number of its slots.
+      mask_BLS: bool; S is L without a cache, else how many of its slots are
+        looked at.
       cache: keys and values of earlier tokens, or None.
       slot: the cache slot of the first of these tokens.
 
@@ -306,6 +373,14 @@ class Gemma(nn.Module):
     # The factor is rounded to the compute dtype, as in the reference.
     factor = jnp.asarray(c.embed_dim**0.5, c.compute_dtype)
     x = embedding_VD[tokens_BL].astype(c.compute_dtype) * factor
+    x = constrain(x, ('batch', 'length', 'width'))
+    slides = c.sliding_layers or (False,) * c.num_layers
+    rows = positions_BL, Masks.of(c, mask_BLS, slot), slot
+    if c.unrolled:
+      for layer in range(c.num_layers):
+        block = Layer(c, name=layer_name(layer))
+        (x, cache), _ = block((x, cache), layer, slides[layer], *rows)
+      return RMSNorm(c, name='final_norm')(x), cache
     block = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
     layers = nn.scan(
         block,
@@ -316,14 +391,17 @@ class Gemma(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, name='layers')
     (x, cache), _ = layers(
-        (constrain(x, ('batch', 'length', 'width')), cache),
+        (x, cache),
         jnp.arange(c.num_layers, dtype=jnp.int32),
-        jnp.asarray(c.sliding_layers or (False,) * c.num_layers),
-        positions_BL,
-        Masks.of(c, mask_BLS, slot),
-        slot,
+        jnp.asarray(slides),
+        *rows,
     )
     return RMSNorm(c, name='final_norm')(x), cache
+
+
+def layer_name(layer: int) -> str:
+  """What the parameters of one layer are called where layers are unrolled."""
+  return f'layer_{layer}'
 
 
 def hidden_states(

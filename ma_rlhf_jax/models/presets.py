@@ -53,6 +53,8 @@ class GemmaConfig:
       param_dtype. Frozen models hold them as they are computed with.
     remat: recompute each layer in the backward pass.
     lora: adapters beside the kernels; None = none.
+    unrolled: each layer has its own parameters, `layer_0`, ..., in place of
+      one stack `layers` for a scan; see `rollout.layout`.
   """
 
   vocab_size: int
@@ -75,6 +77,7 @@ class GemmaConfig:
   kernel_dtype: str = ''
   remat: bool = True
   lora: Lora | None = None
+  unrolled: bool = False
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -105,7 +108,14 @@ class GemmaConfig:
 
 # The fields that are choices of a run; the others decide the shapes of the
 # parameters and what they mean.
-_RUNTIME_FIELDS = ('dtype', 'param_dtype', 'kernel_dtype', 'remat', 'lora')
+_RUNTIME_FIELDS = (
+    'dtype',
+    'param_dtype',
+    'kernel_dtype',
+    'remat',
+    'lora',
+    'unrolled',
+)
 SHAPE_FIELDS = tuple(
     f.name
     for f in dataclasses.fields(GemmaConfig)

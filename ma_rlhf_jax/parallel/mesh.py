@@ -35,6 +35,19 @@ def make_mesh(mesh: ConfigDict) -> Mesh:
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
+  """The same devices, `tensor` of them to one copy of the weights.
+
+  Args:
+    mesh: of training.
+    tensor: divides fsdp * tensor of `mesh`.
+  """
+  data, fsdp, split = mesh.devices.shape
+  shape = (data, fsdp * split // tensor, tensor)
+  types = (AxisType.Auto,) * len(AXES)
+  return Mesh(mesh.devices.reshape(shape), AXES, axis_types=types)
+
+
 def abstract(batch: Any, mesh: Mesh) -> Any:
   """Shapes, dtypes and shardings of what `place` would give."""
   sharding = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))

@@ -1,5 +1,6 @@
 """Logical axes -> mesh axes: one table for parameters and activations."""
 
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -29,6 +30,59 @@ RULES = {
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   """The partition spec of an array with these logical axes."""
   return PartitionSpec(*(None if a is None else RULES[a] for a in axes))
+
+
+def fitted(axes: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Any:
+  """`axes` without those that do not divide their dimension of `shape`."""
+  kept = []
+  for size, axis in zip(shape, tuple(axes), strict=False):
+    names = axis if isinstance(axis, tuple) else (axis,)
+    parts = math.prod(mesh.shape[name] for name in names if name)
+    kept.append(axis if parts and size % parts == 0 else None)
+  return PartitionSpec(*kept)
+
+
+def cache_axes(batch: int, kv_heads: int) -> tuple[Any, Any]:
+  """Mesh axes of the rows and of the heads of a cache under the current mesh.
+
+  Its heads lie with the query heads that read them. A single head cannot be
+  split: then `tensor` splits the rows too.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rows, tensor = RULES['batch'], mesh.shape['tensor']
+  if kv_heads % tensor == 0:
+    return rows, 'tensor'
+  everything = (*rows, 'tensor')
+  parts = math.prod(mesh.shape[axis] for axis in everything)
+  return (everything if batch % parts == 0 else rows), None
+
+
+def row_groups(batch: int, kv_heads: int) -> int:
+  """Into how many parts the devices split the rows of a cache."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  parts = math.prod(mesh.shape[axis] for axis in cache_axes(batch, kv_heads)[0])
+  return parts if batch % parts == 0 else 1
+
+
+def split_cache(x: Array, *, stacked: bool = False) -> Array:
+  """A cache [B, S, K, ...], or one [X, B, S, K, ...], over the devices."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  batch, _, heads = x.shape[stacked : stacked + 3]
+  rows, split = cache_axes(batch, heads)
+  axes = (None,) * stacked + (rows, None, split)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def beside_cache(x_BLNH: Array, kv_heads: int) -> Array:
+  """Queries, or what attention makes of them, where their cache lies."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x_BLNH
+  axes = cache_axes(x_BLNH.shape[0], kv_heads)
+  spec_ = PartitionSpec(axes[0], None, axes[1])
+  return jax.lax.with_sharding_constraint(x_BLNH, spec_)
 
 
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:

@@ -1,14 +1,20 @@
-"""Prompts -> responses: prefill and decode in one jitted program."""
+"""Prompts -> responses: prefill and decode in one jitted program.
+
+The loop over tokens runs in stages. Within one, attention looks at the slots
+that the stage can fill, not at all of them; between two, the rows that have
+ended are set aside, and the others go on in a smaller batch.
+"""
 
 import dataclasses
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.gemma import Cache, Gemma, head_logits
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.rollout import live_rows
+from ma_rlhf_jax.rollout.live_rows import DecodeState
 from ma_rlhf_jax.rollout.sampling import sample
 from ma_rlhf_jax.structs import Array, Params, PromptBatch, Rollout
 
@@ -25,6 +31,7 @@ class SamplingSettings:
     min_new_tokens: tokens before EOS may be drawn.
     eos_id: ends a response.
     pad_id: fills it up.
+    int8_cache: hold keys and values in 8 bits, which changes what is drawn.
   """
 
   max_new_tokens: int
@@ -34,54 +41,33 @@ class SamplingSettings:
   top_k: int = 0
   top_p: float = 1.0
   min_new_tokens: int = 0
-
-
-@struct.dataclass
-class DecodeState:
-  """What the decode loop carries.
-
-  Attributes:
-    t: int32 scalar, response tokens drawn so far.
-    hidden_BD: hidden state from which token t is drawn.
-    cache: keys and values of the prompt and of tokens before t.
-    done_B: bool, rows whose EOS has been drawn.
-    tokens_BT: drawn tokens, pad id elsewhere.
-    mask_BT: bool, drawn tokens.
-    logprobs_BT: nats, under the distribution drawn from.
-    kept_mass_BT: mass that the filters left.
-  """
-
-  t: Array
-  hidden_BD: Array
-  cache: Cache
-  done_B: Array
-  tokens_BT: Array
-  mask_BT: Array
-  logprobs_BT: Array
-  kept_mass_BT: Array
+  int8_cache: bool = False
 
 
 def _prefill(
     config: GemmaConfig,
     params: Params,
     prompts: PromptBatch,
+    keys_B: Array,
     s: SamplingSettings,
 ) -> DecodeState:
   """The state before the first response token."""
   batch, width = prompts.tokens_BP.shape
   slots = width + s.max_new_tokens
-  unused = ((0, 0), (0, 0), (0, s.max_new_tokens))
   hidden_BPD, cache = Gemma(config).apply(
       {'params': params},
       prompts.tokens_BP,
       masking.positions(prompts.mask_BP),
-      jnp.pad(masking.causal_mask(prompts.mask_BP), unused),
-      Cache.empty(config, batch, slots),
+      masking.causal_mask(prompts.mask_BP),
+      Cache.empty(config, batch, slots, int8=s.int8_cache),
   )
   shape = (batch, s.max_new_tokens)
   dtype = masking.wide(config.compute_dtype)
   return DecodeState(
       t=jnp.zeros((), jnp.int32),
+      prompt_mask_BP=prompts.mask_BP,
+      keys_B=keys_B,
+      rows_B=jnp.arange(batch, dtype=jnp.int32),
       hidden_BD=hidden_BPD[:, -1],
       cache=cache,
       done_B=jnp.zeros(batch, bool),
@@ -95,7 +81,6 @@ def _prefill(
 def _draw(
     config: GemmaConfig,
     params: Params,
-    keys_B: Array,
     state: DecodeState,
     s: SamplingSettings,
 ) -> DecodeState:
@@ -106,7 +91,7 @@ def _draw(
     banned_V = is_eos_V & (state.t < s.min_new_tokens)
   tokens_B, logprobs_B, kept_B = sample(
       head_logits(state.hidden_BD, embedding_VD, softcap=config.final_softcap),
-      jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.t),
+      jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.t),
       temperature=s.temperature,
       top_k=s.top_k,
       top_p=s.top_p,
@@ -127,28 +112,27 @@ def _draw(
 
 
 def _advance(
-    config: GemmaConfig,
-    params: Params,
-    prompt_mask_BP: Array,
-    state: DecodeState,
+    config: GemmaConfig, params: Params, state: DecodeState, slots: int
 ) -> DecodeState:
-  """Runs the model on the token drawn last."""
+  """Runs the model on the token drawn last; it looks at `slots` slots."""
   column = state.t - 1
   tokens_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BT, column, 1, axis=1)
-  lengths_B = jnp.sum(prompt_mask_BP, axis=-1, dtype=jnp.int32)
+  batch, width = state.prompt_mask_BP.shape
+  lengths_B = jnp.sum(state.prompt_mask_BP, axis=-1, dtype=jnp.int32)
   positions_B1 = lengths_B[:, None] + column
   # Ended rows attend to their pads; nothing reads what comes out of it.
-  slots_T = jnp.arange(state.tokens_BT.shape[1], dtype=jnp.int32)
-  batch = prompt_mask_BP.shape[0]
-  drawn_BT = jnp.broadcast_to(slots_T <= column, (batch, slots_T.shape[0]))
-  mask_BS = jnp.concatenate([prompt_mask_BP, drawn_BT], axis=-1)
+  drawn = jnp.arange(slots - width, dtype=jnp.int32) <= column
+  mask_BS = jnp.concatenate(
+      [state.prompt_mask_BP, jnp.broadcast_to(drawn, (batch, slots - width))],
+      axis=-1,
+  )
   hidden_B1D, cache = Gemma(config).apply(
       {'params': params},
       tokens_B1,
       positions_B1,
       mask_BS[:, None],
       state.cache,
-      prompt_mask_BP.shape[1] + column,
+      width + column,
   )
   return state.replace(hidden_BD=hidden_B1D[:, 0], cache=cache)
 
@@ -161,30 +145,50 @@ def start(
     settings: SamplingSettings,
 ) -> DecodeState:
   """The state after the prompts and the first response token."""
-  state = _prefill(config, params, prompts, settings)
-  return _draw(config, params, keys_B, state, settings)
+  state = _prefill(config, params, prompts, jnp.asarray(keys_B), settings)
+  return _draw(config, params, state, settings)
 
 
 def extend(
     config: GemmaConfig,
     params: Params,
-    prompt_mask_BP: Array,
-    keys_B: Array,
     state: DecodeState,
     settings: SamplingSettings,
     limit: Array | int,
+    bound: int | None = None,
 ) -> DecodeState:
-  """`state` once `limit` tokens have been drawn, or all rows have ended."""
+  """`state` once `limit` tokens have been drawn, or all rows have ended.
+
+  Args:
+    config: shape of the policy.
+    params: its parameters.
+    state: what `start` or `extend` gave.
+    settings: how to sample.
+    limit: tokens of a row, at most `max_new_tokens`.
+    bound: static, at least `limit`; None = `max_new_tokens`.
+  """
   limit = jnp.minimum(limit, settings.max_new_tokens)
+  slots = state.prompt_mask_BP.shape[1] + (bound or settings.max_new_tokens)
 
   def unfinished(state: DecodeState) -> Array:
     return (state.t < limit) & ~jnp.all(state.done_B)
 
   def body(state: DecodeState) -> DecodeState:
-    state = _advance(config, params, prompt_mask_BP, state)
-    return _draw(config, params, keys_B, state, settings)
+    state = _advance(config, params, state, slots)
+    return _draw(config, params, state, settings)
 
   return jax.lax.while_loop(unfinished, body, state)
+
+
+def stage_limits(max_new_tokens: int) -> tuple[int, ...]:
+  """Tokens of a response after each stage: T/8, T/4, T/2 and T.
+
+  Short responses have fewer stages: each is a program of its own to compile.
+  """
+  parts = [8, 4, 2] if max_new_tokens >= 256 else [2]
+  if max_new_tokens < 32:
+    parts = []
+  return (*(max_new_tokens // part for part in parts), max_new_tokens)
 
 
 def generate(
@@ -206,17 +210,13 @@ def generate(
   Returns:
     The rollout. A response that reached T columns without EOS has none.
   """
-  keys_B = jnp.asarray(keys_B)
   state = start(config, params, prompts, keys_B, settings)
-  state = extend(
-      config,
-      params,
-      prompts.mask_BP,
-      keys_B,
-      state,
-      settings,
-      settings.max_new_tokens,
-  )
+  for number, limit in enumerate(stage_limits(settings.max_new_tokens)):
+    run = lambda state, limit=limit: extend(
+        config, params, state, settings, limit, limit
+    )
+    state = live_rows.run(run, state, most=2**number)
+  state = live_rows.in_order(state)
   return Rollout(
       sequences=masking.join(
           prompts.tokens_BP, prompts.mask_BP, state.tokens_BT, state.mask_BT

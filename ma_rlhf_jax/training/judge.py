@@ -14,7 +14,7 @@ from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import rewards
 from ma_rlhf_jax.parallel.mesh import place
-from ma_rlhf_jax.rollout import decode, sampling, scoring
+from ma_rlhf_jax.rollout import layout, scoring
 from ma_rlhf_jax.structs import (
     Array,
     Params,
@@ -63,31 +63,6 @@ class Judged:
     shown['length'] = self.numbers['length'][:count].astype(int).tolist()
     return console.samples_table(
         self.prompts[:count], self.responses[:count], shown
-    )
-
-
-@functools.partial(
-    jax.jit, static_argnames=('shape', 'settings', 'num_rollouts')
-)
-def sample_responses(
-    params: Params,
-    prompts: PromptBatch,
-    stream_key: Array,
-    step: Array | int,
-    *,
-    shape: GemmaConfig,
-    settings: decode.SamplingSettings,
-    num_rollouts: int = 1,
-) -> Rollout:
-  """One response a row, decoded in `num_rollouts` batches one by one."""
-  with jax.named_scope('rollout'):
-    keys_B = sampling.row_keys(
-        stream_key, step, prompts.prompt_ids_B, prompts.sample_ids_B
-    )
-    return scoring.in_micro_batches(
-        lambda rows: decode.generate(shape, params, *rows, settings),
-        (prompts, keys_B),
-        num_rollouts,
     )
 
 
@@ -192,12 +167,12 @@ def judge(
   parts = []
   for start in range(0, count, run.rows):
     rows = np.arange(start, start + run.rows) % len(run.data.eval)
-    rollout = sample_responses(
+    rollout = layout.sample_responses(
         policy.params,
         prompt_batch(run, run.data.eval, rows),
         run.key(stream),
         0,
-        shape=policy.shape,
+        layout=run.decode_layout(policy.shape),
         settings=run.sampling(temperature),
         num_rollouts=update.num_micro(run.rows, run.config.rollout.batch_size),
     )

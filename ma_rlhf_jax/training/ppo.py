@@ -15,6 +15,7 @@ from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import losses, rewards, targets
 from ma_rlhf_jax.parallel.mesh import abstract, place
+from ma_rlhf_jax.rollout import layout as layout_lib
 from ma_rlhf_jax.rollout import sampling, scoring
 from ma_rlhf_jax.structs import (
     Array,
@@ -174,9 +175,11 @@ class PPO(Stage):
     run, c, shapes = self.run, self.config, self.shapes
     num_rows = run.rows
     # The evaluation runs the same program.
+    self._layout = layout = run.decode_layout(shapes.policy)
+    self._to_decode = functools.partial(layout_lib.to_decode, layout=layout)
     self._rollout = functools.partial(
-        judge.sample_responses,
-        shape=shapes.policy,
+        layout_lib.draw,
+        layout=layout,
         settings=run.sampling(),
         num_rollouts=update.num_micro(num_rows, run.config.rollout.batch_size),
     )
@@ -262,7 +265,9 @@ class PPO(Stage):
     prompts = self.run.abstract_prompts(self.run.rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     split = lambda: jax.random.split(jax.random.key(0), self.run.rows)
-    rollout = add('ppo/rollout', self._rollout, models.policy, prompts, key, 0)
+    programs['ppo/reshard'] = Program(self._to_decode, (models.policy,))
+    policy = layout_lib.abstract_params(models.policy, self._layout)
+    rollout = add('ppo/rollout', self._rollout, policy, prompts, key, 0)
     scored = add('ppo/score', self._score, models, rollout.sequences)
     given_BT = rollout.sequences.response_mask_BT if self._host else None
     experience = add(
@@ -313,9 +318,9 @@ class PPO(Stage):
         run, self.data, self.rows(index), self.config.samples_per_prompt
     )
     with jax.profiler.TraceAnnotation('rollout'):
-      rollout = self._rollout(
-          self.params(states).policy, prompts, run.key('rollout'), index
-      )
+      policy = self._to_decode(self.params(states).policy)
+      rollout = self._rollout(policy, prompts, run.key('rollout'), index)
+      del policy  # a second copy of the weights
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )

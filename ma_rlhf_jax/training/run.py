@@ -14,8 +14,10 @@ from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.macro.host import NAMES, HostSettings, HostTermination
+from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import abstract, place
 from ma_rlhf_jax.rollout.decode import SamplingSettings
+from ma_rlhf_jax.rollout.layout import DecodeLayout, make_layout
 from ma_rlhf_jax.structs import Array, PromptBatch, SequenceBatch
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -149,7 +151,12 @@ class Run:
         min_new_tokens=r.min_new_tokens,
         eos_id=self.tokenizer.eos_token_id,
         pad_id=self.tokenizer.pad_token_id,
+        int8_cache=r.int8_cache,
     )
+
+  def decode_layout(self, shape: GemmaConfig) -> DecodeLayout:
+    """How a policy of this shape lies while it decodes."""
+    return make_layout(shape, self.mesh, self.config.rollout.tensor)
 
   def host_termination(self) -> HostTermination | None:
     """The rule of the host that the config names; None = one of the device.

@@ -176,7 +176,7 @@ def test_cache_write_touches_one_layer_and_its_slots() -> None:
   def write(ones: Array) -> tuple[gemma.Cache, tuple[Array, Array]]:
     cache = gemma.Cache.empty(TINY, batch=2, slots=4)
     cache = cache.write(1, 1, ones, 2 * ones)
-    return cache, cache.layer(1)
+    return cache, cache.layer(1, 4, jnp.float32)
 
   cache, (keys, values) = write(np.ones((2, 2, 2, 10), np.float32))
   np.testing.assert_array_equal(np.asarray(keys)[1, :, 0, 0], [0, 1, 1, 0])

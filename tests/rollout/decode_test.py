@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.models.gemma import head_logits, hidden_states
-from ma_rlhf_jax.rollout import decode, sampling, scoring
+from ma_rlhf_jax.rollout import decode, layout, live_rows, sampling, scoring
 from ma_rlhf_jax.structs import Array, PromptBatch, Rollout
 from tests import tiny
 
@@ -144,9 +145,9 @@ def test_the_loop_stops_when_every_row_has_ended(
   assert 2 < length < T
   advanced, advance = [], decode._advance
 
-  def counted(config, params, mask, state):
+  def counted(config, params, state, slots):
     jax.debug.callback(lambda t: advanced.append(int(t)), state.t)
-    return advance(config, params, mask, state)
+    return advance(config, params, state, slots)
 
   monkeypatch.setattr(decode, '_advance', counted)
   settings = dataclasses.replace(GREEDY, eos_id=eos)
@@ -208,3 +209,91 @@ def test_samples_of_one_prompt_differ_and_repeat():
   assert len(set(map(tuple, found))) == 3
   assert found[0] == _responses(_roll(tiny.prompts(ROWS)))[1]
   assert _responses(_roll(samples, seed=1))[0] != found[0]
+
+
+def test_stages_end_at_halves_of_the_response() -> None:
+  assert decode.stage_limits(512) == (64, 128, 256, 512)
+  assert decode.stage_limits(64) == (32, 64)
+  assert decode.stage_limits(16) == (16,)
+
+
+@pytest.mark.parametrize('unrolled', [False, True])
+def test_stages_and_dropped_rows_change_no_token(
+    monkeypatch: pytest.MonkeyPatch, unrolled: bool
+) -> None:
+  # Sixteen rows, which end at different tokens.
+  prompts = tiny.prompts([0, 1, 2, 4] * 4)
+  prompts = prompts.replace(
+      sample_ids_B=jnp.repeat(jnp.arange(4, dtype=jnp.int32), 4)
+  )
+  whole = _roll(prompts)
+  lengths = np.asarray(whole.sequences.response_mask_BT.sum(1))
+  limits = (2, T // 2, T - 2, T)
+  live = [(lengths > limit).sum() for limit in limits[:-1]]
+  assert 16 > live[0] > live[1] > live[2] > 0 and live[2] <= 8, live
+  sizes, extend = [], decode.extend
+
+  def counted(config, params, state, *args):
+    sizes.append(state.done_B.shape[0])
+    return extend(config, params, state, *args)
+
+  monkeypatch.setattr(decode, 'extend', counted)
+  monkeypatch.setattr(decode, 'stage_limits', lambda _: limits)
+  made = layout.make_layout(tiny.SHAPE, None)
+  config = dataclasses.replace(made.config, unrolled=unrolled)
+  made = dataclasses.replace(made, config=config)
+  rollout = layout.sample_responses(
+      PARAMS,
+      prompts,
+      jax.random.key(0),
+      3,
+      layout=made,
+      settings=SAMPLED,
+  )
+  assert sorted(set(sizes)) == [2, 4, 8, 16]
+  jax.tree.map(
+      np.testing.assert_array_equal, rollout.sequences, whole.sequences
+  )
+  for name in ('sample_logprobs_BT', 'kept_mass_BT'):
+    one, two = getattr(rollout, name), getattr(whole, name)
+    np.testing.assert_allclose(one, two, atol=2e-5)
+
+
+def test_the_smallest_batch_that_holds_the_live_rows_goes_on() -> None:
+  state = jax.jit(decode.start, static_argnums=(0, 4))(
+      tiny.SHAPE, PARAMS, tiny.prompts(ROWS * 2), _keys(tiny.prompts(ROWS * 2)),
+      SAMPLED,
+  )  # fmt: skip
+  mark = lambda state: state.replace(
+      kept_mass_BT=jnp.full_like(state.kept_mass_BT, state.done_B.shape[0])
+  )
+  for live, size in ((8, 8), (5, 8), (4, 4), (3, 4), (2, 2), (1, 2), (0, 2)):
+    done_B = jnp.arange(8) % 8 >= live
+    order = np.random.default_rng(live).permutation(8)
+    given = state.replace(done_B=done_B[order])
+    ran = live_rows.run(mark, given, most=4)
+    found = live_rows.in_order(ran)
+    np.testing.assert_array_equal(found.tokens_BT, state.tokens_BT)
+    np.testing.assert_array_equal(found.done_B, given.done_B)
+    marked = np.asarray(found.kept_mass_BT[:, 0] == size)
+    assert marked[~np.asarray(given.done_B)].all() and marked.sum() == size
+
+
+def test_eight_bits_of_cache_are_nearly_the_same() -> None:
+  prompts = tiny.prompts(ROWS)
+  exact = _roll(prompts, GREEDY)
+  near = _roll(prompts, dataclasses.replace(GREEDY, int8_cache=True))
+  one, two = exact.sequences.tokens_BL, near.sequences.tokens_BL
+  # The first token comes from the prompt alone, which is not quantised before
+  # it is attended to; most of the others are the same.
+  width = prompts.tokens_BP.shape[1]
+  assert (one == two)[:, width:].mean() > 0.5
+
+
+def test_quantised_numbers_are_within_half_a_step() -> None:
+  x = np.random.default_rng(0).normal(size=(3, 5, 2, 16)).astype(np.float32)
+  x[0, 0] = 0
+  small, scales = gemma.quantise(x)
+  assert small.dtype == jnp.int8 and scales.shape == (3, 5, 2)
+  error = np.abs(np.asarray(small) * np.asarray(scales)[..., None] - x)
+  assert (error <= np.abs(x).max(-1, keepdims=True) / 127 * 0.5001).all()

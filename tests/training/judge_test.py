@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.rollout import decode, scoring
+from ma_rlhf_jax.rollout import decode, layout, scoring
 from ma_rlhf_jax.structs import Rollout
 from ma_rlhf_jax.training import judge
 from ma_rlhf_jax.training.run import Run
@@ -23,12 +23,12 @@ def _sample(
     run: Run, num_rollouts: int = 1, stream: str = 'rollout'
 ) -> Rollout:
   rows = np.arange(8)
-  return judge.sample_responses(
+  return layout.sample_responses(
       POLICY.params,
       judge.prompt_batch(run, run.data.eval, rows),
       run.key(stream),
       0,
-      shape=tiny.SHAPE,
+      layout=run.decode_layout(tiny.SHAPE),
       settings=run.sampling(),
       num_rollouts=num_rollouts,
   )
@@ -82,12 +82,12 @@ def test_batches_of_rollouts_change_no_token(run: Run):
 
 def _found(run: Run, temperature: float = 1.0) -> Rollout:
   """The responses that `judge` draws, all in one batch."""
-  return judge.sample_responses(
+  return layout.sample_responses(
       POLICY.params,
       judge.prompt_batch(run, run.data.eval, np.arange(8)),
       run.key('evaluate'),
       0,
-      shape=tiny.SHAPE,
+      layout=run.decode_layout(tiny.SHAPE),
       settings=run.sampling(temperature),
   )
 

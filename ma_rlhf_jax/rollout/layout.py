@@ -1,0 +1,215 @@
+"""How a policy lies on the devices while it decodes.
+
+Each token reads all weights once. Weights that are split for training (over
+`fsdp`, in float32) would be gathered for every token, so they are cast and laid
+out anew once a rollout: in the compute dtype, split over `tensor` alone, and,
+where a scan over layers would copy each layer out of the stack, layer by layer.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ma_rlhf_jax.models.gemma import Gemma, dummy_inputs, layer_name
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.parallel.mesh import decode_mesh
+from ma_rlhf_jax.rollout import decode, sampling, scoring
+from ma_rlhf_jax.structs import Array, Params, PromptBatch, Rollout
+
+# A device that decodes holds at most this much of the weights, if it can.
+_SHARE_BYTES = 4 * 1024**3
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeLayout:
+  """Where a decoding policy lies, and in which form; hashable.
+
+  Attributes:
+    config: its shape, as `Gemma` runs it.
+    mesh: the devices as they decode; None = no mesh.
+    train_mesh: the same devices as they train.
+  """
+
+  config: GemmaConfig
+  mesh: Mesh | None
+  train_mesh: Mesh | None
+
+
+def make_layout(
+    config: GemmaConfig, mesh: Mesh | None, tensor: int = 0
+) -> DecodeLayout:
+  """The layout of a policy of this shape.
+
+  Args:
+    config: the shape of the policy in training.
+    mesh: of training.
+    tensor: devices to one copy of the weights; 0 = the fewest that hold at
+      most 4 GiB each.
+  """
+  platform, decoding = jax.default_backend(), None
+  if mesh is not None:
+    platform = mesh.devices.flat[0].platform
+    decoding = decode_mesh(mesh, tensor or _fewest(config, mesh))
+  # A TPU reads a layer where it lies in the stack.
+  unrolled = platform != 'tpu'
+  config = dataclasses.replace(config, remat=False, unrolled=unrolled)
+  return DecodeLayout(config, decoding, mesh)
+
+
+@contextlib.contextmanager
+def decoding_on(layout: DecodeLayout) -> Iterator[None]:
+  """Inside, the mesh is that of the layout, also while tracing."""
+  if layout.mesh is None:
+    yield
+    return
+  with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+    yield
+
+
+def _fewest(config: GemmaConfig, mesh: Mesh) -> int:
+  """Devices to one copy of the weights; see `make_layout`."""
+  whole = config.num_params * config.compute_dtype.itemsize
+  data, fsdp, tensor = mesh.devices.shape
+  del data
+  splits = [
+      n
+      for n in range(tensor, fsdp * tensor + 1)
+      if fsdp * tensor % n == 0 and config.num_heads % n == 0
+  ]
+  enough = [n for n in splits if whole <= n * _SHARE_BYTES]
+  return min(enough, default=max(splits, default=tensor))
+
+
+def _shardings(layout: DecodeLayout) -> dict[str, NamedSharding]:
+  """Path -> where a parameter lies."""
+  boxed = jax.eval_shape(
+      lambda: Gemma(layout.config).init(jax.random.key(0), *dummy_inputs())
+  )['params']
+  axes = traverse_util.flatten_dict(
+      nn.get_partition_spec(boxed), sep='/', keep_empty_nodes=False
+  )
+  shapes = traverse_util.flatten_dict(nn.unbox(boxed), sep='/')
+  rules = partition.RULES | {'embed': None, 'kv_heads': 'tensor'}
+
+  def one(path: str) -> NamedSharding:
+    spec = PartitionSpec(*(rules.get(a) for a in axes[path]))
+    fitted = partition.fitted(spec, shapes[path].shape, layout.mesh)
+    return NamedSharding(layout.mesh, fitted)
+
+  return {path: one(path) for path in shapes}
+
+
+def _unstacked(flat: dict[str, Any], num_layers: int) -> dict[str, Any]:
+  """`layers/x` -> `layer_0/x`, `layer_1/x`, ..."""
+  made = {}
+  for path, x in flat.items():
+    first, _, rest = path.partition('/')
+    if first != 'layers':
+      made[path] = x
+      continue
+    for layer in range(num_layers):
+      made[f'{layer_name(layer)}/{rest}'] = x[layer]
+  return made
+
+
+@functools.partial(jax.jit, static_argnames='layout')
+def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
+  """The parameters of a policy in training, in the layout of a decoding one."""
+  config = layout.config
+  flat = traverse_util.flatten_dict(params, sep='/')
+  # Norms multiply in float32 and are small.
+  cast = lambda path, x: (
+      x if path.endswith('scale') else x.astype(config.compute_dtype)
+  )
+  flat = {path: cast(path, x) for path, x in flat.items()}
+  if config.unrolled:
+    flat = _unstacked(flat, config.num_layers)
+  if layout.mesh is not None:
+    flat = {
+        path: jax.lax.with_sharding_constraint(flat[path], sharding)
+        for path, sharding in _shardings(layout).items()
+    }
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def abstract_params(params: Params, layout: DecodeLayout) -> Params:
+  """Shapes, dtypes and shardings of what `to_decode` gives."""
+  flat = traverse_util.flatten_dict(
+      jax.eval_shape(functools.partial(to_decode, layout=layout), params),
+      sep='/',
+  )
+  if layout.mesh is not None:
+    flat = {
+        path: jax.ShapeDtypeStruct(
+            flat[path].shape, flat[path].dtype, sharding=sharding
+        )
+        for path, sharding in _shardings(layout).items()
+    }
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+@functools.partial(
+    jax.jit, static_argnames=('layout', 'settings', 'num_rollouts')
+)
+def draw(
+    params: Params,
+    prompts: PromptBatch,
+    stream_key: Array,
+    step: Array | int,
+    *,
+    layout: DecodeLayout,
+    settings: decode.SamplingSettings,
+    num_rollouts: int = 1,
+) -> Rollout:
+  """One response a row, decoded in `num_rollouts` batches one by one.
+
+  Args:
+    params: what `to_decode` gave.
+    prompts: left-padded.
+    stream_key: the key of one stream of samples.
+    step: the update for which they are drawn.
+    layout: of `params`.
+    settings: how to sample.
+    num_rollouts: divides the rows.
+
+  Returns:
+    The rollout, its rows where a training batch has them.
+  """
+  if layout.mesh is not None:
+    # Traced values belong to a mesh; these move to that of the layout.
+    rows = NamedSharding(layout.mesh, PartitionSpec(partition.RULES['batch']))
+    whole = NamedSharding(layout.mesh, PartitionSpec())
+    move = jax.lax.with_sharding_constraint
+    prompts = jax.tree.map(lambda x: move(x, rows), prompts)
+    stream_key, step = move((stream_key, jnp.asarray(step)), whole)
+  with jax.named_scope('rollout'), decoding_on(layout):
+    keys_B = sampling.row_keys(
+        stream_key, step, prompts.prompt_ids_B, prompts.sample_ids_B
+    )
+    rollout = scoring.in_micro_batches(
+        lambda rows: decode.generate(layout.config, params, *rows, settings),
+        (prompts, keys_B),
+        num_rollouts,
+    )
+  if layout.train_mesh is None:
+    return rollout
+  rows = NamedSharding(
+      layout.train_mesh, PartitionSpec(partition.RULES['batch'])
+  )
+  return jax.tree.map(
+      lambda x: jax.lax.with_sharding_constraint(x, rows), rollout
+  )
+
+
+def sample_responses(params: Params, *args: Any, **how: Any) -> Rollout:
+  """`draw` with the parameters of a policy in training."""
+  return draw(to_decode(params, layout=how['layout']), *args, **how)

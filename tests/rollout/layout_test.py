@@ -1,0 +1,114 @@
+"""Weights that decode: where they lie, and what their program sends around."""
+
+import dataclasses
+import re
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ma_rlhf_jax.models import heads, presets
+from ma_rlhf_jax.parallel import mesh as mesh_lib
+from ma_rlhf_jax.parallel.mesh import place
+from ma_rlhf_jax.rollout import decode, layout
+from ma_rlhf_jax.structs import PromptBatch, Rollout
+from tests import tiny
+
+T = tiny.RESPONSE_LEN
+SETTINGS = decode.SamplingSettings(T, tiny.EOS, tiny.PAD, temperature=0.9)
+# Two kv heads of four; and one, whose cache is split by rows.
+GROUPED = dataclasses.replace(tiny.SHAPE, num_heads=4, num_kv_heads=2)
+SINGLE = dataclasses.replace(GROUPED, num_kv_heads=1)
+PROMPTS = tiny.prompts([0, 1, 2, 4] * 2)
+
+
+def _mesh(*shape: int) -> jax.sharding.Mesh:
+  devices = np.array(jax.devices()[:8]).reshape(shape)
+  types = (jax.sharding.AxisType.Auto,) * 3
+  return jax.sharding.Mesh(devices, mesh_lib.AXES, axis_types=types)
+
+
+def _drawn(
+    shape: presets.GemmaConfig, mesh: jax.sharding.Mesh | None, tensor: int = 0
+) -> Rollout:
+  made = layout.make_layout(shape, mesh, tensor)
+  key = jax.random.key(0)
+  how = {'layout': made, 'settings': SETTINGS}
+  if mesh is None:
+    params = heads.init_params('policy', shape, jax.random.key(7))
+    return layout.sample_responses(params, PROMPTS, key, 3, **how)
+  with jax.set_mesh(mesh):
+    params = heads.init_params('policy', shape, jax.random.key(7))
+    prompts: PromptBatch = place(PROMPTS, mesh)
+    return layout.sample_responses(params, prompts, key, 3, **how)
+
+
+@pytest.mark.parametrize('shape', [GROUPED, SINGLE], ids=['grouped', 'single'])
+@pytest.mark.parametrize(
+    ('axes', 'tensor'),
+    [((8, 1, 1), 1), ((1, 8, 1), 2), ((1, 8, 1), 4), ((2, 2, 2), 4)],
+)
+def test_layouts_draw_the_same_tokens(
+    shape: presets.GemmaConfig, axes: tuple[int, ...], tensor: int
+) -> None:
+  alone, split = _drawn(shape, None), _drawn(shape, _mesh(*axes), tensor)
+  jax.tree.map(np.testing.assert_array_equal, split.sequences, alone.sequences)
+  np.testing.assert_allclose(
+      split.sample_logprobs_BT, alone.sample_logprobs_BT, atol=2e-5
+  )
+
+
+def test_the_weights_of_a_layer_are_its_own_and_cast() -> None:
+  shape = dataclasses.replace(tiny.SHAPE, dtype='bfloat16')
+  params = heads.init_params('policy', shape, jax.random.key(7))
+  made = layout.make_layout(shape, None)
+  found = layout.to_decode(params, layout=made)
+  kernel = params['layers']['mlp']['up'][1].astype(jnp.bfloat16)
+  np.testing.assert_array_equal(found['layer_1']['mlp']['up'], kernel)
+  assert found['final_norm']['scale'].dtype == jnp.float32
+  assert found['embedding'].dtype == jnp.bfloat16
+
+
+def test_the_fewest_devices_that_hold_a_copy() -> None:
+  mesh = _mesh(1, 8, 1)
+  tensor = lambda name: layout.make_layout(
+      dataclasses.replace(presets.PRESETS[name], dtype='bfloat16'), mesh
+  ).mesh.shape['tensor']
+  # 4.7, 15.9 and 50.7 GiB; of 13 devices eight are all there are.
+  assert tensor('gemma-2b') == 2
+  assert tensor('gemma-7b') == 4
+  assert tensor('gemma-2-27b') == 8
+
+
+def test_no_weight_moves_while_tokens_are_drawn() -> None:
+  mesh = _mesh(1, 8, 1)
+  made = layout.make_layout(GROUPED, mesh, 2)
+  with jax.set_mesh(mesh):
+    params = heads.init_params('policy', GROUPED, jax.random.key(7))
+    decoding = layout.to_decode(params, layout=made)
+    lowered = layout.draw.lower(
+        decoding,
+        place(PROMPTS, mesh),
+        jax.random.key(0),
+        0,
+        layout=made,
+        settings=SETTINGS,
+    )
+  text = lowered.compile().as_text()
+  gathers = re.findall(r'= (\S+) all-gather(?:-start)?\(', text)
+  smallest = min(
+      x.size // 2
+      for path, x in traverse_util.flatten_dict(decoding, sep='/').items()
+      if x.ndim > 1
+  )
+  sizes = [
+      int(np.prod([int(n) for n in shape.split(',') if n]))
+      for found in gathers
+      for shape in re.findall(r'\w+\[([\d,]*)\]', found)
+  ]
+  assert all(size < smallest for size in sizes), gathers
+  want = layout.abstract_params(params, made)
+  same = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)
+  assert jax.tree.all(jax.tree.map(same, decoding, want))
