@@ -151,7 +151,15 @@ def _ppo() -> ConfigDict:
   c.samples_per_prompt = 1
   c.ppo_epochs = 1  # passes over one batch of rollouts, paper
   c.minibatches = 1  # optimizer updates per such pass, paper
-  c.micro_batch_size = 0  # sequences per forward pass; 0 = all
+  # Full-length sequences per forward pass; shorter ones are more to a pass.
+  # 0 = all, or with several widths a sixteenth of them.
+  c.micro_batch_size = 0
+  # Widths to which rows are padded for scoring and updates: 1 = that of the
+  # longest possible; 0 = six from 512 tokens on, else one.
+  c.length_buckets = 0
+  # Score and learn in one forward pass where that is exact: joint (gradients
+  # of policy and critic exist at once) | policy | off.
+  c.one_pass = 'joint'
   c.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
   c.kl_estimator = 'k1'  # in the reward; no other has the right gradient
   c.kl_target = 0.0  # nats per response that kl_coef adapts to; 0 = fixed
@@ -298,6 +306,7 @@ def published(init: str, preset: str) -> ConfigDict:
   c.data.max_prompt_len = c.data.max_response_len = 512
   c.mesh.data, c.mesh.fsdp = 1, -1
   c.rollout.temperature, c.rollout.top_k = 0.8, 50
+  c.ppo.one_pass = 'policy'  # one gradient tree at a time
   c.evaluate.prompts, c.evaluate.temperature = 2000, 0.8
   for optim in (c.ppo.optim, c.critic.optim):
     # Their 200 micro-steps are 6 of 145 updates; their script has 5 %.
@@ -319,6 +328,8 @@ RESUMABLE = (
     'data.cache_dir',
     'macro.parse_workers',
     'rollout.tensor',
+    'ppo.length_buckets',
+    'ppo.one_pass',
 )
 
 # What follows the colon in --config=recipe.py:word,name=value. Words are the

@@ -66,6 +66,46 @@ def predictors(x_BLx: Array, response_len: int) -> Array:
   return x_BLx[:, -response_len - 1 : -1]
 
 
+def lengths(mask_BL: Array) -> Array:
+  """int32 [B]: real tokens of each row."""
+  return jnp.sum(mask_BL, axis=-1, dtype=jnp.int32)
+
+
+def compacted(
+    sequences: SequenceBatch, width: int
+) -> tuple[Array, Array, Array]:
+  """Rows without the padding before them, and where responses are predicted.
+
+    column     0   1   2   3   4   5   6        the row above, width = 7
+    tokens    bos Hi  !   Hey yo  eos pad
+    predicts              0   1   2   3         response token t from column ...
+
+  Args:
+    sequences: rows of at most `width` real tokens.
+    width: W.
+
+  Returns:
+    tokens_BW, mask_BW, and int32 [B, min(T, W)], the column from which each
+    response token is predicted.
+  """
+  total = sequences.mask_BL.shape[1]
+  response_len = sequences.response_mask_BT.shape[1]
+  first_B1 = jnp.argmax(sequences.mask_BL, axis=-1, keepdims=True)
+  first_B1 = first_B1.astype(jnp.int32)
+  from_BW = first_B1 + jnp.arange(width, dtype=jnp.int32)[None]
+  take = lambda x: jnp.take_along_axis(
+      x, jnp.minimum(from_BW, total - 1), axis=1
+  )
+  mask_BW = take(sequences.mask_BL) & (from_BW < total)
+  token = jnp.arange(min(response_len, width), dtype=jnp.int32)[None]
+  predicts_BT = total - response_len - first_B1 - 1 + token
+  return (
+      take(sequences.tokens_BL),
+      mask_BW,
+      jnp.clip(predicts_BT, 0, width - 1),
+  )
+
+
 def last_real(mask_BL: Array) -> Array:
   """int32 [B]: column of the last real token; 0 in a row without one."""
   length = mask_BL.shape[-1]

@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'ppo.baseline': ('critic', 'rloo'),
     'ppo.ratio': tuple(losses.RATIOS),
     'ppo.loss_reduction': tuple(losses.REDUCTIONS),
+    'ppo.one_pass': ('joint', 'policy', 'off'),
     'critic.target': tuple(targets.CRITIC_TARGETS),
     'macro.variant': tuple(switches.VARIANTS),
     'macro.termination': (*termination.RULES, *host.NAMES),
@@ -73,7 +74,8 @@ _AT_LEAST_0 = (
     ' sft.eval_every'
     ' reward_model.steps reward_model.micro_batch_size reward_model.eval_every'
     ' reward_model.num_padding_at_beginning ppo.steps ppo.micro_batch_size'
-    ' ppo.kl_coef ppo.kl_target ppo.score_clip ppo.logprob_temperature'
+    ' ppo.length_buckets ppo.kl_coef ppo.kl_target ppo.score_clip'
+    ' ppo.logprob_temperature'
     ' macro.parse_workers macro.max_len'
     ' ppo.critic_warmup_updates ppo.eval_every critic.clip_eps macro.ngram'
     ' data.split_seed rollout.temperature rollout.top_k rollout.min_new_tokens'

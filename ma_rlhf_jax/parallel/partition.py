@@ -57,6 +57,20 @@ def cache_axes(batch: int, kv_heads: int) -> tuple[Any, Any]:
   return (everything if batch % parts == 0 else rows), None
 
 
+def batch_groups(batch: int) -> int:
+  """Into how many parts the devices split the rows of a batch."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  parts = math.prod(mesh.shape[axis] for axis in RULES['batch'])
+  return parts if batch % parts == 0 else 1
+
+
+def constrain_rows(x: Array) -> Array:
+  """`x`, its first axis over the devices that share a batch."""
+  return constrain(x, ('batch',) + (None,) * (x.ndim - 1))
+
+
 def row_groups(batch: int, kv_heads: int) -> int:
   """Into how many parts the devices split the rows of a cache."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -15,6 +15,29 @@ from ma_rlhf_jax.rollout.logprobs import token_logprobs
 from ma_rlhf_jax.structs import Array, Params, SequenceBatch
 
 
+def _laid_out(
+    sequences: SequenceBatch, width: int | None
+) -> tuple[Array, Array, Callable[[Array], Array]]:
+  """Tokens and mask for a model, and what picks the predicting columns."""
+  response_len = sequences.response_mask_BT.shape[1]
+  if width is None:
+    pick = lambda x_BLx: masking.predictors(x_BLx, response_len)
+    return sequences.tokens_BL, sequences.mask_BL, pick
+  tokens_BW, mask_BW, column_BT = masking.compacted(sequences, width)
+
+  def pick(x_BWx: Array) -> Array:
+    column = column_BT.reshape(*column_BT.shape, *(1,) * (x_BWx.ndim - 2))
+    return jnp.take_along_axis(x_BWx, column, axis=1)
+
+  return tokens_BW, mask_BW, pick
+
+
+def _on_response(x_BT: Array, mask_BT: Array) -> Array:
+  """`x` in all T columns, 0 on padding; it may have fewer."""
+  missing = mask_BT.shape[1] - x_BT.shape[1]
+  return jnp.where(mask_BT, jnp.pad(x_BT, ((0, 0), (0, missing))), 0)
+
+
 def response_logprobs(
     config: GemmaConfig,
     params: Params,
@@ -23,43 +46,55 @@ def response_logprobs(
     temperature: float,
     chunk_tokens: int,
     with_entropy: bool = False,
+    width: int | None = None,
 ) -> tuple[Array, Array]:
-  """(logprobs_BT, entropy_BT) of the response tokens, nats; 0 on padding."""
-  hidden_BLD = hidden_states(
-      config, params, sequences.tokens_BL, sequences.mask_BL
-  )
+  """(logprobs_BT, entropy_BT) of the response tokens, nats; 0 on padding.
+
+  Args:
+    config: shape of the policy.
+    params: its parameters.
+    sequences: prompts and responses.
+    temperature: of the log-probs.
+    chunk_tokens: tokens whose logits exist at once.
+    with_entropy: also compute entropies, else they are 0.
+    width: no row has more real tokens; None = all columns are computed.
+  """
+  tokens, mask, pick = _laid_out(sequences, width)
+  states_BTD = pick(hidden_states(config, params, tokens, mask))
   mask_BT = sequences.response_mask_BT
   logprobs_BT, entropy_BT = token_logprobs(
-      masking.predictors(hidden_BLD, mask_BT.shape[1]),
+      states_BTD,
       params['embedding'],
-      masking.response_tokens(sequences),
+      masking.response_tokens(sequences)[:, : states_BTD.shape[1]],
       softcap=config.final_softcap,
       temperature=temperature,
       chunk_tokens=chunk_tokens,
       with_entropy=with_entropy,
   )
-  return jnp.where(mask_BT, logprobs_BT, 0), jnp.where(mask_BT, entropy_BT, 0)
+  return _on_response(logprobs_BT, mask_BT), _on_response(entropy_BT, mask_BT)
 
 
 def response_values(
-    config: GemmaConfig, params: Params, sequences: SequenceBatch
+    config: GemmaConfig,
+    params: Params,
+    sequences: SequenceBatch,
+    width: int | None = None,
 ) -> Array:
   """float [B, T]: the critic's value of the state before each token."""
-  values_BL = token_scores(
-      config, params, sequences.tokens_BL, sequences.mask_BL
-  )
-  mask_BT = sequences.response_mask_BT
-  return jnp.where(mask_BT, masking.predictors(values_BL, mask_BT.shape[1]), 0)
+  tokens, mask, pick = _laid_out(sequences, width)
+  values_BT = pick(token_scores(config, params, tokens, mask))
+  return _on_response(values_BT, sequences.response_mask_BT)
 
 
 def sequence_scores(
-    config: GemmaConfig, params: Params, sequences: SequenceBatch
+    config: GemmaConfig,
+    params: Params,
+    sequences: SequenceBatch,
+    width: int | None = None,
 ) -> Array:
   """float [B]: the reward model's score at the last real token."""
-  scores_BL = token_scores(
-      config, params, sequences.tokens_BL, sequences.mask_BL
-  )
-  return masking.end_scores(scores_BL, sequences.mask_BL)
+  tokens, mask, _ = _laid_out(sequences, width)
+  return masking.end_scores(token_scores(config, params, tokens, mask), mask)
 
 
 def sampler_statistics(

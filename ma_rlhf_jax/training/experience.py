@@ -4,6 +4,7 @@ Between the two, the host may say where macro actions start.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,6 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import aggregate, termination
-from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import advantage, losses, rewards
 from ma_rlhf_jax.objective import targets as targets_lib
 from ma_rlhf_jax.rollout import scoring
@@ -20,12 +20,12 @@ from ma_rlhf_jax.structs import (
     Array,
     Experience,
     MacroActions,
-    Params,
     Rollout,
     Scored,
     SequenceBatch,
     Targets,
 )
+from ma_rlhf_jax.training import buckets
 
 
 class Models(NamedTuple):
@@ -57,7 +57,7 @@ def score_sequences(
     *,
     temperature: float,
     chunk_tokens: int,
-    num_micro: int,
+    split: buckets.Buckets,
 ) -> Scored:
   """What the four models say about finished responses.
 
@@ -67,39 +67,52 @@ def score_sequences(
     sequences: prompts and responses.
     temperature: of the log-probs.
     chunk_tokens: tokens whose logits exist at once.
-    num_micro: micro-batches, one after the other.
+    split: the micro-batches, one after the other.
   """
+  how = {'temperature': temperature, 'chunk_tokens': chunk_tokens}
 
-  def logprobs(
-      shape: GemmaConfig, params: Params, rows: SequenceBatch, entropy: bool
-  ) -> tuple[Array, Array]:
-    return scoring.response_logprobs(
-        shape,
-        params,
-        rows,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-        with_entropy=entropy,
-    )
-
-  def score(rows: SequenceBatch) -> Scored:
-    new_BT, entropy_BT = logprobs(shapes.policy, params.policy, rows, True)
-    ref_BT, _ = logprobs(shapes.ref_policy, params.ref_policy, rows, False)
-    values_BT = jnp.zeros_like(new_BT)
-    if params.critic is not None:
-      values_BT = scoring.response_values(shapes.critic, params.critic, rows)
-    return Scored(
-        logprobs_BT=new_BT,
-        ref_logprobs_BT=ref_BT,
-        entropy_BT=entropy_BT,
-        values_BT=values_BT,
-        score_B=scoring.sequence_scores(
-            shapes.reward_model, params.reward_model, rows
-        ),
-    )
+  def score(rows: SequenceBatch, width: int | None) -> tuple[tuple, Scored]:
+    return (), score_rows(shapes, params, rows, width=width, **how)
 
   with jax.named_scope('score'):
-    return scoring.in_micro_batches(score, sequences, num_micro)
+    lengths_B = masking.lengths(sequences.mask_BL)
+    return buckets.run(split, score, sequences, lengths_B)[1]
+
+
+def score_rows(
+    shapes: Models,
+    params: Models,
+    rows: SequenceBatch,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    width: int | None,
+) -> Scored:
+  """`score_sequences` of one micro-batch, no row longer than `width`."""
+  logprobs = functools.partial(
+      scoring.response_logprobs,
+      temperature=temperature,
+      chunk_tokens=chunk_tokens,
+      width=width,
+  )
+  new_BT, entropy_BT = logprobs(
+      shapes.policy, params.policy, rows, with_entropy=True
+  )
+  ref_BT, _ = logprobs(shapes.ref_policy, params.ref_policy, rows)
+  values_BT = jnp.zeros_like(new_BT)
+  if params.critic is not None:
+    values_BT = scoring.response_values(
+        shapes.critic, params.critic, rows, width
+    )
+  return Scored(
+      logprobs_BT=new_BT,
+      ref_logprobs_BT=ref_BT,
+      entropy_BT=entropy_BT,
+      values_BT=values_BT,
+      score_B=scoring.sequence_scores(
+          shapes.reward_model, params.reward_model, rows, width
+      ),
+  )
 
 
 def _baseline(
@@ -192,36 +205,73 @@ def make_experience(
   Returns:
     The experience, and metrics of it.
   """
-  sequences, macro = rollout.sequences, config.macro
+  macro = form_macro_actions(
+      rollout.sequences.response_mask_BT,
+      scored,
+      macro_keys_B,
+      given_BT,
+      config.macro,
+  )
   with jax.named_scope('macro'):
+    targets, rewards_BT = make_targets(scored, macro, config, kl_coef)
+  experience = Experience(
+      sequences=rollout.sequences, scored=scored, macro=macro, targets=targets
+  )
+  return experience, describe(rollout, experience, rewards_BT, kl_coef, config)
+
+
+def form_macro_actions(
+    mask_BT: Array,
+    scored: Scored | None,
+    macro_keys_B: Array,
+    given_BT: Array | None,
+    config: ConfigDict,
+) -> MacroActions:
+  """The macro actions of responses under the rule of `config.macro`.
+
+  Args:
+    mask_BT: bool, response tokens.
+    scored: of the responses; None where the rule asks no probabilities.
+    macro_keys_B: one random key a row.
+    given_BT: where a rule of the host opens macro actions, or None.
+    config: `config.macro`.
+  """
+  logprobs_BT = jnp.zeros(mask_BT.shape)
+  if scored is not None:
     logprobs_BT = {
         'ref': scored.ref_logprobs_BT,
         'old': scored.logprobs_BT,
-    }[macro.logprobs]
-    macro = termination.segment(
+    }[config.logprobs]
+  with jax.named_scope('macro'):
+    return termination.segment(
         termination.TerminationInputs(
-            mask_BT=sequences.response_mask_BT,
+            mask_BT=mask_BT,
             logprobs_BT=logprobs_BT,
             keys_B=macro_keys_B,
             given_BT=given_BT,
         ),
-        termination_settings(macro),
+        termination_settings(config),
     )
-    targets, rewards_BT = make_targets(scored, macro, config, kl_coef)
-  experience = Experience(
-      sequences=sequences, scored=scored, macro=macro, targets=targets
-  )
+
+
+def describe(
+    rollout: Rollout,
+    experience: Experience,
+    rewards_BT: Array,
+    kl_coef: Array,
+    config: ConfigDict,
+) -> dict[str, Array]:
+  """All metrics of the rollouts of one step."""
   metrics = experience_metrics(experience, rewards_BT)
   if config.ppo.baseline == 'critic':
     metrics |= critic_metrics(experience)
   metrics['objective/kl_coef'] = kl_coef
-  metrics |= scoring.sampler_statistics(
+  return metrics | scoring.sampler_statistics(
       rollout.sample_logprobs_BT,
       rollout.kept_mass_BT,
-      scored.logprobs_BT,
-      macro.mask_BT,
+      experience.scored.logprobs_BT,
+      experience.macro.mask_BT,
   )
-  return experience, metrics
 
 
 def critic_metrics(experience: Experience) -> dict[str, Array]:

@@ -2,30 +2,33 @@
 
 from collections.abc import Callable
 import functools
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import lora
-from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.objective import losses, rewards, targets
+from ma_rlhf_jax.objective import rewards
 from ma_rlhf_jax.parallel.mesh import abstract, place
 from ma_rlhf_jax.rollout import layout as layout_lib
-from ma_rlhf_jax.rollout import sampling, scoring
+from ma_rlhf_jax.rollout import sampling
 from ma_rlhf_jax.structs import (
     Array,
-    Experience,
-    LossWeights,
-    Params,
     Rollout,
-    TrainState,
 )
-from ma_rlhf_jax.training import checkpoint, judge, optim, update
+from ma_rlhf_jax.training import (
+    buckets,
+    checkpoint,
+    judge,
+    one_pass,
+    optim,
+    ppo_update,
+    update,
+)
 from ma_rlhf_jax.training.experience import (
     Models,
     make_experience,
@@ -34,104 +37,7 @@ from ma_rlhf_jax.training.experience import (
 from ma_rlhf_jax.training.loop import Program, Stage
 from ma_rlhf_jax.training.run import Run
 
-Batch = tuple[Experience, LossWeights]
-
-
-def policy_loss_fn(
-    params: Params,
-    batch: Batch,
-    *,
-    shape: GemmaConfig,
-    clip_eps: float,
-    ratio: str,
-    temperature: float,
-    chunk_tokens: int,
-) -> tuple[Array, dict[str, Array]]:
-  """The clipped surrogate on a (micro-)batch, and its metrics."""
-  experience, weights = batch
-  logprobs_BT, _ = scoring.response_logprobs(
-      shape,
-      params,
-      experience.sequences,
-      temperature=temperature,
-      chunk_tokens=chunk_tokens,
-  )
-  return losses.policy_loss(
-      logprobs_BT,
-      experience.scored.logprobs_BT,
-      experience.targets.advantages_BT,
-      weights,
-      experience.macro,
-      clip_eps=clip_eps,
-      ratio=ratio,
-  )
-
-
-def value_loss_fn(
-    params: Params, batch: Batch, *, shape: GemmaConfig, config: ConfigDict
-) -> tuple[Array, dict[str, Array]]:
-  """The critic's loss on a (micro-)batch, and its metrics."""
-  experience, weights = batch
-  return losses.value_loss(
-      scoring.response_values(shape, params, experience.sequences),
-      experience.scored.values_BT,
-      experience.targets.returns_BT,
-      weights,
-      targets.critic_mask(experience.macro, critic_target=config.target),
-      clip_eps=config.clip_eps,
-  )
-
-
-def update_on(
-    state: TrainState,
-    frozen: Params,
-    experience: Experience,
-    key: Array,
-    *,
-    loss_fn: update.LossFn,
-    weigh: Callable[[Experience], LossWeights],
-    optimizer: optax.GradientTransformation,
-    ppo: ConfigDict,
-) -> tuple[TrainState, dict[str, Array]]:
-  """`ppo_epochs` passes over the experience, in `minibatches` updates each.
-
-  Args:
-    state: of the policy or of the critic.
-    frozen: the parameters of that model that do not learn, see `models.lora`.
-    experience: all rows of the step.
-    key: orders the rows of each pass; used only with several minibatches.
-    loss_fn: takes (params, (experience, weights)), params being all of them.
-    weigh: the weights of the tokens of one minibatch.
-    optimizer: of this model.
-    ppo: `config.ppo`.
-
-  Returns:
-    The new state, and metrics averaged over the updates.
-  """
-  rows = experience.macro.ids_BT.shape[0]
-  size = rows // ppo.minibatches
-
-  def one(state: TrainState, batch: Experience) -> tuple[TrainState, dict]:
-    return update.train_step(
-        state,
-        (batch, weigh(batch)),
-        loss_fn=lambda learning, batch: loss_fn(
-            lora.join(frozen, learning), batch
-        ),
-        optimizer=optimizer,
-        num_micro=update.num_micro(size, ppo.micro_batch_size),
-    )
-
-  if ppo.ppo_epochs * ppo.minibatches == 1:
-    return one(state, experience)
-  orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(
-      jax.random.split(key, ppo.ppo_epochs)
-  ).reshape(-1, size)
-  take = lambda order: jax.tree.map(lambda x: x[order], experience)
-  state, metrics = jax.lax.scan(
-      lambda state, order: one(state, take(order)), state, orders
-  )
-  return state, jax.tree.map(jnp.mean, metrics)
+_log = logging.getLogger(__name__)
 
 
 class PPO(Stage):
@@ -169,7 +75,7 @@ class PPO(Stage):
       self.states['critic'] = update.init_state(learning, critic_optimizer)
     self._host = run.host_termination()
     self._make_programs()
-    self._make_updates(policy_optimizer, critic_optimizer)
+    self._make_updates({'policy': policy_optimizer, 'critic': critic_optimizer})
 
   def _make_programs(self) -> None:
     run, c, shapes = self.run, self.config, self.shapes
@@ -183,13 +89,22 @@ class PPO(Stage):
         settings=run.sampling(),
         num_rollouts=update.num_micro(num_rows, run.config.rollout.batch_size),
     )
+    split = functools.partial(
+        buckets.make_buckets,
+        run.prompt_len + run.response_len,
+        micro_rows=c.micro_batch_size,
+        count=c.length_buckets,
+        groups=run.mesh.shape['data'] * run.mesh.shape['fsdp'],
+    )
+    self._split = split(num_rows)
+    self._minibatch_split = split(num_rows // c.minibatches)
+    self._logprobs = {
+        'temperature': run.logprob_temperature,
+        'chunk_tokens': run.config.model.logprob_chunk,
+    }
     self._score = jax.jit(
         functools.partial(
-            score_sequences,
-            shapes,
-            temperature=run.logprob_temperature,
-            chunk_tokens=run.config.model.logprob_chunk,
-            num_micro=update.num_micro(num_rows, c.micro_batch_size),
+            score_sequences, shapes, split=self._split, **self._logprobs
         )
     )
     self._experience = jax.jit(
@@ -205,46 +120,60 @@ class PPO(Stage):
     )
 
   def _make_updates(
-      self,
-      policy_optimizer: optax.GradientTransformation,
-      critic_optimizer: optax.GradientTransformation,
+      self, optimizers: dict[str, optax.GradientTransformation]
   ) -> None:
-    run, c, shapes = self.run, self.config, self.shapes
-    self._update_policy = jax.jit(
-        functools.partial(
-            update_on,
-            loss_fn=functools.partial(
-                policy_loss_fn,
-                shape=shapes.policy,
-                clip_eps=c.clip_eps,
-                ratio=c.ratio,
-                temperature=run.logprob_temperature,
-                chunk_tokens=run.config.model.logprob_chunk,
-            ),
-            weigh=lambda batch: losses.loss_weights(
-                batch.macro.mask_BT,
-                batch.macro.starts_BT,
-                reduction=c.loss_reduction,
-            ),
-            optimizer=policy_optimizer,
-            ppo=c,
+    config, c, shapes = self.run.config, self.config, self.shapes
+    loss_fns = {
+        'policy': functools.partial(
+            ppo_update.policy_loss_fn,
+            shape=shapes.policy,
+            clip_eps=c.clip_eps,
+            ratio=c.ratio,
+            **self._logprobs,
         ),
-        donate_argnums=0,
+        'critic': functools.partial(
+            ppo_update.value_loss_fn, shape=shapes.critic, config=config.critic
+        ),
+    }
+    weights = {
+        'policy': ppo_update.policy_weights,
+        'critic': ppo_update.critic_weights,
+    }
+    self._updates = {
+        name: jax.jit(
+            functools.partial(
+                ppo_update.update_on,
+                loss_fn=loss_fns[name],
+                weigh=lambda batch, name=name: weights[name](
+                    batch.macro, config
+                ),
+                optimizer=optimizers[name],
+                ppo=c,
+                split=self._minibatch_split,
+            ),
+            donate_argnums=0,
+        )
+        for name in self.states
+        if name != 'kl_coef'
+    }
+    # What one pass teaches; nothing where it would not be exact.
+    reason = one_pass.why_not(config)
+    together = {'joint': ('policy', 'critic'), 'policy': ('policy',)}
+    self._together = () if reason else together[c.one_pass]
+    _log.info(
+        'ppo: %s',
+        f'scored before it is learned from ({reason})'
+        if reason
+        else f'{" and ".join(self._together)} scored and learned in one pass',
     )
-    critic = run.config.critic
-    self._update_critic = jax.jit(
+    self._one_pass = jax.jit(
         functools.partial(
-            update_on,
-            loss_fn=functools.partial(
-                value_loss_fn, shape=shapes.critic, config=critic
-            ),
-            weigh=lambda batch: losses.loss_weights(
-                targets.critic_mask(batch.macro, critic_target=critic.target),
-                batch.macro.starts_BT,
-                reduction=c.loss_reduction,
-            ),
-            optimizer=critic_optimizer,
-            ppo=c,
+            one_pass.step,
+            shapes=shapes,
+            config=config,
+            optimizers=optimizers,
+            split=self._split,
+            **self._logprobs,
         ),
         donate_argnums=0,
     )
@@ -268,22 +197,21 @@ class PPO(Stage):
     programs['ppo/reshard'] = Program(self._to_decode, (models.policy,))
     policy = layout_lib.abstract_params(models.policy, self._layout)
     rollout = add('ppo/rollout', self._rollout, policy, prompts, key, 0)
-    scored = add('ppo/score', self._score, models, rollout.sequences)
     given_BT = rollout.sequences.response_mask_BT if self._host else None
-    experience = add(
-        'ppo/experience',
-        self._experience,
-        rollout,
-        scored,
-        abstract(jax.eval_shape(split), self.run.mesh),
-        states['kl_coef'],
-        given_BT,
-    )
-    for name, function in (
-        ('policy', self._update_policy),
-        ('critic', self._update_critic),
-    ):
-      if name in states:
+    keys_B = abstract(jax.eval_shape(split), self.run.mesh)
+    told = keys_B, states['kl_coef'], given_BT
+    if self._together:
+      args = self._one_pass_args(states, frozen, models, rollout, *told)
+      programs['ppo/one_pass'] = Program(self._one_pass, args)
+      made = jax.eval_shape(self._one_pass, *args)[1]
+      experience = abstract(made, self.run.mesh)
+    else:
+      scored = add('ppo/score', self._score, models, rollout.sequences)
+      experience = add(
+          'ppo/experience', self._experience, rollout, scored, *told
+      )
+    for name, function in self._updates.items():
+      if name not in self._together:
         args = (states[name], frozen[name], experience, key)
         programs[f'ppo/update_{name}'] = Program(function, args)
     return programs
@@ -300,6 +228,14 @@ class PPO(Stage):
         critic=trained.get('critic'),
         reward_model=self.reward_model,
     )
+
+  def _one_pass_args(
+      self, states: dict, frozen: dict, models: Models, *rest: Any
+  ) -> tuple[Any, ...]:
+    """Arguments of `one_pass.step`."""
+    only = lambda tree: {name: tree[name] for name in self._together}
+    fixed = models._replace(**dict.fromkeys(self._together))
+    return only(states), only(frozen), fixed, *rest
 
   def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, float]]:
     """Where a rule of the host opens macro actions, and its metrics."""
@@ -324,24 +260,41 @@ class PPO(Stage):
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )
-    with jax.profiler.TraceAnnotation('score'):
-      scored = self._score(self.params(states), rollout.sequences)
-      given_BT, told = self._starts(rollout)  # while the devices score
-      experience, metrics = self._experience(
-          rollout, scored, macro_keys_B, states['kl_coef'], given_BT
-      )
+    together = self._together
+    if index < self.config.critic_warmup_updates:
+      together = ()  # the policy does not learn
+    new, learned = dict(states), {}
+    if together:
+      given_BT, told = self._starts(rollout)
+      with jax.profiler.TraceAnnotation('one_pass'):
+        made, experience, metrics, learned = self._one_pass(
+            *self._one_pass_args(
+                states,
+                self.frozen,
+                self.params(states),
+                rollout,
+                macro_keys_B,
+                states['kl_coef'],
+                given_BT,
+            )
+        )
+      new |= made
+    else:
+      with jax.profiler.TraceAnnotation('score'):
+        scored = self._score(self.params(states), rollout.sequences)
+        given_BT, told = self._starts(rollout)  # while the devices score
+        experience, metrics = self._experience(
+            rollout, scored, macro_keys_B, states['kl_coef'], given_BT
+        )
     metrics |= told
     key = jax.random.fold_in(run.key('minibatches'), index)
     with jax.profiler.TraceAnnotation('update'):
-      new, learned = dict(states), {}
-      if index >= self.config.critic_warmup_updates:
-        new['policy'], learned['policy'] = self._update_policy(
-            states['policy'], self.frozen['policy'], experience, key
-        )
-      if 'critic' in states:
-        new['critic'], learned['critic'] = self._update_critic(
-            states['critic'], self.frozen['critic'], experience, key
-        )
+      for name, update_on in self._updates.items():
+        waits = name == 'policy' and index < self.config.critic_warmup_updates
+        if name not in together and not waits:
+          new[name], learned[name] = update_on(
+              states[name], self.frozen[name], experience, key
+          )
     if self.config.kl_target:
       new['kl_coef'] = self._adapt(states['kl_coef'], metrics['objective/kl'])
     for model, found in learned.items():

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 import optax
 
-from ma_rlhf_jax import masking
-from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Array, Params, TrainState
+from ma_rlhf_jax.training import buckets
 
 # loss_fn(params, batch) -> (loss, metrics), both SUMS over the rows of the
 # batch whose weights were fixed for the whole minibatch, so that the sums of
@@ -71,37 +70,40 @@ def on_mesh_of(params: Params, x: Array) -> Array:
 
 
 def accumulate_gradients(
-    loss_fn: LossFn, params: Params, batch: Any, num_micro: int
+    loss_fn: LossFn,
+    params: Params,
+    batch: Any,
+    num_micro: int = 1,
+    *,
+    by_length: tuple[buckets.Buckets, Array] | None = None,
 ) -> tuple[Params, dict[str, Array]]:
   """The gradient and metrics of the whole batch, one micro-batch at a time.
 
   Args:
-    loss_fn: a sum over rows, see `LossFn`.
+    loss_fn: a sum over rows, see `LossFn`; with `by_length` it takes the
+      `width` of the micro-batch too.
     params: the parameters to differentiate by.
     batch: arrays [B, ...].
     num_micro: micro-batches; divides B.
+    by_length: in place of `num_micro`, the widths of micro-batches, and int32
+      [B], the real tokens of each row.
 
   Returns:
     Gradients and metrics (with 'loss'), equal to those of one large batch up
     to the order of float sums.
   """
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  whole = buckets.Buckets((0,), (rows // num_micro,))
+  split, lengths_B = by_length or (whole, jnp.zeros(rows, jnp.int32))
 
-  def one(micro: Any) -> tuple[Params, dict[str, Array]]:
+  def one(micro: Any, width: int | None) -> tuple[Any, tuple]:
+    how = {} if by_length is None else {'width': width}
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, metrics), grads = grad_fn(params, micro)
-    return grads, {'loss': loss, **metrics}
+    (loss, metrics), grads = grad_fn(params, micro, **how)
+    return (grads, {'loss': loss, **metrics}), ()
 
-  if num_micro == 1:
-    return one(batch)
-  micro = partition.micro_batches(batch, num_micro)
-  shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
-  # A bfloat16 sum stops growing after a few hundred terms.
-  zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, masking.wide(x.dtype)), shapes
-  )
-  add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)
-  total, _ = jax.lax.scan(add, zeros, micro)
-  return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
+  sums, _ = buckets.run(split, one, batch, lengths_B)
+  return sums
 
 
 def apply_gradients(
@@ -123,12 +125,13 @@ def train_step(
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    num_micro: int,
+    num_micro: int = 1,
+    by_length: tuple[buckets.Buckets, Array] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update on one minibatch."""
+  """One update on one minibatch; see `accumulate_gradients`."""
   with jax.named_scope('update'):
     grads, metrics = accumulate_gradients(
-        loss_fn, state.params, batch, num_micro
+        loss_fn, state.params, batch, num_micro, by_length=by_length
     )
     state, norms = apply_gradients(state, grads, optimizer)
   return state, {**metrics, **norms}

@@ -27,7 +27,7 @@ from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import losses
 from ma_rlhf_jax.structs import Array, Experience, Scored, SequenceBatch
 from ma_rlhf_jax.training import experience as experience_lib
-from ma_rlhf_jax.training import optim, ppo, update
+from ma_rlhf_jax.training import optim, ppo_update, update
 
 _PROMPT = 24  # columns
 
@@ -102,19 +102,21 @@ def _update_programs(config: ConfigDict, rows: int, micro: int) -> Any:
   config.ppo.micro_batch_size = micro
   losses_of = (
       functools.partial(
-          ppo.policy_loss_fn,
+          ppo_update.policy_loss_fn,
           shape=shape,
           clip_eps=config.ppo.clip_eps,
           ratio=config.ppo.ratio,
           temperature=1.0,
           chunk_tokens=m.logprob_chunk,
       ),
-      functools.partial(ppo.value_loss_fn, shape=shape, config=config.critic),
+      functools.partial(
+          ppo_update.value_loss_fn, shape=shape, config=config.critic
+      ),
   )
 
   def both(states: Any, batch: Experience, key: Array) -> Any:
     return tuple(
-        ppo.update_on(
+        ppo_update.update_on(
             state,
             {},
             batch,

@@ -17,6 +17,7 @@ from ma_rlhf_jax.structs import (
     Scored,
     SequenceBatch,
 )
+from ma_rlhf_jax.training import buckets
 from ma_rlhf_jax.training import experience as lib
 from tests import tiny
 
@@ -147,7 +148,11 @@ PARAMS = lib.Models(
 def scored() -> Scored:
   """What the four models say of the rows of `_rollout`, in one batch."""
   score = functools.partial(
-      lib.score_sequences, SHAPES, temperature=0.7, chunk_tokens=8, num_micro=1
+      lib.score_sequences,
+      SHAPES,
+      temperature=0.7,
+      chunk_tokens=8,
+      split=buckets.Buckets((0,), (4,)),
   )
   return jax.jit(score)(PARAMS, tiny.sequences([0, 1, 2, 3]))
 
@@ -191,7 +196,11 @@ def made() -> tuple:
   )
   ids = jnp.arange(4)
   score = functools.partial(
-      lib.score_sequences, SHAPES, temperature=0.7, chunk_tokens=8, num_micro=2
+      lib.score_sequences,
+      SHAPES,
+      temperature=0.7,
+      chunk_tokens=8,
+      split=buckets.Buckets((0,), (2,)),
   )
   config = tiny.config(macro__termination='ppl', **FIELDS)
   make = functools.partial(lib.make_experience, config=config)

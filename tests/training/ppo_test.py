@@ -25,7 +25,7 @@ from ma_rlhf_jax.structs import (
     SequenceBatch,
     TrainState,
 )
-from ma_rlhf_jax.training import ppo, sft, update
+from ma_rlhf_jax.training import ppo, ppo_update, sft, update
 from ma_rlhf_jax.training.experience import Models, make_targets
 from tests import tiny
 
@@ -34,7 +34,7 @@ POLICY = tiny.params('policy', 0)
 CRITIC = tiny.params('scalar', 1)
 TEMPERATURE = 0.7
 _policy_loss = functools.partial(
-    ppo.policy_loss_fn,
+    ppo_update.policy_loss_fn,
     shape=tiny.SHAPE,
     clip_eps=0.2,
     ratio='token',
@@ -42,11 +42,11 @@ _policy_loss = functools.partial(
     chunk_tokens=8,
 )
 _value_loss = functools.partial(
-    ppo.value_loss_fn, shape=tiny.SHAPE, config=tiny.config().critic
+    ppo_update.value_loss_fn, shape=tiny.SHAPE, config=tiny.config().critic
 )
 
 
-def _sft_loss(params: Params, batch: ppo.Batch) -> tuple[Array, dict]:
+def _sft_loss(params: Params, batch: ppo_update.Batch) -> tuple[Array, dict]:
   experience, weights = batch
   logprobs_BT, _ = sft.learned_logprobs(
       params,
@@ -114,7 +114,7 @@ def _update(
   """`update_on` with plain gradient descent at rate 1."""
   optimizer = optax.sgd(1.0)
   run = functools.partial(
-      ppo.update_on,
+      ppo_update.update_on,
       loss_fn=loss_fn,
       weigh=_weigh,
       optimizer=optimizer,
@@ -242,7 +242,7 @@ def _numbered(count: int) -> Experience:
   return grown.replace(scored=scored)
 
 
-def _record(params: Params, batch: ppo.Batch) -> tuple[Array, dict]:
+def _record(params: Params, batch: ppo_update.Batch) -> tuple[Array, dict]:
   """Descent at rate 1 counts updates, and the rows that each has seen."""
   experience, weights = batch
   now = jax.lax.stop_gradient(params['updates'])
@@ -257,7 +257,7 @@ def _seen(key: Array, **fields: Any) -> tuple[np.ndarray, dict]:
   """[updates, 6 rows], how often each update has seen each row."""
   optimizer = optax.sgd(1.0)
   params = {'updates': jnp.zeros(()), 'seen': jnp.zeros((9, 6))}
-  state, metrics = ppo.update_on(
+  state, metrics = ppo_update.update_on(
       update.init_state(params, optimizer),
       {},
       _numbered(6),
@@ -298,7 +298,7 @@ def test_updates_follow_each_other():
   key, optimizer = jax.random.key(0), optax.adam(0.1)
   experience = _numbered(6)
 
-  def loss_fn(params: Params, batch: ppo.Batch) -> tuple[Array, dict]:
+  def loss_fn(params: Params, batch: ppo_update.Batch) -> tuple[Array, dict]:
     rows, weights = batch
     x_BT = jnp.sin(params['x'] * rows.scored.score_B)[:, None] * weights.loss_BT
     return jnp.sum(x_BT), {}
@@ -306,7 +306,7 @@ def test_updates_follow_each_other():
   how = {'loss_fn': loss_fn, 'optimizer': optimizer}
   start = update.init_state({'x': jnp.array(0.3)}, optimizer)
   fields = {'ppo__ppo_epochs': 2, 'ppo__minibatches': 3}
-  state, metrics = ppo.update_on(
+  state, metrics = ppo_update.update_on(
       start,
       {},
       experience,

@@ -18,7 +18,7 @@ from ma_rlhf_jax.objective import losses, rewards, targets
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import Array, Experience, MacroActions, Rollout, Scored
 from ma_rlhf_jax.training import experience as lib
-from ma_rlhf_jax.training import optim, ppo, update
+from ma_rlhf_jax.training import optim, ppo, ppo_update, update
 from ma_rlhf_jax.training.run import Run
 from tests import tiny
 
@@ -249,7 +249,7 @@ def _updated(model: str, loss_fn: Any, mask: Any, *, reduction: str) -> Any:
     starts_BT = batch.macro.starts_BT
     return losses.loss_weights(mask(batch), starts_BT, reduction=reduction)
 
-  state, _ = ppo.update_on(
+  state, _ = ppo_update.update_on(
       update.init_state(params, optimizer),
       {},
       _EXPERIENCE,
@@ -285,7 +285,7 @@ def _policy_after(**how: Any) -> Any:
   how = {'clip_eps': 0.2, 'ratio': 'token'} | how
   reduction = how.pop('reduction', 'sequence')
   loss_fn = functools.partial(
-      ppo.policy_loss_fn,
+      ppo_update.policy_loss_fn,
       shape=tiny.SHAPE,
       temperature=1.0,
       chunk_tokens=8,
@@ -309,7 +309,7 @@ def test_a_field_of_the_policy_loss_reaches_its_argument(
     field: str, argument: str, value: Any
 ) -> None:
   stage = _stage(**{field: value}, **_MOMENTUM['ppo'])
-  found, _ = stage._update_policy(
+  found, _ = stage._updates['policy'](
       stage.states['policy'], {}, _EXPERIENCE, jax.random.key(0)
   )
   expected = _policy_after(**{argument: value})
@@ -353,7 +353,7 @@ def test_a_field_of_the_critic_loss_reaches_its_argument(
       'critic__target': {'starts': True},
       'ppo__loss_reduction': {'reduction': value},
   }[field]
-  found, _ = stage._update_critic(
+  found, _ = stage._updates['critic'](
       stage.states['critic'], {}, _EXPERIENCE, jax.random.key(0)
   )
   expected = _critic_after(**explicit)
