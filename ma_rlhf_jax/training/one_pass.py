@@ -78,8 +78,9 @@ def _forward(
   old = jax.lax.stop_gradient(new)
   macro: MacroActions | None = rows['macro']
   if macro is None:
+    keys_B = jax.random.wrap_key_data(rows['key_data_B2'])
     macro = form_macro_actions(
-        sequences.response_mask_BT, old, rows['keys_B'], None, config.macro
+        sequences.response_mask_BT, old, keys_B, None, config.macro
     )
   targets, rewards_BT = make_targets(old, macro, config, kl_coef)
   experience = Experience(sequences, old, macro, targets)
@@ -154,7 +155,8 @@ def step(
     )
   rows: dict[str, Any] = {
       'sequences': sequences,
-      'keys_B': macro_keys_B,
+      # As numbers, which can be filled up.
+      'key_data_B2': jax.random.key_data(macro_keys_B),
       'macro': macro,
       'policy_weights': ppo_update.policy_weights(counted, config),
       'critic_weights': ppo_update.critic_weights(counted, config),
