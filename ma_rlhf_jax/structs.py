@@ -33,12 +33,14 @@ class PromptBatch:
     prompt_ids_B: int32, the row of the prompt in its data set. With
       `sample_ids_B` it seeds the sampling of this row, whatever its neighbours.
     sample_ids_B: int32, which of several samples of one prompt this row is.
+    limits_B: int32, tokens after which each response is cut; None = T of all.
   """
 
   tokens_BP: Array
   mask_BP: Array
   prompt_ids_B: Array
   sample_ids_B: Array
+  limits_B: Array | None = None
 
 
 @struct.dataclass

@@ -75,6 +75,7 @@ def _prefill(
       mask_BT=jnp.zeros(shape, bool),
       logprobs_BT=jnp.zeros(shape, dtype),
       kept_mass_BT=jnp.ones(shape, dtype),
+      limits_B=prompts.limits_B,
   )
 
 
@@ -97,13 +98,15 @@ def _draw(
       top_p=s.top_p,
       banned_V=banned_V,
   )
-  live_B = ~state.done_B
+  live_B, ends_B = ~state.done_B, tokens_B == s.eos_id
+  if state.limits_B is not None:
+    ends_B |= state.t + 1 >= state.limits_B
   put = lambda x_BT, x_B, pad: x_BT.at[:, state.t].set(
       jnp.where(live_B, x_B, pad).astype(x_BT.dtype)
   )
   return state.replace(
       t=state.t + 1,
-      done_B=state.done_B | (tokens_B == s.eos_id),
+      done_B=state.done_B | ends_B,
       tokens_BT=put(state.tokens_BT, tokens_B, s.pad_id),
       mask_BT=put(state.mask_BT, True, False),
       logprobs_BT=put(state.logprobs_BT, logprobs_B, 0),

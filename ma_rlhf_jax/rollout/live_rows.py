@@ -23,7 +23,8 @@ class DecodeState:
     rows_B: int32, which row of the prompts this one answers.
     hidden_BD: hidden state from which token t is drawn.
     cache: keys and values of the prompt and of tokens before t.
-    done_B: bool, rows whose EOS has been drawn.
+    limits_B: int32, tokens after which a row is cut; None = none is.
+    done_B: bool, rows that have ended: by EOS, or cut.
     tokens_BT: drawn tokens, pad id elsewhere.
     mask_BT: bool, drawn tokens.
     logprobs_BT: nats, under the distribution drawn from.
@@ -41,6 +42,7 @@ class DecodeState:
   mask_BT: Array
   logprobs_BT: Array
   kept_mass_BT: Array
+  limits_B: Array | None = None
 
 
 def _rows_axis(state: DecodeState) -> Callable[[Callable], DecodeState]:

@@ -9,7 +9,7 @@ The loop over them is part of the program: it has one branch for each width, so
 nothing is compiled again and the host is never asked for lengths.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
 from typing import Any, NamedTuple
@@ -124,6 +124,21 @@ def _dealt(lengths_B: Array, groups: int) -> tuple[Array, Array]:
   order_B = jnp.argsort(-lengths_B, stable=True)
   which_GK = order_B.reshape(-1, groups).T
   return which_GK, lengths_B[which_GK[0]]
+
+
+def computed_tokens(
+    buckets: Buckets, lengths_B: Sequence[int], groups: int = 1
+) -> int:
+  """Columns that `run` computes for rows of these lengths, padding included."""
+  if len(buckets.widths) == 1:
+    return len(lengths_B) * buckets.widths[0]
+  longest = sorted(lengths_B, reverse=True)[::groups]
+  place = total = 0
+  while place < len(longest):
+    index = sum(longest[place] > width for width in buckets.widths)
+    place += buckets.sizes[index] // groups
+    total += buckets.widths[index] * buckets.sizes[index]
+  return total
 
 
 def _by_width(

@@ -18,7 +18,9 @@ from ma_rlhf_jax.rollout import layout as layout_lib
 from ma_rlhf_jax.rollout import sampling
 from ma_rlhf_jax.structs import (
     Array,
+    PromptBatch,
     Rollout,
+    Scored,
 )
 from ma_rlhf_jax.training import (
     buckets,
@@ -249,14 +251,28 @@ class PPO(Stage):
     return place(starts_BT, self.run.mesh), metrics
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
-    run = self.run
     prompts = judge.prompt_batch(
-        run, self.data, self.rows(index), self.config.samples_per_prompt
+        self.run, self.data, self.rows(index), self.config.samples_per_prompt
     )
+    rollout = self.respond(states, prompts, index)
+    return self.learn(states, prompts, rollout, index)
+
+  def respond(self, states: dict, prompts: PromptBatch, index: int) -> Rollout:
+    """Responses of the policy to the prompts of one step."""
     with jax.profiler.TraceAnnotation('rollout'):
       policy = self._to_decode(self.params(states).policy)
-      rollout = self._rollout(policy, prompts, run.key('rollout'), index)
-      del policy  # a second copy of the weights
+      return self._rollout(policy, prompts, self.run.key('rollout'), index)
+
+  def score(self, states: dict, rollout: Rollout) -> Scored:
+    """What the four models say about responses, apart from learning."""
+    with jax.profiler.TraceAnnotation('score'):
+      return self._score(self.params(states), rollout.sequences)
+
+  def learn(
+      self, states: dict, prompts: PromptBatch, rollout: Rollout, index: int
+  ) -> tuple[dict, dict[str, Any]]:
+    """The states after the updates of one step, and its metrics."""
+    run = self.run
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )
@@ -280,12 +296,11 @@ class PPO(Stage):
         )
       new |= made
     else:
-      with jax.profiler.TraceAnnotation('score'):
-        scored = self._score(self.params(states), rollout.sequences)
-        given_BT, told = self._starts(rollout)  # while the devices score
-        experience, metrics = self._experience(
-            rollout, scored, macro_keys_B, states['kl_coef'], given_BT
-        )
+      scored = self.score(states, rollout)
+      given_BT, told = self._starts(rollout)  # while the devices score
+      experience, metrics = self._experience(
+          rollout, scored, macro_keys_B, states['kl_coef'], given_BT
+      )
     metrics |= told
     key = jax.random.fold_in(run.key('minibatches'), index)
     with jax.profiler.TraceAnnotation('update'):

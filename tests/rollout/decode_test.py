@@ -211,6 +211,15 @@ def test_samples_of_one_prompt_differ_and_repeat():
   assert _responses(_roll(samples, seed=1))[0] != found[0]
 
 
+def test_rows_are_cut_at_their_own_limit() -> None:
+  prompts = tiny.prompts(ROWS)
+  whole = _responses(_roll(prompts))
+  limits = [1, 3, 5, T]
+  cut = _roll(prompts.replace(limits_B=jnp.array(limits, jnp.int32)))
+  want = [row[:limit] for row, limit in zip(whole, limits, strict=True)]
+  assert _responses(cut) == want
+
+
 def test_stages_end_at_halves_of_the_response() -> None:
   assert decode.stage_limits(512) == (64, 128, 256, 512)
   assert decode.stage_limits(64) == (32, 64)

@@ -61,6 +61,25 @@ def test_sums_and_results_are_those_of_the_rows(rows: int) -> None:
   assert set(seen) == {(8, 6), (16, 3), (40, 2)}
 
 
+def test_computed_tokens_are_those_of_the_loop() -> None:
+  lengths = [3, 9, 4, 40, 1, 5, 17, 8, 16]
+  split = buckets.Buckets((8, 16, 40), (6, 3, 2))
+  # 40 and 17; 16, 9 and 8; the rest.
+  want = 2 * 40 + 3 * 16 + 6 * 8
+  assert buckets.computed_tokens(split, lengths) == want
+
+  def function(batch: Array, width: int) -> tuple:
+    columns = jnp.int32(width * batch.shape[0])
+    return columns, ()
+
+  total, _ = buckets.run(
+      split, function, jnp.zeros(9), jnp.asarray(lengths, jnp.int32)
+  )
+  assert int(total) == want
+  whole = buckets.Buckets((40,), (3,))
+  assert buckets.computed_tokens(whole, lengths) == 9 * 40
+
+
 def _scores(split: buckets.Buckets, rows: SequenceBatch) -> tuple:
   """Log-probs, values and scores of rows."""
 
