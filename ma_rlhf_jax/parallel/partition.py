@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from ma_rlhf_jax.structs import Array
 
@@ -29,6 +29,12 @@ RULES = {
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   """The partition spec of an array with these logical axes."""
   return PartitionSpec(*(None if a is None else RULES[a] for a in axes))
+
+
+def current_mesh() -> AbstractMesh | None:
+  """The mesh of `jax.set_mesh`; None without one, or with one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
