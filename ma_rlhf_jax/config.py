@@ -66,7 +66,7 @@ def _model() -> ConfigDict:
   # float64 (needs JAX_ENABLE_X64=1)
   c.param_dtype = 'float32'  # of the trained weights and Adam moments
   c.remat = True  # recompute layers in the backward pass
-  c.logprob_chunk = 4096  # tokens whose logits exist at once in a chunked pass
+  c.logprob_chunk = 512  # tokens whose logits one device holds at once
   return c
 
 

@@ -52,6 +52,37 @@ def _split_table(embedding_Vd: Array) -> tuple[Array, Array]:
   return table_vD, jnp.where(own_v < rows, ids_v, -1)
 
 
+@jax.custom_vjp
+def _picked(x_Cv: Array, ids_v: Array, tokens_C: Array) -> Array:
+  """[C]: the entry of each row whose id is the token; 0 where none is.
+
+  Its gradient is a comparison that is fused with the rest of the softmax's; a
+  gather's would be an array of zeros to scatter into.
+  """
+  at_C = tokens_C - ids_v[0]
+  inside_C = (at_C >= 0) & (at_C < ids_v.shape[0])
+  at_C1 = jnp.where(inside_C, at_C, 0)[:, None]
+  found_C = jnp.take_along_axis(x_Cv, at_C1, axis=-1)[:, 0]
+  return jnp.where(inside_C & (ids_v[at_C1[:, 0]] >= 0), found_C, 0)
+
+
+def _picked_forward(
+    x_Cv: Array, ids_v: Array, tokens_C: Array
+) -> tuple[Array, tuple[Array, Array]]:
+  return _picked(x_Cv, ids_v, tokens_C), (ids_v, tokens_C)
+
+
+def _picked_backward(
+    ids: tuple[Array, Array], grad_C: Array
+) -> tuple[Array, None, None]:
+  ids_v, tokens_C = ids
+  hit_Cv = ids_v[None] == tokens_C[:, None]
+  return jnp.where(hit_Cv, grad_C[:, None], 0), None, None
+
+
+_picked.defvjp(_picked_forward, _picked_backward)
+
+
 def _log_sums(
     logits_Cv: Array, tokens_C: Array, ids_v: Array, top_C: Array, entropy: bool
 ) -> Array:
@@ -62,12 +93,13 @@ def _log_sums(
   """
   shifted_Cv = logits_Cv - top_C[:, None]
   weights_Cv = jnp.exp(shifted_Cv)
-  # A comparison and no gather: its gradient is fused with that of the rest.
-  chosen_Cv = ids_v[None] == tokens_C[:, None]
-  terms = [weights_Cv, jnp.where(chosen_Cv, shifted_Cv, 0)]
+  sums = [
+      jnp.sum(weights_Cv, axis=-1),
+      _picked(shifted_Cv, ids_v, tokens_C),
+  ]
   if entropy:
-    terms.append(weights_Cv * shifted_Cv)
-  return jnp.stack([jnp.sum(x_Cv, axis=-1) for x_Cv in terms])
+    sums.append(jnp.sum(weights_Cv * shifted_Cv, axis=-1))
+  return jnp.stack(sums)
 
 
 def _statistics(
@@ -85,6 +117,7 @@ def _statistics(
   if spread:
     gather = functools.partial(jax.lax.all_gather, axis_name=_GROUP, tiled=True)
     hidden_CD, tokens_C = gather(hidden_CD), gather(tokens_C)
+    hidden_CD = jax.lax.pcast(hidden_CD, 'tensor', to='varying')
   logits_Cv = head_logits(hidden_CD, table_vD, softcap=softcap) / temperature
   if spread:
     floor = jnp.finfo(logits_Cv.dtype).min / 2
