@@ -65,7 +65,11 @@ def _model() -> ConfigDict:
   c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16 |
   # float64 (needs JAX_ENABLE_X64=1)
   c.param_dtype = 'float32'  # of the trained weights and Adam moments
-  c.remat = True  # recompute layers in the backward pass
+  # What the backward pass recomputes of a layer: full | dots (all but matrix
+  # products) | attention (all but attention) | none. Memory and time: README.
+  c.remat = 'full'
+  # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU)
+  c.attention = 'auto'
   c.logprob_chunk = 512  # tokens whose logits one device holds at once
   return c
 
@@ -311,6 +315,7 @@ RESUMABLE = (
     'evaluate.',
     'mesh.',
     'model.remat',
+    'model.attention',
     'model.logprob_chunk',
     'data.cache_dir',
     'macro.parse_workers',

@@ -1,6 +1,7 @@
 """Checks of a config before any device work: every problem in one message."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import math
 from typing import Any
 
@@ -10,8 +11,9 @@ from ml_collections import ConfigDict
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches
 from ma_rlhf_jax.macro import aggregate, host, termination
-from ma_rlhf_jax.models import presets, tensor_names
+from ma_rlhf_jax.models import gemma, kernels, presets, tensor_names
 from ma_rlhf_jax.objective import advantage, losses, preference, targets
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.training import optim, sft
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
@@ -23,6 +25,8 @@ _OF_REWARDS = ('sum', 'mean')  # the weights that pool no values
 CHOICES: dict[str, tuple[Any, ...]] = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
+    'model.remat': tuple(gemma.REMAT),
+    'model.attention': kernels.CHOICES,
     'model.preset': ('', *presets.PRESETS),
     'model.family': tuple(tensor_names.WEIGHTS),
     'data.task': tuple(config_lib.TASK_LENGTHS),
@@ -195,6 +199,17 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
     )
 
 
+def _of_kernel(c: ConfigDict) -> Iterator[str]:
+  """The attention that is asked for; a shape in a folder is checked there."""
+  shape = presets.from_fields(c.model, 1)
+  if c.sft.init and not c.model.preset:
+    shape = dataclasses.replace(shape, attn_softcap=0, head_dim=128)
+  shape = dataclasses.replace(shape, dtype=c.model.dtype)
+  reason = kernels.refusal(c.model.attention, shape, partition.platform())
+  if reason:
+    yield f'model.attention={c.model.attention!r}: {reason}'
+
+
 def _of_lora(c: ConfigDict) -> Iterator[str]:
   unknown = set(c.lora.targets) - set(config_lib.KERNELS)
   if unknown or not c.lora.targets:
@@ -299,6 +314,8 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
     return found
   found += _of_values(flat)
   found += _of_model(config)
+  if config.model.preset in CHOICES['model.preset']:
+    found += _of_kernel(config)
   found += _of_lora(config)
   found += _of_data(config)
   found += _of_stages(config)

@@ -22,7 +22,7 @@ _FREE = set(
     'data.cache_dir data.chosen_column'
     ' data.drop_truncated data.eval_path data.eval_split data.path'
     ' data.prompt_column data.rejected_column data.shuffle_labels data.split'
-    ' data.subset model.remat ppo.critic_init ppo.from_run ppo.policy_init'
+    ' data.subset ppo.critic_init ppo.from_run ppo.policy_init'
     ' ppo.reward_model ppo.whiten_advantages reward_model.init sft.init'
     ' tokenizer.path macro.parser macro.last_token_alone'
     ' macro.empty_step'.split()

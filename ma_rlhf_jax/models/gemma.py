@@ -7,7 +7,8 @@ Source: the Gemma reports (arXiv 2403.08295, 2408.00118); numerics follow the
 `transformers` implementation, against which they are tested.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import chex
 from flax import linen as nn
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models.attention import attend, rotate, soft_capped
+from ma_rlhf_jax.models.attention import Masks, rotate, soft_capped
+from ma_rlhf_jax.models.kernels import SAVED
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.partition import constrain
 from ma_rlhf_jax.structs import Array, Params
@@ -162,7 +164,8 @@ class Attention(_Kernels):
       self,
       x_BLD: Array,
       positions_BL: Array,
-      mask_BLS: Array,
+      masks: Masks,
+      slides: Array,
       cache: Cache | None,
       layer: Array,
       slot: Array | int,
@@ -181,14 +184,7 @@ class Attention(_Kernels):
     if cache is not None:
       cache = cache.write(layer, slot, keys, values)
       keys, values = cache.layer(layer)
-    mixed = attend(
-        queries,
-        keys,
-        values,
-        mask_BLS,
-        scale=c.attention_scale,
-        softcap=c.attn_softcap,
-    )
+    mixed = masks.attend(c, slides, queries, keys, values)
     axes = ('heads', 'head', 'embed')
     return self.project('out', mixed, (c.embed_dim,), axes), cache
 
@@ -205,35 +201,13 @@ class MLP(_Kernels):
     return self.project('down', hidden, (c.embed_dim,), ('mlp', 'embed'))
 
 
-class Masks(NamedTuple):
-  """What queries may attend to, bool [B, L, S].
-
-  Attributes:
-    full: in most layers.
-    sliding: in sliding layers; None where it would be the same.
-  """
-
-  full: Array
-  sliding: Array | None
-
-  @classmethod
-  def of(
-      cls, config: GemmaConfig, mask_BLS: Array, slot: Array | int
-  ) -> 'Masks':
-    """Both masks; `slot` is the key slot of the first query."""
-    length, slots = mask_BLS.shape[1:]
-    if not any(config.sliding_layers) or slots <= config.sliding_window:
-      return cls(mask_BLS, None)
-    query_L1 = slot + jnp.arange(length, dtype=jnp.int32)[:, None]
-    key_1S = jnp.arange(slots, dtype=jnp.int32)[None]
-    near_LS = query_L1 - key_1S < config.sliding_window
-    return cls(mask_BLS, mask_BLS & near_LS[None])
-
-  def of_layer(self, slides: Array) -> Array:
-    """The mask of a layer; `slides` says whether it is a sliding one."""
-    if self.sliding is None:
-      return self.full
-    return jnp.where(slides, self.sliding, self.full)
+# What the backward pass finds of each layer, beside what went into it.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'attention': jax.checkpoint_policies.save_only_these_names(SAVED),
+    'none': None,
+}
 
 
 class Layer(nn.Module):
@@ -259,7 +233,7 @@ class Layer(nn.Module):
 
     normed = RMSNorm(c, name='attention_norm')(x)
     mixed, cache = Attention(c, name='attention')(
-        normed, positions_BL, masks.of_layer(slides), cache, layer, slot
+        normed, positions_BL, masks, slides, cache, layer, slot
     )
     x = x + added('attention_post_norm', mixed)
     normed = RMSNorm(c, name='mlp_norm')(x)
@@ -277,7 +251,7 @@ class Gemma(nn.Module):
       self,
       tokens_BL: Array,
       positions_BL: Array,
-      mask_BLS: Array,
+      mask: Array,
       cache: Cache | None = None,
       slot: Array | int = 0,
   ) -> tuple[Array, Cache | None]:
@@ -286,14 +260,16 @@ class Gemma(nn.Module):
     Args:
       tokens_BL: int32.
       positions_BL: int32 rotary positions.
-      mask_BLS: bool; S is L without a cache, else the number of its slots.
+      mask: bool [B, L, S], what each token attends to; S is L without a cache,
+        else the number of its slots. Or [B, L], the real tokens of rows that
+        are read from left to right, without a cache.
       cache: keys and values of earlier tokens, or None.
       slot: the cache slot of the first of these tokens.
 
     Returns:
       float [B, L, D] in the compute dtype, and the new cache (or None).
     """
-    chex.assert_rank([tokens_BL, positions_BL, mask_BLS], [2, 2, 3])
+    chex.assert_rank([tokens_BL, positions_BL, mask], [2, 2, {2, 3}])
     c = self.config
     embedding_VD = self.param(
         'embedding',
@@ -306,7 +282,9 @@ class Gemma(nn.Module):
     # The factor is rounded to the compute dtype, as in the reference.
     factor = jnp.asarray(c.embed_dim**0.5, c.compute_dtype)
     x = embedding_VD[tokens_BL].astype(c.compute_dtype) * factor
-    block = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+    block, policy = Layer, REMAT[c.remat]
+    if policy is not None:
+      block = nn.remat(Layer, prevent_cse=False, policy=policy)
     layers = nn.scan(
         block,
         variable_axes={'params': 0},
@@ -320,7 +298,7 @@ class Gemma(nn.Module):
         jnp.arange(c.num_layers, dtype=jnp.int32),
         jnp.asarray(c.sliding_layers or (False,) * c.num_layers),
         positions_BL,
-        Masks.of(c, mask_BLS, slot),
+        Masks.of(c, mask, slot),
         slot,
     )
     return RMSNorm(c, name='final_norm')(x), cache
@@ -334,7 +312,7 @@ def hidden_states(
       {'params': params},
       tokens_BL,
       masking.positions(mask_BL),
-      masking.causal_mask(mask_BL),
+      mask_BL,
   )
   return hidden_BLD
 

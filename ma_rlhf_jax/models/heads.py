@@ -30,10 +30,10 @@ class ScalarGemma(nn.Module):
 
   @nn.compact
   def __call__(
-      self, tokens_BL: Array, positions_BL: Array, mask_BLS: Array
+      self, tokens_BL: Array, positions_BL: Array, mask: Array
   ) -> Array:
     hidden_BLD, _ = Gemma(self.config, name='backbone')(
-        tokens_BL, positions_BL, mask_BLS
+        tokens_BL, positions_BL, mask
     )
     init = _head_initializer(self.config)
     head_D = self.param(
@@ -56,7 +56,7 @@ def token_scores(
       {'params': params},
       tokens_BL,
       masking.positions(mask_BL),
-      masking.causal_mask(mask_BL),
+      mask_BL,
   )
 
 

@@ -51,7 +51,8 @@ class GemmaConfig:
     param_dtype: of the parameters when they are created.
     kernel_dtype: of matrices and embedding when they are created; '' =
       param_dtype. Frozen models hold them as they are computed with.
-    remat: recompute each layer in the backward pass.
+    remat: what the backward pass recomputes, a key of `gemma.REMAT`.
+    attention: auto | xla | splash | cudnn, see `models.kernels`.
     lora: adapters beside the kernels; None = none.
   """
 
@@ -73,7 +74,8 @@ class GemmaConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   kernel_dtype: str = ''
-  remat: bool = True
+  remat: str = 'full'
+  attention: str = 'auto'
   lora: Lora | None = None
 
   @property
@@ -105,7 +107,14 @@ class GemmaConfig:
 
 # The fields that are choices of a run; the others decide the shapes of the
 # parameters and what they mean.
-_RUNTIME_FIELDS = ('dtype', 'param_dtype', 'kernel_dtype', 'remat', 'lora')
+_RUNTIME_FIELDS = (
+    'dtype',
+    'param_dtype',
+    'kernel_dtype',
+    'remat',
+    'attention',
+    'lora',
+)
 SHAPE_FIELDS = tuple(
     f.name
     for f in dataclasses.fields(GemmaConfig)
@@ -183,6 +192,7 @@ def trained_whole(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
       param_dtype=model.param_dtype,
       kernel_dtype='',
       remat=model.remat,
+      attention=model.attention,
       lora=None,
   )
 

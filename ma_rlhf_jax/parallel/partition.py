@@ -37,6 +37,17 @@ def current_mesh() -> AbstractMesh | None:
   return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': of the mesh of `jax.set_mesh`, else the default.
+
+  A mesh may stand for devices that are not here, to compile for them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  name = device.platform if device else jax.default_backend()
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
   """`x`, laid out as `RULES` says under the mesh of `jax.set_mesh`."""
   if jax.sharding.get_abstract_mesh().empty:

@@ -145,7 +145,7 @@ def test_a_merge_of_bfloat16_is_rounded_once() -> None:
 
 
 def test_decoding_through_adapters_equals_a_whole_pass() -> None:
-  config = dataclasses.replace(CONFIG, remat=False)
+  config = dataclasses.replace(CONFIG, remat='none')
   params = draw('policy', config, seed=3)
   whole = states(config, params, TOKENS, MASK)
   cache = gemma.Cache.empty(config, len(TOKENS), TOKENS.shape[1])
