@@ -150,9 +150,7 @@ def test_splash_equals_plain_attention(
   inputs = _inputs(heads, kv_heads, size)
   how = {'scale': 0.2, 'softcap': softcap, 'window': window}
   want = _outputs_and_gradients(_plain, inputs, **how)
-  got = _outputs_and_gradients(
-      functools.partial(_fused, splash), inputs, **how
-  )
+  got = _outputs_and_gradients(functools.partial(_fused, splash), inputs, **how)
   _assert_close(got, want, 2e-5)
 
 
