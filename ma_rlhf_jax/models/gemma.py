@@ -20,11 +20,8 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.attention import Masks, rotate, soft_capped
 from ma_rlhf_jax.models.kernels import SAVED
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.partition import constrain
+from ma_rlhf_jax.parallel.partition import LORA_A, LORA_B, constrain
 from ma_rlhf_jax.structs import Array, Params
-
-# What the two parameters of an adapter add to the name of their kernel.
-LORA_A, LORA_B = '_lora_a', '_lora_b'
 
 
 @struct.dataclass
@@ -68,7 +65,7 @@ class Cache:
 
 
 class _Kernels(nn.Module):
-  """Base of modules whose parameters carry logical axis names."""
+  """Base of modules with matrices."""
 
   config: GemmaConfig
 
@@ -77,12 +74,10 @@ class _Kernels(nn.Module):
       name: str,
       init: nn.initializers.Initializer,
       shape: tuple[int, ...],
-      axes: tuple[str | None, ...],
       dtype: str,
   ) -> Array:
     """A parameter of `dtype` in the compute dtype."""
-    boxed = nn.with_logical_partitioning(init, axes)
-    weight = self.param(name, boxed, shape, jnp.dtype(dtype))
+    weight = self.param(name, init, shape, jnp.dtype(dtype))
     return weight.astype(self.config.compute_dtype)
 
   def project(
@@ -90,7 +85,7 @@ class _Kernels(nn.Module):
       name: str,
       x: Array,
       outputs: tuple[int, ...],
-      axes: tuple[str, ...],
+      count: int = 1,
   ) -> Array:
     """`x` times a kernel, plus what its adapter adds.
 
@@ -98,18 +93,17 @@ class _Kernels(nn.Module):
       name: of the kernel, one of `config.KERNELS`.
       x: [..., *inputs].
       outputs: sizes of the axes that the result has in place of `inputs`.
-      axes: logical names of all axes of the kernel, [*inputs, *outputs].
+      count: of axes in `inputs`.
     """
     c = self.config
-    count = len(axes) - len(outputs)
     inputs = x.shape[x.ndim - count :]
     fans = {
         'in_axis': tuple(range(count)),
-        'out_axis': tuple(range(count, len(axes))),
+        'out_axis': tuple(range(count, count + len(outputs))),
     }
     init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', **fans)
     dtype = c.kernel_dtype or c.param_dtype
-    kernel = self._weight(name, init, inputs + outputs, axes, dtype)
+    kernel = self._weight(name, init, inputs + outputs, dtype)
     y = jnp.tensordot(x, kernel, axes=count)
     if c.lora is None or name not in c.lora.targets:
       return y
@@ -121,14 +115,12 @@ class _Kernels(nn.Module):
         name + LORA_A,
         down,
         (*inputs, c.lora.rank),
-        (*axes[:count], 'rank'),
         c.param_dtype,
     )
     b = self._weight(
         name + LORA_B,
         nn.initializers.zeros,
         (c.lora.rank, *outputs),
-        ('rank', *axes[count:]),
         c.param_dtype,
     )
     added = jnp.tensordot(jnp.tensordot(x, a, axes=count), b, axes=1)
@@ -144,7 +136,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Array) -> Array:
     scale_D = self.param(
         'scale',
-        nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+        nn.initializers.zeros,
         (x.shape[-1],),
         jnp.dtype(self.config.param_dtype),
     )
@@ -172,21 +164,19 @@ class Attention(_Kernels):
   ) -> tuple[Array, Cache | None]:
     c = self.config
 
-    def heads(name: str, number: int, axis: str) -> Array:
-      shape, axes = (number, c.head_dim), ('embed', axis, 'head')
-      return self.project(name, x_BLD, shape, axes)
+    def heads(name: str, number: int) -> Array:
+      return self.project(name, x_BLD, (number, c.head_dim))
 
-    queries = heads('query', c.num_heads, 'heads')
-    keys = heads('key', c.num_kv_heads, 'kv_heads')
-    values = heads('value', c.num_kv_heads, 'kv_heads')
+    queries = heads('query', c.num_heads)
+    keys = heads('key', c.num_kv_heads)
+    values = heads('value', c.num_kv_heads)
     queries = rotate(queries, positions_BL, theta=c.rope_theta)
     keys = rotate(keys, positions_BL, theta=c.rope_theta)
     if cache is not None:
       cache = cache.write(layer, slot, keys, values)
       keys, values = cache.layer(layer)
     mixed = masks.attend(c, slides, queries, keys, values)
-    axes = ('heads', 'head', 'embed')
-    return self.project('out', mixed, (c.embed_dim,), axes), cache
+    return self.project('out', mixed, (c.embed_dim,), count=2), cache
 
 
 class MLP(_Kernels):
@@ -195,10 +185,10 @@ class MLP(_Kernels):
   @nn.compact
   def __call__(self, x_BLD: Array) -> Array:
     c = self.config
-    gate = self.project('gate', x_BLD, (c.mlp_dim,), ('embed', 'mlp'))
-    up = self.project('up', x_BLD, (c.mlp_dim,), ('embed', 'mlp'))
+    gate = self.project('gate', x_BLD, (c.mlp_dim,))
+    up = self.project('up', x_BLD, (c.mlp_dim,))
     hidden = jax.nn.gelu(gate, approximate=True) * up
-    return self.project('down', hidden, (c.embed_dim,), ('mlp', 'embed'))
+    return self.project('down', hidden, (c.embed_dim,))
 
 
 # What the backward pass finds of each layer, beside what went into it.
@@ -273,9 +263,7 @@ class Gemma(nn.Module):
     c = self.config
     embedding_VD = self.param(
         'embedding',
-        nn.with_logical_partitioning(
-            nn.initializers.normal(c.embed_dim**-0.5), ('vocab', 'embed')
-        ),
+        nn.initializers.normal(c.embed_dim**-0.5),
         (c.vocab_size, c.embed_dim),
         jnp.dtype(c.kernel_dtype or c.param_dtype),
     )
@@ -291,7 +279,6 @@ class Gemma(nn.Module):
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=c.num_layers,
-        metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, name='layers')
     (x, cache), _ = layers(
         (constrain(x, ('batch', 'length', 'width')), cache),

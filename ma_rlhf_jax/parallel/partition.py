@@ -1,22 +1,28 @@
-"""Logical axes -> mesh axes: one table for parameters and activations."""
+"""Where arrays lie on the mesh: the one table of parameters and activations.
 
+A parameter's path gives the logical names of its axes (`PARAMS`), a logical
+name gives mesh axes (`RULES`). Activations name their axes where they are
+constrained.
+"""
+
+import math
 from typing import Any
 
-from flax import linen as nn
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ma_rlhf_jax.structs import Array
+from ma_rlhf_jax.structs import Array, Params
 
-# Parameters name their axes where they are created (models/); activations
-# where they are constrained. An axis that is not listed is not split.
+Axes = tuple[str | None, ...]
+
+# Logical axis -> mesh axes that split it; None = nothing does.
 RULES = {
     'batch': ('data', 'fsdp'),
     'vocab': 'tensor',
     'embed': 'fsdp',
     'mlp': 'tensor',
     'heads': 'tensor',
-    'kv_heads': None,
+    'kv_heads': 'tensor',
     'head': None,
     'norm': None,
     'rank': None,
@@ -25,10 +31,63 @@ RULES = {
     'width': None,
 }
 
+# Axes that stay whole where the mesh does not divide them: one key head serves
+# the query heads of all devices.
+_MAY_STAY_WHOLE = ('kv_heads',)
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+# Last part of a parameter's path -> its axes, those that are summed over in a
+# product apart from those of the result. What lies below `layers/` has an axis
+# of layers before them.
+PARAMS: dict[str, tuple[Axes, Axes]] = {
+    'embedding': ((), ('vocab', 'embed')),
+    'query': (('embed',), ('heads', 'head')),
+    'key': (('embed',), ('kv_heads', 'head')),
+    'value': (('embed',), ('kv_heads', 'head')),
+    'out': (('heads', 'head'), ('embed',)),
+    'gate': (('embed',), ('mlp',)),
+    'up': (('embed',), ('mlp',)),
+    'down': (('mlp',), ('embed',)),
+    'scale': ((), ('norm',)),
+    'head': (('embed',), ()),
+}
+
+# What the two parameters of an adapter add to the name of their kernel.
+LORA_A, LORA_B = '_lora_a', '_lora_b'
+
+
+def param_axes(path: str) -> Axes:
+  """Logical axes of a parameter, such as 'layers/mlp/up' or 'head'.
+
+  Raises:
+    KeyError: if `PARAMS` has none of that name.
+  """
+  name = path.rpartition('/')[2]
+  inputs, outputs = PARAMS[name.removesuffix(LORA_A).removesuffix(LORA_B)]
+  if name.endswith(LORA_A):
+    outputs = ('rank',)
+  if name.endswith(LORA_B):
+    inputs = ('rank',)
+  layers = ('layers',) if 'layers/' in path else ()
+  return layers + inputs + outputs
+
+
+def spec(axes: Axes) -> PartitionSpec:
   """The partition spec of an array with these logical axes."""
   return PartitionSpec(*(None if a is None else RULES[a] for a in axes))
+
+
+def param_spec(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+  """The partition spec of a parameter; its axes that may stay whole, may."""
+
+  def split(axis: str, size: int) -> Any:
+    over = RULES[axis]
+    names = (over,) if isinstance(over, str) else over or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    return None if axis in _MAY_STAY_WHOLE and size % parts else over
+
+  return PartitionSpec(*map(split, param_axes(path), shape))
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -48,22 +107,46 @@ def platform() -> str:
   return 'gpu' if name in ('cuda', 'rocm') else name
 
 
-def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+def constrain(x: Array, axes: Axes) -> Array:
   """`x`, laid out as `RULES` says under the mesh of `jax.set_mesh`."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def logical_shardings(boxed: Any) -> Any:
-  """Shardings of boxed parameters under the current mesh; None without one."""
-  specs = nn.get_partition_spec(boxed)
-  is_spec = lambda x: isinstance(x, PartitionSpec)
+def _with_paths(function: Any, tree: Params) -> Params:
+  """`function(path, leaf)` of every leaf, parts of paths joined by '/'."""
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: function(name(path), x), tree
+  )
+
+
+def param_shardings(params: Params) -> Params:
+  """Shardings of parameters under the current mesh; None without one.
+
+  Args:
+    params: anything with shapes, by path: a model's, or some of them.
+  """
   mesh = jax.sharding.get_mesh()
   if mesh.empty:
-    return jax.tree.map(lambda _: None, specs, is_leaf=is_spec)
-  return jax.tree.map(
-      lambda axes: NamedSharding(mesh, spec(axes)), specs, is_leaf=is_spec
+    return jax.tree.map(lambda _: None, params)
+  return _with_paths(
+      lambda path, x: NamedSharding(mesh, param_spec(path, x.shape, mesh)),
+      params,
+  )
+
+
+def constrain_params(params: Params) -> Params:
+  """`params`, or gradients of such, laid out as `param_shardings` says."""
+  mesh = current_mesh()
+  if mesh is None:
+    return params
+  return _with_paths(
+      lambda path, x: jax.lax.with_sharding_constraint(
+          x, param_spec(path, x.shape, mesh)
+      ),
+      params,
   )
 
 

@@ -83,22 +83,24 @@ def accumulate_gradients(
 
   Returns:
     Gradients and metrics (with 'loss'), equal to those of one large batch up
-    to the order of float sums.
+    to the order of float sums. On a mesh each gradient, and each sum of some,
+    is split as its parameter is.
   """
 
   def one(micro: Any) -> tuple[Params, dict[str, Array]]:
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, metrics), grads = grad_fn(params, micro)
-    return grads, {'loss': loss, **metrics}
+    return partition.constrain_params(grads), {'loss': loss, **metrics}
 
   if num_micro == 1:
     return one(batch)
   micro = partition.micro_batches(batch, num_micro)
   shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
   # A bfloat16 sum stops growing after a few hundred terms.
-  zeros = jax.tree.map(
+  grads, metrics = jax.tree.map(
       lambda x: jnp.zeros(x.shape, masking.wide(x.dtype)), shapes
   )
+  zeros = partition.constrain_params(grads), metrics
   add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)
   total, _ = jax.lax.scan(add, zeros, micro)
   return jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
