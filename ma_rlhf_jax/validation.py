@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
     'model.remat': tuple(gemma.REMAT),
     'model.attention': kernels.CHOICES,
+    'model.frozen_memory': tuple(partition.MEMORIES),
     'model.preset': ('', *presets.PRESETS),
     'model.family': tuple(tensor_names.WEIGHTS),
     'data.task': tuple(config_lib.TASK_LENGTHS),
@@ -48,6 +49,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'export.which': ('last', 'best'),
     'profile.stage': _STAGES[:3],
     **{f'{o}.schedule': optim.SCHEDULES for o in _OPTIMS},
+    **{f'{o}.moment_dtype': ('float32', 'bfloat16') for o in _OPTIMS},
     **{
         f'checkpoint.best_metric.{stage}': tuple(
             sign + f'eval/{name}' for name in names for sign in ('', '-')
@@ -210,6 +212,34 @@ def _of_kernel(c: ConfigDict) -> Iterator[str]:
     yield f'model.attention={c.model.attention!r}: {reason}'
 
 
+def _of_memory(c: ConfigDict) -> Iterator[str]:
+  """What is kept small or elsewhere to fit a device."""
+  for name in _OPTIMS:
+    block = c[name.split('.')[0]].optim
+    for rate in ('b1', 'b2'):
+      if block.moment_dtype == 'bfloat16' and (
+          block[rate] > optim.MAX_ROUNDED_DECAY
+      ):
+        yield (
+            f'{name}.{rate}={block[rate]} must be at most '
+            f"{optim.MAX_ROUNDED_DECAY} with {name}.moment_dtype='bfloat16': "
+            'smaller changes of a moment are lost in its 8 bits'
+        )
+  if c.model.frozen_memory != 'host':
+    return
+  if c.lora.rank:
+    yield (
+        "model.frozen_memory='host' must be 'device' with lora.rank="
+        f'{c.lora.rank}: what learns shares the weights of what does not'
+    )
+  if not partition.has_host_memory():
+    yield (
+        "model.frozen_memory='host': programs on this "
+        f'{partition.platform()} cannot read the memory of the host (it has no '
+        f"{partition.MEMORIES['host']!r} memory); use 'device'"
+    )
+
+
 def _of_lora(c: ConfigDict) -> Iterator[str]:
   unknown = set(c.lora.targets) - set(config_lib.KERNELS)
   if unknown or not c.lora.targets:
@@ -317,6 +347,7 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
   if config.model.preset in CHOICES['model.preset']:
     found += _of_kernel(config)
   found += _of_lora(config)
+  found += _of_memory(config)
   found += _of_data(config)
   found += _of_stages(config)
   found += switches.problems(flat)

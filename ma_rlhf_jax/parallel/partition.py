@@ -150,6 +150,46 @@ def constrain_params(params: Params) -> Params:
   )
 
 
+# Where parameters that do not learn may wait: field value -> memory kind.
+MEMORIES = {'device': '', 'host': 'pinned_host'}
+
+
+def has_host_memory() -> bool:
+  """Whether programs for the default devices can read arrays on the host."""
+  kinds = {m.kind for m in jax.local_devices()[0].addressable_memories()}
+  return MEMORIES['host'] in kinds
+
+
+def in_memory(params: Params, memory: str) -> Params:
+  """`params`, arrays or shapes of such, in a memory of `MEMORIES`.
+
+  A program that gets them on the host calls `on_device` first.
+  """
+  kind = MEMORIES[memory]
+
+  def put(x: Any) -> Any:
+    if not kind or x.sharding is None:
+      return x
+    sharding = x.sharding.with_memory_kind(kind)
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.device_put(x, sharding)
+
+  return jax.tree.map(put, params)
+
+
+def on_device(tree: Any) -> Any:
+  """Under jit: what lies on the host, copied to the devices; else as it is."""
+  space = jax.memory.Space
+
+  def put(x: Array) -> Array:
+    if jax.typeof(x).memory_space == space.Host:
+      return jax.device_put(x, space.Device)
+    return x
+
+  return jax.tree.map(put, tree)
+
+
 def indivisible(abstract: Any) -> list[str]:
   """The arrays that their mesh cannot split evenly, one line each.
 

@@ -14,6 +14,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import losses, rewards, targets
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import abstract, place
 from ma_rlhf_jax.rollout import sampling, scoring
 from ma_rlhf_jax.structs import (
@@ -141,8 +142,10 @@ class PPO(Stage):
     config, c = run.config, self.config
     self.shown = ('objective/score', 'objective/kl', 'response/length')
     self.shapes = shapes
-    self.ref_policy = params.ref_policy
-    self.reward_model = params.reward_model
+    self.ref_policy, self.reward_model = (
+        partition.in_memory(frozen, config.model.frozen_memory)
+        for frozen in (params.ref_policy, params.reward_model)
+    )
     # Optimizer updates of policy and critic in one step, and in all.
     self._per_step = c.ppo_epochs * c.minibatches
     policy_steps = self.num_steps - c.critic_warmup_updates

@@ -17,9 +17,11 @@ from ma_rlhf_jax.parallel.mesh import AXES, make_mesh, place
 from ma_rlhf_jax.parallel.partition import (
     constrain,
     constrain_params,
+    in_memory,
     indivisible,
     merge_micro_batches,
     micro_batches,
+    on_device,
     param_axes,
     param_spec,
     spec,
@@ -205,3 +207,22 @@ def test_what_a_mesh_cannot_split_is_named(mesh: Mesh) -> None:
   }
   (line,) = indivisible(tree)
   assert line.startswith('odd of shape (4, 3) by ')
+
+
+def test_parameters_wait_on_the_host_and_compute_on_the_device(
+    mesh: Mesh,
+) -> None:
+  with jax.set_mesh(mesh):
+    like = heads.abstract_params('scalar', CONFIG)['head']
+    here = jax.device_put(jnp.arange(24.0), like.sharding)
+    there = in_memory({'head': here}, 'host')['head']
+    doubled = jax.jit(lambda x: on_device(x) * 2)
+    made = doubled(there)
+    moves = lambda x: str(doubled.trace(x).jaxpr).count('device_put')
+    assert (moves(there), moves(here)) == (1, 0)
+  assert in_memory(here, 'device') is here
+  assert in_memory(like, 'host').sharding == there.sharding
+  assert there.sharding.memory_kind == 'pinned_host'
+  assert there.sharding.spec == here.sharding.spec
+  assert made.sharding.memory_kind == 'device'
+  np.testing.assert_array_equal(made, 2 * np.arange(24.0))
