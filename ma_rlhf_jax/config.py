@@ -39,6 +39,8 @@ def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
   c.eps = 1e-8
   c.weight_decay = 0.1  # authors; norm weights are never decayed
   c.clip_norm = 1.0  # global gradient norm, authors; 0 = no clipping
+  c.moment_dtype = 'float32'  # of Adam's two moments: float32 (at least; as the
+  # weights) | bfloat16 (half the memory)
   return c
 
 
@@ -64,9 +66,15 @@ def _model() -> ConfigDict:
   c.sliding_window = 0  # tokens, in every other layer from the first; 0 = none
   c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16 |
   # float64 (needs JAX_ENABLE_X64=1)
-  c.param_dtype = 'float32'  # of the trained weights and Adam moments
-  c.remat = True  # recompute layers in the backward pass
-  c.logprob_chunk = 4096  # tokens whose logits exist at once in a chunked pass
+  c.param_dtype = 'float32'  # of the trained weights
+  # What the backward pass recomputes of a layer: full | dots (all but matrix
+  # products) | attention (all but attention) | none. Memory and time: README.
+  c.remat = 'full'
+  # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU)
+  c.attention = 'auto'
+  # Where the models that do not learn wait between uses: device | host
+  c.frozen_memory = 'device'
+  c.logprob_chunk = 512  # tokens whose logits one device holds at once
   return c
 
 
@@ -324,6 +332,8 @@ RESUMABLE = (
     'evaluate.',
     'mesh.',
     'model.remat',
+    'model.attention',
+    'model.frozen_memory',
     'model.logprob_chunk',
     'data.cache_dir',
     'macro.parse_workers',

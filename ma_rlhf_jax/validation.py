@@ -1,6 +1,7 @@
 """Checks of a config before any device work: every problem in one message."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import math
 from typing import Any
 
@@ -10,8 +11,9 @@ from ml_collections import ConfigDict
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches
 from ma_rlhf_jax.macro import aggregate, host, termination
-from ma_rlhf_jax.models import presets, tensor_names
+from ma_rlhf_jax.models import gemma, kernels, presets, tensor_names
 from ma_rlhf_jax.objective import advantage, losses, preference, targets
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.training import optim, sft
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
@@ -23,6 +25,9 @@ _OF_REWARDS = ('sum', 'mean')  # the weights that pool no values
 CHOICES: dict[str, tuple[Any, ...]] = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
+    'model.remat': tuple(gemma.REMAT),
+    'model.attention': kernels.CHOICES,
+    'model.frozen_memory': tuple(partition.MEMORIES),
     'model.preset': ('', *presets.PRESETS),
     'model.family': tuple(tensor_names.WEIGHTS),
     'data.task': tuple(config_lib.TASK_LENGTHS),
@@ -45,6 +50,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'export.which': ('last', 'best'),
     'profile.stage': _STAGES[:3],
     **{f'{o}.schedule': optim.SCHEDULES for o in _OPTIMS},
+    **{f'{o}.moment_dtype': ('float32', 'bfloat16') for o in _OPTIMS},
     **{
         f'checkpoint.best_metric.{stage}': tuple(
             sign + f'eval/{name}' for name in names for sign in ('', '-')
@@ -198,6 +204,45 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
     )
 
 
+def _of_kernel(c: ConfigDict) -> Iterator[str]:
+  """The attention that is asked for; a shape in a folder is checked there."""
+  shape = presets.from_fields(c.model, 1)
+  if c.sft.init and not c.model.preset:
+    shape = dataclasses.replace(shape, attn_softcap=0, head_dim=128)
+  shape = dataclasses.replace(shape, dtype=c.model.dtype)
+  reason = kernels.refusal(c.model.attention, shape, partition.platform())
+  if reason:
+    yield f'model.attention={c.model.attention!r}: {reason}'
+
+
+def _of_memory(c: ConfigDict) -> Iterator[str]:
+  """What is kept small or elsewhere to fit a device."""
+  for name in _OPTIMS:
+    block = c[name.split('.')[0]].optim
+    for rate in ('b1', 'b2'):
+      if block.moment_dtype == 'bfloat16' and (
+          block[rate] > optim.MAX_ROUNDED_DECAY
+      ):
+        yield (
+            f'{name}.{rate}={block[rate]} must be at most '
+            f"{optim.MAX_ROUNDED_DECAY} with {name}.moment_dtype='bfloat16': "
+            'smaller changes of a moment are lost in its 8 bits'
+        )
+  if c.model.frozen_memory != 'host':
+    return
+  if c.lora.rank:
+    yield (
+        "model.frozen_memory='host' must be 'device' with lora.rank="
+        f'{c.lora.rank}: what learns shares the weights of what does not'
+    )
+  if not partition.has_host_memory():
+    yield (
+        "model.frozen_memory='host': programs on this "
+        f'{partition.platform()} cannot read the memory of the host (it has no '
+        f"{partition.MEMORIES['host']!r} memory); use 'device'"
+    )
+
+
 def _of_lora(c: ConfigDict) -> Iterator[str]:
   unknown = set(c.lora.targets) - set(config_lib.KERNELS)
   if unknown or not c.lora.targets:
@@ -302,7 +347,10 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
     return found
   found += _of_values(flat)
   found += _of_model(config)
+  if config.model.preset in CHOICES['model.preset']:
+    found += _of_kernel(config)
   found += _of_lora(config)
+  found += _of_memory(config)
   found += _of_data(config)
   found += _of_stages(config)
   found += switches.problems(flat)

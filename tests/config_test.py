@@ -108,7 +108,7 @@ def test_resumable_fields_do_not_differ() -> None:
   config.evaluate.prompts = 11
   config.mesh.fsdp = 2
   config.profile.steps = (1, 2)
-  config.model.remat = False
+  config.model.remat = 'none'
   config.model.logprob_chunk = 64
   config.data.cache_dir = 'elsewhere'
   assert differences(stored, config) == []

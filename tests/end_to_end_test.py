@@ -30,7 +30,7 @@ def get_config(arguments=''):
   config.update_from_flattened_dict({
       'model.vocab_size': 512, 'model.num_layers': 1, 'model.embed_dim': 16,
       'model.mlp_dim': 24, 'model.num_heads': 2, 'model.head_dim': 8,
-      'model.remat': False, 'tokenizer.vocab_size': 512,
+      'model.remat': 'none', 'tokenizer.vocab_size': 512,
       'data.synthetic_rows': 300, 'data.eval_rows': 16,
       'data.max_prompt_len': 64, 'data.max_response_len': 48,
       'sft.batch_size': 8, 'sft.steps': 3, 'sft.eval_every': 2,

@@ -31,7 +31,7 @@ SHAPE = GemmaConfig(
     num_heads=3,
     num_kv_heads=1,
     head_dim=6,
-    remat=False,
+    remat='none',
 )
 # Columns of prompts and of responses; no row fills both.
 PROMPT_LEN, RESPONSE_LEN = 6, 8

@@ -22,7 +22,7 @@ _FREE = set(
     'data.cache_dir data.chosen_column'
     ' data.drop_truncated data.eval_path data.eval_split data.path'
     ' data.prompt_column data.rejected_column data.shuffle_labels data.split'
-    ' data.subset model.remat ppo.critic_init ppo.from_run ppo.policy_init'
+    ' data.subset ppo.critic_init ppo.from_run ppo.policy_init'
     ' ppo.reward_model ppo.whiten_advantages reward_model.init sft.init'
     ' tokenizer.path macro.parser macro.last_token_alone'
     ' macro.empty_step'.split()
@@ -232,3 +232,54 @@ def test_sampling_that_biases_the_gradient_warns(
 def test_an_equal_temperature_is_no_warning() -> None:
   equal = {'ppo.logprob_temperature': 0.7, 'rollout.temperature': 0.7}
   assert warnings(_config(equal)) == []
+
+
+@pytest.mark.parametrize(
+    ('fields', 'line'),
+    [
+        (
+            {'model.attention': 'splash'},
+            "model.attention='splash': splash attention runs on TPUs",
+        ),
+        (
+            {'model.attention': 'cudnn'},
+            "model.attention='cudnn': cuDNN runs on NVIDIA GPUs",
+        ),
+        (
+            {'critic.optim.moment_dtype': 'bfloat16', 'critic.optim.b2': 0.999},
+            'critic.optim.b2=0.999 must be at most 0.98',
+        ),
+        (
+            {'model.frozen_memory': 'host', 'lora.rank': 4},
+            "model.frozen_memory='host' must be 'device' with lora.rank=4",
+        ),
+    ],
+)
+def test_what_a_platform_or_a_dtype_cannot_do_is_refused(
+    fields: dict[str, Any], line: str
+) -> None:
+  (found,) = problems(_config(fields))
+  assert found.startswith(line)
+
+
+def test_attention_of_a_shape_is_checked_for_the_platform(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(validation.partition, 'platform', lambda: 'gpu')
+  fields = {'model.attention': 'cudnn', 'model.dtype': 'bfloat16'}
+  named = lambda preset: problems(_config(fields | {'model.preset': preset}))
+  assert named('gemma-7b') == []
+  (found,) = named('gemma-2-27b')
+  assert 'no bound of attention scores' in found
+  # A folder decides, and is checked when it is read.
+  assert problems(_config(fields | {'sft.init': 'folder'})) == []
+
+
+def test_memory_of_the_host_must_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  fields = {'model.frozen_memory': 'host'}
+  assert problems(_config(fields)) == []
+  monkeypatch.setattr(validation.partition, 'has_host_memory', lambda: False)
+  (found,) = problems(_config(fields))
+  assert 'this cpu cannot read the memory of the host' in found

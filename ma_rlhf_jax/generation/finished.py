@@ -101,7 +101,7 @@ def find(flag: str, value: str, dtype: str) -> Finished:
   name = f'--{flag}={value}'
   path, stage = _product(name, value, stages)
   model = config_lib.base().model
-  model.update({'dtype': dtype, 'remat': False})
+  model.update({'dtype': dtype, 'remat': 'none'})
   try:
     folder = huggingface.resolve(path)
     shape = presets.frozen(huggingface.read_shape(folder), model)

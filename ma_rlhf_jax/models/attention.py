@@ -1,10 +1,17 @@
 """Attention over keys and values that may come from a cache."""
 
+import functools
+from typing import NamedTuple
+
 import chex
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from ma_rlhf_jax.masking import wide
+from ma_rlhf_jax.masking import causal_mask, wide
+from ma_rlhf_jax.models import kernels
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.parallel.partition import platform
 from ma_rlhf_jax.structs import Array
 
 
@@ -75,3 +82,59 @@ def attend(
   weights = jax.nn.softmax(scores, axis=-1).astype(queries_BLNH.dtype)
   mixed = jnp.einsum('bkgls,bskh->blkgh', weights, values_BSKH)
   return mixed.reshape(batch, length, heads, size)
+
+
+class Masks(NamedTuple):
+  """What queries may attend to.
+
+  Attributes:
+    full: bool [B, L, S], in most layers; or [B, L], the real tokens of rows for
+      a kernel that knows that attention is causal.
+    sliding: the same in sliding layers; None where it would be no different.
+  """
+
+  full: Array
+  sliding: Array | None
+
+  @classmethod
+  def of(cls, config: GemmaConfig, mask: Array, slot: Array | int) -> 'Masks':
+    """Both masks; `slot` is the key slot of the first query."""
+    slides, window = any(config.sliding_layers), config.sliding_window
+    if mask.ndim == 2 and kernels.chosen(config, platform()) != 'xla':
+      return cls(mask, mask if slides and mask.shape[1] > window else None)
+    mask_BLS = causal_mask(mask) if mask.ndim == 2 else mask
+    length, slots = mask_BLS.shape[1:]
+    if not slides or slots <= window:
+      return cls(mask_BLS, None)
+    query_L1 = slot + jnp.arange(length, dtype=jnp.int32)[:, None]
+    key_1S = jnp.arange(slots, dtype=jnp.int32)[None]
+    near_LS = query_L1 - key_1S < window
+    return cls(mask_BLS, mask_BLS & near_LS[None])
+
+  def attend(
+      self, config: GemmaConfig, slides: Array, *projected: Array
+  ) -> Array:
+    """Attention in one layer.
+
+    Args:
+      config: of the model.
+      slides: whether the layer is a sliding one.
+      *projected: queries, keys and values.
+    """
+    how = {'scale': config.attention_scale, 'softcap': config.attn_softcap}
+    if self.full.ndim == 3:
+      mask = self.full
+      if self.sliding is not None:
+        mask = jnp.where(slides, self.sliding, self.full)
+      return checkpoint_name(attend(*projected, mask, **how), kernels.SAVED)
+    kernel = kernels.KERNELS[kernels.chosen(config, platform())]
+    rows = functools.partial(kernels.attend_rows, kernel, **how)
+    if self.sliding is None:
+      return rows(*projected, self.full, window=0)
+    return jax.lax.cond(
+        slides,
+        functools.partial(rows, window=config.sliding_window),
+        functools.partial(rows, window=0),
+        *projected,
+        self.full,
+    )

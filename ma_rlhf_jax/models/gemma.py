@@ -7,129 +7,30 @@ Source: the Gemma reports (arXiv 2403.08295, 2408.00118); numerics follow the
 `transformers` implementation, against which they are tested.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import chex
 from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models.attention import attend, rotate, soft_capped
+from ma_rlhf_jax.models.attention import Masks, rotate, soft_capped
+from ma_rlhf_jax.models.cache import Cache
+from ma_rlhf_jax.models.kernels import SAVED
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.partition import beside_cache, constrain, split_cache
+from ma_rlhf_jax.parallel.partition import (
+    LORA_A,
+    LORA_B,
+    beside_cache,
+    constrain,
+)
 from ma_rlhf_jax.structs import Array, Params
-
-# What the two parameters of an adapter add to the name of their kernel.
-LORA_A, LORA_B = '_lora_a', '_lora_b'
-
-
-@struct.dataclass
-class Cache:
-  """Keys and values of all layers; slot s belongs to token column s.
-
-  Either one array of all layers, as a scan over layers carries it, or a tuple
-  of one array [B, S, K, H] a layer, which a loop over tokens updates in place.
-
-  Attributes:
-    keys_XBSKH: rotated keys, in the compute dtype or int8.
-    values_XBSKH: values.
-    key_scales_XBSK: of int8 keys, one a token and head; () = not quantised.
-    value_scales_XBSK: of int8 values.
-  """
-
-  keys_XBSKH: Array | tuple[Array, ...]
-  values_XBSKH: Array | tuple[Array, ...]
-  key_scales_XBSK: Array | tuple[Array, ...] = ()
-  value_scales_XBSK: Array | tuple[Array, ...] = ()
-
-  @classmethod
-  def empty(
-      cls, config: GemmaConfig, batch: int, slots: int, *, int8: bool = False
-  ) -> 'Cache':
-    """A cache of zeros; by layers where the layers of the config are."""
-    c = config
-    shape = (batch, slots, c.num_kv_heads, c.head_dim)
-
-    def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-      if c.unrolled:
-        make = lambda: split_cache(jnp.zeros(shape, dtype))
-        return tuple(make() for _ in range(c.num_layers))
-      return split_cache(jnp.zeros((c.num_layers, *shape), dtype), stacked=True)
-
-    if not int8:
-      return cls(*(zeros(shape, c.compute_dtype) for _ in range(2)))
-    scales = lambda: zeros(shape[:-1], jnp.float32)
-    quantised = lambda: zeros(shape, jnp.int8)
-    return cls(quantised(), quantised(), scales(), scales())
-
-  def write(
-      self, layer: Array | int, slot: Array | int, keys: Array, values: Array
-  ) -> 'Cache':
-    """The cache with [B, L, K, H] keys and values from `slot` on."""
-
-    def put(cached: Any, new: Array) -> Any:
-      # Of one type, also where plain integers would be 64 bits wide.
-      update = jax.lax.dynamic_update_slice
-      at = tuple(map(jnp.int32, (0, slot) + (0,) * (new.ndim - 2)))
-      if isinstance(cached, tuple):
-        written = update(cached[layer], new, at)
-        return cached[:layer] + (written,) + cached[layer + 1 :]
-      return update(cached, new[None], (jnp.int32(layer), *at))
-
-    if not self._is_int8:
-      return Cache(put(self.keys_XBSKH, keys), put(self.values_XBSKH, values))
-    (keys, key_scales), (values, value_scales) = map(quantise, (keys, values))
-    return Cache(
-        put(self.keys_XBSKH, keys),
-        put(self.values_XBSKH, values),
-        put(self.key_scales_XBSK, key_scales),
-        put(self.value_scales_XBSK, value_scales),
-    )
-
-  def layer(
-      self, layer: Array | int, slots: int, dtype: jnp.dtype
-  ) -> tuple[Array, Array]:
-    """Keys and values [B, S, K, H] of the first `slots` slots of one layer."""
-
-    def take(cached: Any) -> Array:
-      if isinstance(cached, tuple):
-        return cached[layer][:, :slots]
-      one = jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False)
-      return one[:, :slots]
-
-    keys, values = take(self.keys_XBSKH), take(self.values_XBSKH)
-    if not self._is_int8:
-      return keys, values
-    scaled = lambda x, scales: x.astype(dtype) * scales[..., None].astype(dtype)
-    return (
-        scaled(keys, take(self.key_scales_XBSK)),
-        scaled(values, take(self.value_scales_XBSK)),
-    )
-
-  @property
-  def num_kv_heads(self) -> int:
-    """K."""
-    return jax.tree.leaves(self.keys_XBSKH)[0].shape[-2]
-
-  @property
-  def _is_int8(self) -> bool:
-    return not isinstance(self.key_scales_XBSK, tuple) or bool(
-        self.key_scales_XBSK
-    )
-
-
-def quantise(x: Array) -> tuple[Array, Array]:
-  """int8 [..., H] and scales [...], such that int8 * scale is nearly `x`."""
-  wide_x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(wide_x), axis=-1) / 127
-  safe = jnp.where(scale > 0, scale, 1)
-  return jnp.round(wide_x / safe[..., None]).astype(jnp.int8), scale
 
 
 class _Kernels(nn.Module):
-  """Base of modules whose parameters carry logical axis names."""
+  """Base of modules with matrices."""
 
   config: GemmaConfig
 
@@ -138,12 +39,10 @@ class _Kernels(nn.Module):
       name: str,
       init: nn.initializers.Initializer,
       shape: tuple[int, ...],
-      axes: tuple[str | None, ...],
       dtype: str,
   ) -> Array:
     """A parameter of `dtype` in the compute dtype."""
-    boxed = nn.with_logical_partitioning(init, axes)
-    weight = self.param(name, boxed, shape, jnp.dtype(dtype))
+    weight = self.param(name, init, shape, jnp.dtype(dtype))
     return weight.astype(self.config.compute_dtype)
 
   def project(
@@ -151,7 +50,7 @@ class _Kernels(nn.Module):
       name: str,
       x: Array,
       outputs: tuple[int, ...],
-      axes: tuple[str, ...],
+      count: int = 1,
   ) -> Array:
     """`x` times a kernel, plus what its adapter adds.
 
@@ -159,18 +58,17 @@ class _Kernels(nn.Module):
       name: of the kernel, one of `config.KERNELS`.
       x: [..., *inputs].
       outputs: sizes of the axes that the result has in place of `inputs`.
-      axes: logical names of all axes of the kernel, [*inputs, *outputs].
+      count: of axes in `inputs`.
     """
     c = self.config
-    count = len(axes) - len(outputs)
     inputs = x.shape[x.ndim - count :]
     fans = {
         'in_axis': tuple(range(count)),
-        'out_axis': tuple(range(count, len(axes))),
+        'out_axis': tuple(range(count, count + len(outputs))),
     }
     init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', **fans)
     dtype = c.kernel_dtype or c.param_dtype
-    kernel = self._weight(name, init, inputs + outputs, axes, dtype)
+    kernel = self._weight(name, init, inputs + outputs, dtype)
     y = jnp.tensordot(x, kernel, axes=count)
     if c.lora is None or name not in c.lora.targets:
       return y
@@ -182,14 +80,12 @@ class _Kernels(nn.Module):
         name + LORA_A,
         down,
         (*inputs, c.lora.rank),
-        (*axes[:count], 'rank'),
         c.param_dtype,
     )
     b = self._weight(
         name + LORA_B,
         nn.initializers.zeros,
         (c.lora.rank, *outputs),
-        ('rank', *axes[count:]),
         c.param_dtype,
     )
     added = jnp.tensordot(jnp.tensordot(x, a, axes=count), b, axes=1)
@@ -205,7 +101,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Array) -> Array:
     scale_D = self.param(
         'scale',
-        nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+        nn.initializers.zeros,
         (x.shape[-1],),
         jnp.dtype(self.config.param_dtype),
     )
@@ -225,38 +121,30 @@ class Attention(_Kernels):
       self,
       x_BLD: Array,
       positions_BL: Array,
-      mask_BLS: Array,
+      masks: Masks,
+      slides: Array,
       cache: Cache | None,
       layer: Array,
       slot: Array | int,
   ) -> tuple[Array, Cache | None]:
     c = self.config
 
-    def heads(name: str, number: int, axis: str) -> Array:
-      shape, axes = (number, c.head_dim), ('embed', axis, 'head')
-      return self.project(name, x_BLD, shape, axes)
+    def heads(name: str, number: int) -> Array:
+      return self.project(name, x_BLD, (number, c.head_dim))
 
-    queries = heads('query', c.num_heads, 'heads')
-    keys = heads('key', c.num_kv_heads, 'kv_heads')
-    values = heads('value', c.num_kv_heads, 'kv_heads')
+    queries = heads('query', c.num_heads)
+    keys = heads('key', c.num_kv_heads)
+    values = heads('value', c.num_kv_heads)
     queries = rotate(queries, positions_BL, theta=c.rope_theta)
     keys = rotate(keys, positions_BL, theta=c.rope_theta)
     if cache is not None:
       cache = cache.write(layer, slot, keys, values)
-      keys, values = cache.layer(layer, mask_BLS.shape[-1], keys.dtype)
+      keys, values = cache.layer(layer, masks.full.shape[-1], keys.dtype)
       queries = beside_cache(queries, c.num_kv_heads)
-    mixed = attend(
-        queries,
-        keys,
-        values,
-        mask_BLS,
-        scale=c.attention_scale,
-        softcap=c.attn_softcap,
-    )
+    mixed = masks.attend(c, slides, queries, keys, values)
     if cache is not None:
       mixed = beside_cache(mixed, c.num_kv_heads)
-    axes = ('heads', 'head', 'embed')
-    return self.project('out', mixed, (c.embed_dim,), axes), cache
+    return self.project('out', mixed, (c.embed_dim,), count=2), cache
 
 
 class MLP(_Kernels):
@@ -265,41 +153,19 @@ class MLP(_Kernels):
   @nn.compact
   def __call__(self, x_BLD: Array) -> Array:
     c = self.config
-    gate = self.project('gate', x_BLD, (c.mlp_dim,), ('embed', 'mlp'))
-    up = self.project('up', x_BLD, (c.mlp_dim,), ('embed', 'mlp'))
+    gate = self.project('gate', x_BLD, (c.mlp_dim,))
+    up = self.project('up', x_BLD, (c.mlp_dim,))
     hidden = jax.nn.gelu(gate, approximate=True) * up
-    return self.project('down', hidden, (c.embed_dim,), ('mlp', 'embed'))
+    return self.project('down', hidden, (c.embed_dim,))
 
 
-class Masks(NamedTuple):
-  """What queries may attend to, bool [B, L, S].
-
-  Attributes:
-    full: in most layers.
-    sliding: in sliding layers; None where it would be the same.
-  """
-
-  full: Array
-  sliding: Array | None
-
-  @classmethod
-  def of(
-      cls, config: GemmaConfig, mask_BLS: Array, slot: Array | int
-  ) -> 'Masks':
-    """Both masks; `slot` is the key slot of the first query."""
-    length, slots = mask_BLS.shape[1:]
-    if not any(config.sliding_layers) or slots <= config.sliding_window:
-      return cls(mask_BLS, None)
-    query_L1 = slot + jnp.arange(length, dtype=jnp.int32)[:, None]
-    key_1S = jnp.arange(slots, dtype=jnp.int32)[None]
-    near_LS = query_L1 - key_1S < config.sliding_window
-    return cls(mask_BLS, mask_BLS & near_LS[None])
-
-  def of_layer(self, slides: Array | bool) -> Array:
-    """The mask of a layer; `slides` says whether it is a sliding one."""
-    if self.sliding is None:
-      return self.full
-    return jnp.where(slides, self.sliding, self.full)
+# What the backward pass finds of each layer, beside what went into it.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'attention': jax.checkpoint_policies.save_only_these_names(SAVED),
+    'none': None,
+}
 
 
 class Layer(nn.Module):
@@ -325,7 +191,7 @@ class Layer(nn.Module):
 
     normed = RMSNorm(c, name='attention_norm')(x)
     mixed, cache = Attention(c, name='attention')(
-        normed, positions_BL, masks.of_layer(slides), cache, layer, slot
+        normed, positions_BL, masks, slides, cache, layer, slot
     )
     x = x + added('attention_post_norm', mixed)
     normed = RMSNorm(c, name='mlp_norm')(x)
@@ -343,7 +209,7 @@ class Gemma(nn.Module):
       self,
       tokens_BL: Array,
       positions_BL: Array,
-      mask_BLS: Array,
+      mask: Array,
       cache: Cache | None = None,
       slot: Array | int = 0,
   ) -> tuple[Array, Cache | None]:
@@ -352,21 +218,20 @@ class Gemma(nn.Module):
     Args:
       tokens_BL: int32.
       positions_BL: int32 rotary positions.
-      mask_BLS: bool; S is L without a cache, else how many of its slots are
-        looked at.
+      mask: bool [B, L, S], what each token attends to; S is L without a cache,
+        else how many of its slots are looked at. Or [B, L], the real tokens of
+        rows that are read from left to right, without a cache.
       cache: keys and values of earlier tokens, or None.
       slot: the cache slot of the first of these tokens.
 
     Returns:
       float [B, L, D] in the compute dtype, and the new cache (or None).
     """
-    chex.assert_rank([tokens_BL, positions_BL, mask_BLS], [2, 2, 3])
+    chex.assert_rank([tokens_BL, positions_BL, mask], [2, 2, {2, 3}])
     c = self.config
     embedding_VD = self.param(
         'embedding',
-        nn.with_logical_partitioning(
-            nn.initializers.normal(c.embed_dim**-0.5), ('vocab', 'embed')
-        ),
+        nn.initializers.normal(c.embed_dim**-0.5),
         (c.vocab_size, c.embed_dim),
         jnp.dtype(c.kernel_dtype or c.param_dtype),
     )
@@ -375,20 +240,21 @@ class Gemma(nn.Module):
     x = embedding_VD[tokens_BL].astype(c.compute_dtype) * factor
     x = constrain(x, ('batch', 'length', 'width'))
     slides = c.sliding_layers or (False,) * c.num_layers
-    rows = positions_BL, Masks.of(c, mask_BLS, slot), slot
+    rows = positions_BL, Masks.of(c, mask, slot), slot
     if c.unrolled:
       for layer in range(c.num_layers):
         block = Layer(c, name=layer_name(layer))
         (x, cache), _ = block((x, cache), layer, slides[layer], *rows)
       return RMSNorm(c, name='final_norm')(x), cache
-    block = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+    block, policy = Layer, REMAT[c.remat]
+    if policy is not None:
+      block = nn.remat(Layer, prevent_cse=False, policy=policy)
     layers = nn.scan(
         block,
         variable_axes={'params': 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=c.num_layers,
-        metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c, name='layers')
     (x, cache), _ = layers(
         (x, cache),
@@ -412,9 +278,48 @@ def hidden_states(
       {'params': params},
       tokens_BL,
       masking.positions(mask_BL),
-      masking.causal_mask(mask_BL),
+      mask_BL,
   )
   return hidden_BLD
+
+
+@jax.custom_vjp
+def _head(hidden_xD: Array, embedding_VD: Array) -> Array:
+  """[..., V]: products of hidden states and rows, summed in float32 or wider.
+
+  Its own gradient: by default that of a float32 result multiplies in float32,
+  at a fraction of the speed. As everywhere else in the model, gradients enter
+  matmuls in the compute dtype; the sums over tokens stay wide.
+  """
+  return jnp.einsum(
+      '...d,vd->...v',
+      hidden_xD,
+      embedding_VD.astype(hidden_xD.dtype),
+      preferred_element_type=masking.wide(hidden_xD.dtype),
+  )
+
+
+def _head_forward(
+    hidden_xD: Array, embedding_VD: Array
+) -> tuple[Array, tuple[Array, Array]]:
+  return _head(hidden_xD, embedding_VD), (hidden_xD, embedding_VD)
+
+
+def _head_backward(
+    inputs: tuple[Array, Array], grad_xV: Array
+) -> tuple[Array, Array]:
+  hidden_xD, embedding_VD = inputs
+  grad_xV = grad_xV.astype(hidden_xD.dtype)
+  rows_VD = embedding_VD.astype(hidden_xD.dtype)
+  return jnp.einsum('...v,vd->...d', grad_xV, rows_VD), jnp.einsum(
+      '...v,...d->vd',
+      grad_xV,
+      hidden_xD,
+      preferred_element_type=masking.wide(hidden_xD.dtype),
+  ).astype(embedding_VD.dtype)
+
+
+_head.defvjp(_head_forward, _head_backward)
 
 
 def head_logits(
@@ -427,13 +332,7 @@ def head_logits(
     embedding_VD: the embedding.
     softcap: `final_softcap` of the config; 0 = off.
   """
-  logits_xV = jnp.einsum(
-      '...d,vd->...v',
-      hidden_xD,
-      embedding_VD.astype(hidden_xD.dtype),
-      preferred_element_type=masking.wide(hidden_xD.dtype),
-  )
-  return soft_capped(logits_xV, softcap)
+  return soft_capped(_head(hidden_xD, embedding_VD), softcap)
 
 
 def dummy_inputs() -> tuple[Any, ...]:

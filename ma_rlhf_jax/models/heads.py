@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.gemma import Gemma, dummy_inputs
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.partition import logical_shardings
+from ma_rlhf_jax.parallel.partition import param_shardings
 from ma_rlhf_jax.structs import Array, Params
 
 
@@ -30,15 +30,15 @@ class ScalarGemma(nn.Module):
 
   @nn.compact
   def __call__(
-      self, tokens_BL: Array, positions_BL: Array, mask_BLS: Array
+      self, tokens_BL: Array, positions_BL: Array, mask: Array
   ) -> Array:
     hidden_BLD, _ = Gemma(self.config, name='backbone')(
-        tokens_BL, positions_BL, mask_BLS
+        tokens_BL, positions_BL, mask
     )
     init = _head_initializer(self.config)
     head_D = self.param(
         'head',
-        nn.with_logical_partitioning(init, ('embed',)),
+        init,
         (self.config.embed_dim,),
         jnp.dtype(self.config.param_dtype),
     )
@@ -56,7 +56,7 @@ def token_scores(
       {'params': params},
       tokens_BL,
       masking.positions(mask_BL),
-      masking.causal_mask(mask_BL),
+      mask_BL,
   )
 
 
@@ -77,14 +77,13 @@ def abstract_params(kind: str, config: GemmaConfig) -> Params:
   Returns:
     A tree of `jax.ShapeDtypeStruct`.
   """
-  boxed = jax.eval_shape(
+  params = jax.eval_shape(
       lambda: MODELS[kind](config).init(jax.random.key(0), *dummy_inputs())
   )['params']
-  shardings = logical_shardings(boxed)
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      nn.unbox(boxed),
-      shardings,
+      params,
+      param_shardings(params),
   )
 
 
@@ -113,7 +112,7 @@ def init_params(
       jax.tree.map(lambda x: x.sharding, abstract_params(kind, config))
   )
   init = lambda key: wanted(
-      nn.unbox(MODELS[kind](config).init(key, *dummy_inputs())['params'])
+      MODELS[kind](config).init(key, *dummy_inputs())['params']
   )
   return jax.jit(init, out_shardings=shardings)(key)
 

@@ -51,7 +51,8 @@ class GemmaConfig:
     param_dtype: of the parameters when they are created.
     kernel_dtype: of matrices and embedding when they are created; '' =
       param_dtype. Frozen models hold them as they are computed with.
-    remat: recompute each layer in the backward pass.
+    remat: what the backward pass recomputes, a key of `gemma.REMAT`.
+    attention: auto | xla | splash | cudnn, see `models.kernels`.
     lora: adapters beside the kernels; None = none.
     unrolled: each layer has its own parameters, `layer_0`, ..., in place of
       one stack `layers` for a scan; see `rollout.layout`.
@@ -75,7 +76,8 @@ class GemmaConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   kernel_dtype: str = ''
-  remat: bool = True
+  remat: str = 'full'
+  attention: str = 'auto'
   lora: Lora | None = None
   unrolled: bool = False
 
@@ -113,6 +115,7 @@ _RUNTIME_FIELDS = (
     'param_dtype',
     'kernel_dtype',
     'remat',
+    'attention',
     'lora',
     'unrolled',
 )
@@ -193,6 +196,7 @@ def trained_whole(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
       param_dtype=model.param_dtype,
       kernel_dtype='',
       remat=model.remat,
+      attention=model.attention,
       lora=None,
   )
 

@@ -81,7 +81,7 @@ def _load(
       param_dtype=dtype,
       # One shape for one program.
       kernel_dtype='' if kernel_dtype == dtype else kernel_dtype,
-      remat=False,
+      remat='none',
   )
   return shape, huggingface.load_params(folder, shape, kind)
 

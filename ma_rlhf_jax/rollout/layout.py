@@ -12,13 +12,12 @@ import dataclasses
 import functools
 from typing import Any
 
-from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ma_rlhf_jax.models.gemma import Gemma, dummy_inputs, layer_name
+from ma_rlhf_jax.models.gemma import layer_name
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import decode_mesh
@@ -61,7 +60,7 @@ def make_layout(
     decoding = decode_mesh(mesh, tensor or _fewest(config, mesh))
   # A TPU reads a layer where it lies in the stack.
   unrolled = platform != 'tpu'
-  config = dataclasses.replace(config, remat=False, unrolled=unrolled)
+  config = dataclasses.replace(config, remat='none', unrolled=unrolled)
   return DecodeLayout(config, decoding, mesh)
 
 
@@ -89,23 +88,15 @@ def _fewest(config: GemmaConfig, mesh: Mesh) -> int:
   return min(enough, default=max(splits, default=tensor))
 
 
-def _shardings(layout: DecodeLayout) -> dict[str, NamedSharding]:
-  """Path -> where a parameter lies."""
-  boxed = jax.eval_shape(
-      lambda: Gemma(layout.config).init(jax.random.key(0), *dummy_inputs())
-  )['params']
-  axes = traverse_util.flatten_dict(
-      nn.get_partition_spec(boxed), sep='/', keep_empty_nodes=False
+def _shardings(layout: DecodeLayout, flat: dict[str, Any]) -> dict[str, Any]:
+  """Where parameters lie, by path."""
+  spec = functools.partial(
+      partition.param_spec, mesh=layout.mesh, decoding=True
   )
-  shapes = traverse_util.flatten_dict(nn.unbox(boxed), sep='/')
-  rules = partition.RULES | {'embed': None, 'kv_heads': 'tensor'}
-
-  def one(path: str) -> NamedSharding:
-    spec = PartitionSpec(*(rules.get(a) for a in axes[path]))
-    fitted = partition.fitted(spec, shapes[path].shape, layout.mesh)
-    return NamedSharding(layout.mesh, fitted)
-
-  return {path: one(path) for path in shapes}
+  return {
+      path: NamedSharding(layout.mesh, spec(path, x.shape))
+      for path, x in flat.items()
+  }
 
 
 def _unstacked(flat: dict[str, Any], num_layers: int) -> dict[str, Any]:
@@ -136,7 +127,7 @@ def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
   if layout.mesh is not None:
     flat = {
         path: jax.lax.with_sharding_constraint(flat[path], sharding)
-        for path, sharding in _shardings(layout).items()
+        for path, sharding in _shardings(layout, flat).items()
     }
   return traverse_util.unflatten_dict(flat, sep='/')
 
@@ -152,7 +143,7 @@ def abstract_params(params: Params, layout: DecodeLayout) -> Params:
         path: jax.ShapeDtypeStruct(
             flat[path].shape, flat[path].dtype, sharding=sharding
         )
-        for path, sharding in _shardings(layout).items()
+        for path, sharding in _shardings(layout, flat).items()
     }
   return traverse_util.unflatten_dict(flat, sep='/')
 

@@ -7,7 +7,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from ma_rlhf_jax.models.gemma import Cache
+from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Array
 

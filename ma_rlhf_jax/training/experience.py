@@ -15,6 +15,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import aggregate, termination
 from ma_rlhf_jax.objective import advantage, losses, rewards
 from ma_rlhf_jax.objective import targets as targets_lib
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import (
     Array,
@@ -69,6 +70,7 @@ def score_sequences(
     chunk_tokens: tokens whose logits exist at once.
     split: the micro-batches, one after the other.
   """
+  params = partition.on_device(params)
   how = {'temperature': temperature, 'chunk_tokens': chunk_tokens}
 
   def score(rows: SequenceBatch, width: int | None) -> tuple[tuple, Scored]:

@@ -13,6 +13,7 @@ from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import rewards
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import place
 from ma_rlhf_jax.rollout import layout, scoring
 from ma_rlhf_jax.structs import (
@@ -80,6 +81,7 @@ def _measure(
     num_micro: int,
 ) -> dict[str, Array]:
   """score [B] and kl [B] of finished responses."""
+  params = partition.on_device(params)
 
   def measure(rows: SequenceBatch) -> dict[str, Array]:
     logprobs_BT, ref_logprobs_BT = (

@@ -18,6 +18,7 @@ from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import losses
 from ma_rlhf_jax.objective import targets as targets_lib
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
@@ -164,7 +165,7 @@ def step(
 
   def params(learning: dict[str, Any]) -> Models:
     trained = {n: lora.join(frozen[n], x) for n, x in learning.items()}
-    return fixed._replace(**trained)
+    return partition.on_device(fixed)._replace(**trained)
 
   learning = {name: state.params for name, state in states.items()}
 
@@ -180,6 +181,7 @@ def step(
         how={'temperature': temperature, 'chunk_tokens': chunk_tokens},
     )
     grads, (metrics, made) = jax.grad(loss_fn, has_aux=True)(learning)
+    grads = {n: partition.constrain_params(x) for n, x in grads.items()}
     return (grads, metrics), made
 
   with jax.named_scope('update'):

@@ -13,6 +13,7 @@ import optax
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import rewards
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import abstract, place
 from ma_rlhf_jax.rollout import layout as layout_lib
 from ma_rlhf_jax.rollout import sampling
@@ -50,8 +51,10 @@ class PPO(Stage):
     config, c = run.config, self.config
     self.shown = ('objective/score', 'objective/kl', 'response/length')
     self.shapes = shapes
-    self.ref_policy = params.ref_policy
-    self.reward_model = params.reward_model
+    self.ref_policy, self.reward_model = (
+        partition.in_memory(frozen, config.model.frozen_memory)
+        for frozen in (params.ref_policy, params.reward_model)
+    )
     # Optimizer updates of policy and critic in one step, and in all.
     self._per_step = c.ppo_epochs * c.minibatches
     policy_steps = self.num_steps - c.critic_warmup_updates

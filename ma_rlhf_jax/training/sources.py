@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.models import heads, huggingface, lora, presets
+from ma_rlhf_jax.models import heads, huggingface, kernels, lora, presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training.run import Run
@@ -236,6 +236,9 @@ def _check_fit(
     )
   with jax.set_mesh(run.mesh):
     uneven = partition.indivisible(heads.abstract_params(kind, shape))
+    reason = kernels.refusal(shape.attention, shape, partition.platform())
+  if reason:
+    raise SourceError(f'{where}: model.attention={shape.attention!r}: {reason}')
   if uneven:
     raise SourceError(
         f'{where}: the mesh {dict(run.mesh.shape)} does not split evenly '

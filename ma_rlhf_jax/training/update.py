@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 import optax
 
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Array, Params, TrainState
 from ma_rlhf_jax.training import buckets
 
@@ -90,7 +91,8 @@ def accumulate_gradients(
 
   Returns:
     Gradients and metrics (with 'loss'), equal to those of one large batch up
-    to the order of float sums.
+    to the order of float sums. On a mesh each gradient, and each sum of some,
+    is split as its parameter is.
   """
   rows = jax.tree.leaves(batch)[0].shape[0]
   whole = buckets.Buckets((0,), (rows // num_micro,))
@@ -100,7 +102,7 @@ def accumulate_gradients(
     how = {} if by_length is None else {'width': width}
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, metrics), grads = grad_fn(params, micro, **how)
-    return (grads, {'loss': loss, **metrics}), ()
+    return (partition.constrain_params(grads), {'loss': loss, **metrics}), ()
 
   sums, _ = buckets.run(split, one, batch, lengths_B)
   return sums

@@ -90,7 +90,7 @@ def _update_programs(config: ConfigDict, rows: int, micro: int) -> Any:
       num_heads=m.num_heads,
       num_kv_heads=m.num_kv_heads,
       head_dim=m.head_dim,
-      remat=False,
+      remat='none',
   )
   optimizer = optim.make_optimizer(config.ppo.optim, 100)
   policy = heads.init_params('policy', shape, jax.random.key(0))

@@ -25,7 +25,7 @@ def _config(wl):
   c.model.embed_dim, c.model.mlp_dim = wl.hidden, wl.mlp
   c.model.num_heads, c.model.num_kv_heads = wl.heads, wl.kv_heads
   c.model.head_dim = wl.head_dim
-  c.model.remat = False
+  c.model.remat = 'none'
   c.ppo.batch_size, c.ppo.steps = wl.batch, 100
   c.ppo.optim.lr = c.critic.optim.lr = 1e-6
   c.rollout.temperature, c.rollout.top_k = wl.temperature, wl.top_k

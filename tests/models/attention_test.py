@@ -1,11 +1,25 @@
 """Tests of `models.attention`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.models import attention
+from ma_rlhf_jax.masking import causal_mask
+from ma_rlhf_jax.models import attention, kernels
+from ma_rlhf_jax.models.gemma import hidden_states
+from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.structs import Array
+from tests.models.drawn import (
+    LENGTHS,
+    TINY,
+    TINY_2,
+    draw,
+    left_padded,
+    states,
+)
 
 rotate = jax.jit(attention.rotate, static_argnames='theta')
 attend = jax.jit(attention.attend, static_argnames='scale')
@@ -117,3 +131,36 @@ def test_plain_jit_and_permuted_rows_agree() -> None:
   order = np.array([2, 0, 1])
   permuted = attend(q[order], k[order], v[order], mask[order], scale=0.3)
   np.testing.assert_allclose(permuted, np.asarray(out)[order], atol=1e-6)
+
+
+def _as_kernel(q: Array, k: Array, v: Array, real: Array, **how) -> Array:
+  """A kernel by plain means."""
+  mask, window = causal_mask(real), how.pop('window')
+  if window:
+    mask &= ~jnp.tril(jnp.ones(mask.shape[1:], bool), -window)[None]
+  return attention.attend(q, k, v, mask, **how)
+
+
+@pytest.mark.parametrize('config', [TINY, TINY_2], ids=['gemma', 'gemma2'])
+def test_a_kernel_gets_what_the_plain_path_sees(
+    config: GemmaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  params = draw('policy', config, seed=0)
+  tokens, mask = left_padded(LENGTHS, 9)
+  want = np.asarray(states(config, params, tokens, mask))
+  monkeypatch.setitem(kernels.KERNELS, 'splash', _as_kernel)
+  monkeypatch.setattr(kernels, 'chosen', lambda *_: 'splash')
+  got = jax.jit(functools.partial(hidden_states, config))(params, tokens, mask)
+  np.testing.assert_allclose(np.asarray(got)[mask], want[mask], atol=2e-5)
+
+
+def test_masks_of_other_shapes_stay_with_plain_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(kernels, 'chosen', lambda *_: 'splash')
+  mask = np.ones((2, 1, 9), bool)
+  assert attention.Masks.of(TINY, mask, 8) == (mask, None)
+  sliding = attention.Masks.of(TINY_2, mask, 8).sliding
+  assert sliding[0, 0].tolist() == [False] * 5 + [True] * 4
+  rows = attention.Masks.of(TINY_2, mask[:, 0], 0)
+  assert rows.full.shape == rows.sliding.shape == (2, 9)

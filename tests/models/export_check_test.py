@@ -15,7 +15,7 @@ from ma_rlhf_jax.models import export_check, exporting
 from ma_rlhf_jax.models.export_check import ExportCheckError
 from tests.models.drawn import UNUSUAL, draw, states
 
-SHAPE = dataclasses.replace(UNUSUAL, num_layers=1, remat=False)
+SHAPE = dataclasses.replace(UNUSUAL, num_layers=1, remat='none')
 # Token ids with BOS first; the last row is longer than what is compared.
 LONG = [2, *(3 + i % 40 for i in range(69))]
 ROWS = [[2, 9, 30, 7, 41], [2, 11], LONG]

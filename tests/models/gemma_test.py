@@ -10,6 +10,7 @@ import pytest
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import gemma
+from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.structs import Array, Params
 from tests.models.drawn import (
@@ -33,7 +34,7 @@ def _states(tokens: np.ndarray = TOKENS, mask: np.ndarray = MASK) -> np.ndarray:
   return np.asarray(states(TINY, PARAMS, tokens, mask))
 
 
-def _value_and_grads(remat: bool = True) -> tuple[float, Params]:
+def _value_and_grads(remat: str = 'full') -> tuple[float, Params]:
   config = dataclasses.replace(ONE_KV_HEAD, remat=remat)
   params = draw('policy', config, seed=0)
   value, grads = value_and_grad(config, params, TOKENS, MASK)
@@ -93,7 +94,7 @@ def test_decoding_from_a_cache_equals_the_whole_row() -> None:
   real = np.pad(mask, [(0, 0), (0, slots - 9)])
   attend = np.tril(np.ones((9, slots), bool))[None] & real[:, None]
   positions = np.asarray(masking.positions(mask))
-  cache, found = gemma.Cache.empty(TINY, 3, slots), []
+  cache, found = Cache.empty(TINY, 3, slots), []
   for slot in range(0, 9, size):
     at = slice(slot, slot + size)
     hidden, cache = apply(
@@ -107,9 +108,10 @@ def test_decoding_from_a_cache_equals_the_whole_row() -> None:
   assert np.asarray(cache.values_XBSKH)[:, :, 8].any()
 
 
-def test_remat_changes_no_value_and_no_gradient() -> None:
+@pytest.mark.parametrize('remat', ['dots', 'attention', 'none'])
+def test_remat_changes_no_value_and_no_gradient(remat: str) -> None:
   value, grads = _value_and_grads()
-  kept_value, kept_grads = _value_and_grads(remat=False)
+  kept_value, kept_grads = _value_and_grads(remat)
   np.testing.assert_allclose(value, kept_value, rtol=1e-5)
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
@@ -117,11 +119,27 @@ def test_remat_changes_no_value_and_no_gradient() -> None:
       kept_grads,
   )
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads))
-  program = lambda config: str(
-      jax.make_jaxpr(loss, static_argnums=0)(config, PARAMS, TOKENS, MASK)
-  )
-  kept = dataclasses.replace(TINY, remat=False)
-  assert 'remat' in program(TINY) and 'remat' not in program(kept)
+
+
+def test_remat_keeps_what_it_names() -> None:
+  def kept(remat: str) -> set[tuple[int, ...]]:
+    """Shapes that the forward pass leaves to the backward pass, by layer."""
+    config = dataclasses.replace(TINY, remat=remat)
+    cost = lambda params: loss(config, params, TOKENS, MASK)
+    backward = jax.eval_shape(lambda p: jax.vjp(cost, p)[1], PARAMS)
+    shapes = {x.shape for x in jax.tree.leaves(backward)}
+    return {s[1:] for s in shapes if s[:1] == (TINY.num_layers,) and s[3:]}
+
+  b, length = TOKENS.shape
+  weights = {x.shape[1:] for x in jax.tree.leaves(PARAMS['layers'])}
+  inputs, mixed = (b, length, TINY.embed_dim), (b, length, 4, 10)
+  mlp = (b, length, TINY.mlp_dim)
+  full = kept('full')
+  assert inputs in full and full - weights == {inputs}
+  assert kept('attention') - full == {mixed}
+  dots = kept('dots')
+  assert mixed in dots and mlp in dots  # queries have the shape of `mixed`
+  assert (b, 2, 2, length, length) in kept('none') - dots
 
 
 def test_padding_gets_no_gradient() -> None:
@@ -173,8 +191,8 @@ def test_head_logits_by_hand() -> None:
 
 def test_cache_write_touches_one_layer_and_its_slots() -> None:
   @jax.jit
-  def write(ones: Array) -> tuple[gemma.Cache, tuple[Array, Array]]:
-    cache = gemma.Cache.empty(TINY, batch=2, slots=4)
+  def write(ones: Array) -> tuple[Cache, tuple[Array, Array]]:
+    cache = Cache.empty(TINY, batch=2, slots=4)
     cache = cache.write(1, 1, ones, 2 * ones)
     return cache, cache.layer(1, 4, jnp.float32)
 
@@ -186,7 +204,7 @@ def test_cache_write_touches_one_layer_and_its_slots() -> None:
 
 def test_the_cache_is_written_where_plain_integers_are_wide() -> None:
   with jax.enable_x64(True):
-    cache = gemma.Cache.empty(TINY, batch=1, slots=3)
+    cache = Cache.empty(TINY, batch=1, slots=3)
     shape = (1, 1, TINY.num_kv_heads, TINY.head_dim)
     ones = jnp.ones(shape, cache.keys_XBSKH.dtype)
     written = cache.write(jnp.int32(1), 2, ones, 2 * ones)

@@ -10,6 +10,7 @@ import pytest
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.config import KERNELS
 from ma_rlhf_jax.models import exporting, gemma, heads, huggingface, lora
+from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.presets import GemmaConfig, Lora
 from ma_rlhf_jax.structs import Params
 from tests.models.drawn import TINY, UNUSUAL, draw, left_padded, loss, states
@@ -145,10 +146,10 @@ def test_a_merge_of_bfloat16_is_rounded_once() -> None:
 
 
 def test_decoding_through_adapters_equals_a_whole_pass() -> None:
-  config = dataclasses.replace(CONFIG, remat=False)
+  config = dataclasses.replace(CONFIG, remat='none')
   params = draw('policy', config, seed=3)
   whole = states(config, params, TOKENS, MASK)
-  cache = gemma.Cache.empty(config, len(TOKENS), TOKENS.shape[1])
+  cache = Cache.empty(config, len(TOKENS), TOKENS.shape[1])
   positions = masking.positions(MASK)
   step = jax.jit(gemma.Gemma(config).apply)
   for column in range(TOKENS.shape[1]):

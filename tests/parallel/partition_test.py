@@ -1,19 +1,29 @@
 """Tests of `parallel.partition`, on eight CPU devices."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.models import heads
-from ma_rlhf_jax.parallel.mesh import make_mesh, place
+from ma_rlhf_jax.config import KERNELS
+from ma_rlhf_jax.models import gemma, heads, lora
+from ma_rlhf_jax.models.presets import PRESETS, Lora
+from ma_rlhf_jax.parallel.mesh import AXES, make_mesh, place
 from ma_rlhf_jax.parallel.partition import (
     constrain,
+    constrain_params,
+    in_memory,
     indivisible,
     merge_micro_batches,
     micro_batches,
+    on_device,
+    param_axes,
+    param_spec,
     spec,
 )
 from tests.models.drawn import (
@@ -33,6 +43,10 @@ def mesh() -> Mesh:
   return make_mesh(ConfigDict({'data': 2, 'fsdp': 2, 'tensor': 2}))
 
 
+def _abstract_mesh(*sizes: int) -> AbstractMesh:
+  return AbstractMesh(sizes, AXES)
+
+
 def test_spec_by_hand() -> None:
   assert spec(('layers', 'embed', 'heads', 'head')) == PartitionSpec(
       None, 'fsdp', 'tensor', None
@@ -40,9 +54,84 @@ def test_spec_by_hand() -> None:
   assert spec(('batch', None)) == PartitionSpec(('data', 'fsdp'), None)
 
 
+def test_param_axes_by_hand() -> None:
+  assert param_axes('embedding') == ('vocab', 'embed')
+  assert param_axes('backbone/final_norm/scale') == ('norm',)
+  assert param_axes('head') == ('embed',)
+  assert param_axes('backbone/layers/mlp/up') == ('layers', 'embed', 'mlp')
+  out = 'layers/attention/out'
+  assert param_axes(out) == ('layers', 'heads', 'head', 'embed')
+  assert param_axes(f'{out}_lora_a') == ('layers', 'heads', 'head', 'rank')
+  assert param_axes(f'{out}_lora_b') == ('layers', 'rank', 'embed')
+
+
+@pytest.mark.parametrize(
+    ('preset', 'tensor', 'axis'),
+    [
+        ('gemma-2b', 2, None),  # one key head
+        ('gemma-7b', 8, 'tensor'),  # sixteen
+        ('gemma-2-2b', 4, 'tensor'),  # four
+        ('gemma-2-2b', 8, None),
+    ],
+)
+def test_key_heads_are_split_where_they_divide(
+    preset: str, tensor: int, axis: str | None
+) -> None:
+  config, mesh = PRESETS[preset], _abstract_mesh(1, 4, tensor)
+  shape = (config.num_layers, config.embed_dim, config.num_kv_heads, 256)
+  want = PartitionSpec(None, 'fsdp', axis, None)
+  assert param_spec('layers/attention/key', shape, mesh) == want
+
+
+@pytest.mark.parametrize('preset', sorted(PRESETS))
+def test_every_preset_is_split_evenly(preset: str) -> None:
+  adapters = Lora(rank=8, alpha=8, targets=KERNELS)
+  config = dataclasses.replace(PRESETS[preset], lora=adapters)
+  flat = lora.flatten(heads.abstract_params('scalar', config))
+  assert len(flat) == 3 * len(KERNELS) + (7 if config.post_norms else 5)
+  # Chips along (data, fsdp, tensor).
+  for sizes in ((1, 1, 8), (1, 256, 1), (4, 8, 8), (8, 64, 1)):
+    mesh, found = _abstract_mesh(*sizes), set()
+    for path, x in flat.items():
+      split = param_spec(path, x.shape, mesh)
+      NamedSharding(mesh, split).shard_shape(x.shape)  # raises where it cannot
+      found |= set(split)
+    assert found == {None, 'fsdp', 'tensor'}
+
+
+def test_constraints_are_in_the_lowered_program(mesh: Mesh) -> None:
+  def lowered() -> str:
+    params = heads.abstract_params('policy', CONFIG)
+    tokens, mask = left_padded(LENGTHS, 9)
+    states = jax.jit(gemma.hidden_states, static_argnums=0)
+    return states.lower(CONFIG, params, tokens, mask).as_text()
+
+  assert 'sharding_constraint' not in lowered()
+  with jax.set_mesh(mesh):
+    rows = re.findall(
+        r'sharding_constraint .*\[\{"data", "fsdp"\}, \{\}, \{\}\]', lowered()
+    )
+  assert len(rows) == 2  # what enters the layers, and what leaves each
+
+
+def test_constrained_parameters_lie_as_they_do_in_a_state(mesh: Mesh) -> None:
+  with jax.set_mesh(mesh):
+    params = heads.abstract_params('scalar', CONFIG)
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    made = jax.jit(lambda: constrain_params(zeros()))()
+  same = jax.tree.map(
+      lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim),
+      made,
+      params,
+  )
+  assert all(jax.tree.leaves(same))
+
+
 def test_an_unknown_axis_is_an_error() -> None:
   with pytest.raises(KeyError, match='wdith'):
     spec(('batch', 'wdith'))
+  with pytest.raises(KeyError, match='querry'):
+    param_axes('layers/attention/querry')
 
 
 def test_without_a_mesh_nothing_is_constrained() -> None:
@@ -118,3 +207,22 @@ def test_what_a_mesh_cannot_split_is_named(mesh: Mesh) -> None:
   }
   (line,) = indivisible(tree)
   assert line.startswith('odd of shape (4, 3) by ')
+
+
+def test_parameters_wait_on_the_host_and_compute_on_the_device(
+    mesh: Mesh,
+) -> None:
+  with jax.set_mesh(mesh):
+    like = heads.abstract_params('scalar', CONFIG)['head']
+    here = jax.device_put(jnp.arange(24.0), like.sharding)
+    there = in_memory({'head': here}, 'host')['head']
+    doubled = jax.jit(lambda x: on_device(x) * 2)
+    made = doubled(there)
+    moves = lambda x: str(doubled.trace(x).jaxpr).count('device_put')
+    assert (moves(there), moves(here)) == (1, 0)
+  assert in_memory(here, 'device') is here
+  assert in_memory(like, 'host').sharding == there.sharding
+  assert there.sharding.memory_kind == 'pinned_host'
+  assert there.sharding.spec == here.sharding.spec
+  assert made.sharding.memory_kind == 'device'
+  np.testing.assert_array_equal(made, 2 * np.arange(24.0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models import gemma
+from ma_rlhf_jax.models import cache
 from ma_rlhf_jax.models.gemma import head_logits, hidden_states
 from ma_rlhf_jax.rollout import decode, layout, live_rows, sampling, scoring
 from ma_rlhf_jax.structs import Array, PromptBatch, Rollout
@@ -302,7 +302,7 @@ def test_eight_bits_of_cache_are_nearly_the_same() -> None:
 def test_quantised_numbers_are_within_half_a_step() -> None:
   x = np.random.default_rng(0).normal(size=(3, 5, 2, 16)).astype(np.float32)
   x[0, 0] = 0
-  small, scales = gemma.quantise(x)
+  small, scales = cache.quantise(x)
   assert small.dtype == jnp.int8 and scales.shape == (3, 5, 2)
   error = np.abs(np.asarray(small) * np.asarray(scales)[..., None] - x)
   assert (error <= np.abs(x).max(-1, keepdims=True) / 127 * 0.5001).all()

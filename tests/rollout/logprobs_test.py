@@ -8,6 +8,8 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -77,7 +79,7 @@ def test_by_hand():
     np.testing.assert_allclose(entropy[0], [-(p @ np.log(p))] * 3, rtol=1e-6)
 
 
-# 3 rows: columns of 1, 2 (7 = 2 + 2 + 2 + 1), 5 (5 + 2), 7 and 7 tokens.
+# 21 tokens: chunks of 1, 8 (8 + 8 + 5), 15 (15 + 6), 21 and 21.
 @pytest.mark.parametrize(
     ('chunk_tokens', 'softcap'),
     [(1, 0.0), (8, 0.0), (8, 1.5), (15, 0.0), (21, 1.5), (1000, 0.0)],
@@ -92,6 +94,42 @@ def test_any_chunk_equals_all_logits_at_once(chunk_tokens: int, softcap: float):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
   for grad, want_grad in zip(grads, want_grads, strict=True):
     np.testing.assert_allclose(grad, want_grad, rtol=1e-4, atol=1e-5)
+
+
+# What each mesh does with a table of 24 rows: whole on every device; in groups
+# of 8 parts, of 3; in 8 shards; in 2 shards of 2; of 5 rows in 4 parts, padded.
+@pytest.mark.parametrize(
+    ('sizes', 'vocab'),
+    [
+        ((8, 1, 1), 24),
+        ((1, 8, 1), 24),
+        ((1, 1, 8), 24),
+        ((2, 2, 2), 24),
+        ((1, 4, 2), 10),
+    ],
+    ids=str,
+)
+def test_a_mesh_changes_no_value_and_no_gradient(sizes: tuple, vocab: int):
+  random = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+  inputs = draw(8, T, 16), draw(vocab, 16)
+  inputs += (random.integers(0, vocab, (8, T)).astype(np.int32),)
+  how = {'softcap': 3.0, 'temperature': 0.7, 'chunk_tokens': 4}
+  alone = _run(*inputs, function=_plain, **how)
+  mesh = tiny.mesh(*sizes)
+  rows = P(('data', 'fsdp'))
+  specs = rows, P('tensor', 'fsdp'), rows
+  with jax.set_mesh(mesh):
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    spread = _run(*map(put, inputs, specs), function=_chunked, **how)
+  table = spread[1][1]  # its gradient stays split
+  rows, columns = vocab // sizes[2], 16 // sizes[1]
+  assert table.sharding.shard_shape(table.shape) == (rows, columns)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      spread,
+      alone,
+  )
 
 
 def test_without_entropy_it_is_zero_and_log_probs_are_the_same():

@@ -62,3 +62,16 @@ def test_a_state_has_the_shapes_of_a_real_one(
     assert abstract.states == checkpoint.abstract_of(real.states)
     want = checkpoint.abstract_of(real.programs()['ppo/score'].args[0])
     assert abstract.programs()['ppo/score'].args[0] == want
+
+
+def test_frozen_models_may_wait_on_the_host(tmp_path: pathlib.Path) -> None:
+  run = _run(tmp_path, model__frozen_memory='host')
+  with jax.set_mesh(run.mesh):
+    score = abstract_stages(run)['ppo'].programs()['ppo/score']
+    program = str(score.function.trace(*score.args).jaxpr)
+  models = score.args[0]
+  kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+  waiting = (models.ref_policy, models.reward_model)
+  assert kinds(waiting) == {'pinned_host'}
+  assert kinds((models.policy, models.critic)) == {'device'}
+  assert program.count('device_put') == len(jax.tree.leaves(waiting))

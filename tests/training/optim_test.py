@@ -123,3 +123,38 @@ def test_clipping_is_by_the_global_norm():
   np.testing.assert_allclose(
       optax.tree.norm(loose), optax.tree.norm(free), rtol=1e-6
   )
+
+
+def test_bfloat16_moments_are_rounded_after_each_update():
+  how = {'weight_decay': 0.0, 'moment_dtype': 'bfloat16'}
+  optimizer = optim.make_optimizer(_optim(**how), 10)
+  state = optimizer.init(PARAMS)
+  second = jax.tree.map(lambda x: x / 2, GRADS)
+  for grads in (GRADS, second):
+    _, state = jax.jit(optimizer.update)(grads, state, PARAMS)
+  adam = state[0]
+  assert adam.mu['head'].dtype == adam.nu['head'].dtype == jnp.bfloat16
+  rounded = lambda x: float(jnp.bfloat16(x))
+  # As in the test above, each of .1 g, .05 g^2 and their sums rounded once.
+  mu = rounded(0.9 * rounded(0.1 * 4) + 0.1 * 2)
+  nu = rounded(0.95 * rounded(0.05 * 16) + 0.05 * 4)
+  assert float(adam.mu['head'][0]) == mu
+  assert float(adam.nu['head'][0]) == nu
+
+
+def test_bfloat16_moments_follow_gradients_that_fade():
+  # Gradients of 4, then of a thousandth of it. Updates are +-lr g / sqrt(v)
+  # once v has decayed: it never gets stuck at what it was.
+  fades = [GRADS] + [jax.tree.map(lambda x: x / 1000, GRADS)] * 400
+  how = {'weight_decay': 0.0, 'eps': 1e-12}
+  wide = _updates(fades, **how)
+  narrow = _updates(fades, moment_dtype='bfloat16', **how)
+  np.testing.assert_allclose(wide['head'], [-0.1, -0.1], rtol=1e-4)
+  np.testing.assert_allclose(narrow['head'], wide['head'], rtol=0.05)
+
+
+def test_float32_moments_are_as_wide_as_their_weights():
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS)
+    state = optim.make_optimizer(_optim(), 10).init(params)
+    assert state[0].mu['head'].dtype == state[0].nu['head'].dtype == jnp.float64

@@ -1,0 +1,203 @@
+"""Fused attention equals the plain one, on every real token."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ma_rlhf_jax.masking import causal_mask
+from ma_rlhf_jax.models import attention, kernels
+from ma_rlhf_jax.models.presets import PRESETS, GemmaConfig
+from ma_rlhf_jax.structs import Array
+from tests import tiny
+
+_BFLOAT = {'dtype': 'bfloat16'}
+_7B = dataclasses.replace(PRESETS['gemma-7b'], **_BFLOAT)
+_27B = dataclasses.replace(PRESETS['gemma-2-27b'], **_BFLOAT)
+_SMALL = dataclasses.replace(_7B, head_dim=64)
+_ODD = dataclasses.replace(_7B, head_dim=36)
+_WIDE = dataclasses.replace(_7B, dtype='float32')
+
+# No multiple of a block, which is made 128; the second row is padded on the
+# left into its second block, the third on both sides.
+LENGTH = 150
+_SPANS = ((0, 150), (131, 150), (20, 140))
+REAL = np.array([[a <= i < b for i in range(LENGTH)] for a, b in _SPANS])
+
+
+@pytest.mark.parametrize(
+    ('config', 'platform', 'want'),
+    [
+        (_7B, 'tpu', 'splash'),
+        (_27B, 'tpu', 'splash'),
+        (_WIDE, 'tpu', 'splash'),
+        (_SMALL, 'tpu', 'xla'),
+        (_7B, 'gpu', 'cudnn'),
+        (_SMALL, 'gpu', 'cudnn'),
+        (_27B, 'gpu', 'xla'),
+        (_WIDE, 'gpu', 'xla'),
+        (_ODD, 'gpu', 'xla'),
+        (_7B, 'cpu', 'xla'),
+    ],
+)
+def test_auto_takes_what_can_serve(
+    config: GemmaConfig, platform: str, want: str
+) -> None:
+  assert kernels.chosen(config, platform) == want
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'config', 'platform', 'reason'),
+    [
+        ('splash', _7B, 'cpu', 'on TPUs, not on this cpu'),
+        ('splash', _SMALL, 'tpu', 'multiple of 128 numbers, not 64'),
+        ('cudnn', _7B, 'tpu', 'NVIDIA GPUs, not on this tpu'),
+        ('cudnn', _27B, 'gpu', 'no bound of attention scores.* of 50'),
+        ('cudnn', _WIDE, 'gpu', 'not in float32'),
+        ('cudnn', _ODD, 'gpu', 'multiple of 8 and at most 256 numbers, not 36'),
+    ],
+)
+def test_what_cannot_serve_is_refused_with_the_reason(
+    kernel: str, config: GemmaConfig, platform: str, reason: str
+) -> None:
+  asked = dataclasses.replace(config, attention=kernel)
+  with pytest.raises(ValueError, match=f"model.attention='{kernel}'.*{reason}"):
+    kernels.chosen(asked, platform)
+
+
+def test_plain_attention_serves_everything() -> None:
+  for config in (_7B, _27B, _ODD, _WIDE):
+    plain = dataclasses.replace(config, attention='xla')
+    for platform in ('cpu', 'gpu', 'tpu'):
+      assert kernels.chosen(plain, platform) == 'xla'
+
+
+def _inputs(
+    heads: int, kv_heads: int, size: int, dtype: str = 'float32'
+) -> list[Array]:
+  random = np.random.default_rng(0)
+  shapes = [(len(REAL), LENGTH, n, size) for n in (heads, kv_heads, kv_heads)]
+  return [jnp.asarray(random.standard_normal(s), dtype) for s in shapes]
+
+
+def _plain(
+    *projected: Array, scale: float, softcap: float, window: int
+) -> Array:
+  mask = causal_mask(jnp.asarray(REAL))
+  if window:
+    mask &= ~np.tril(np.ones((LENGTH, LENGTH), bool), -window)[None]
+  return attention.attend(*projected, mask, scale=scale, softcap=softcap)
+
+
+def _fused(kernel: Callable[..., Array], *projected: Array, **how) -> Array:
+  return kernels.attend_rows(kernel, *projected, jnp.asarray(REAL), **how)
+
+
+def _outputs_and_gradients(
+    function: Callable[..., Array], inputs: list[Array], **how
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """What real queries get, and gradients of a sum over it."""
+
+  def cost(*projected: Array) -> tuple[Array, Array]:
+    mixed = function(*projected, **how)
+    real = jnp.asarray(REAL)[..., None, None]
+    mixed = jnp.where(real, mixed.astype(jnp.float32), 0)
+    return jnp.sum(jnp.sin(3 * mixed)), mixed
+
+  run = jax.jit(jax.value_and_grad(cost, argnums=(0, 1, 2), has_aux=True))
+  (_, mixed), grads = run(*inputs)
+  wide = lambda x: np.asarray(x, np.float32)
+  return wide(mixed), [wide(x) for x in grads]
+
+
+def _assert_close(got: tuple, want: tuple, atol: float) -> None:
+  np.testing.assert_allclose(got[0], want[0], atol=atol)
+  for x, like in zip(got[1], want[1], strict=True):
+    assert np.isfinite(x).all()
+    assert np.abs(like).max() > 0.1
+    np.testing.assert_allclose(x, like, atol=3 * atol)
+    assert not x[~REAL].any()
+
+
+@pytest.fixture
+def splash(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Array]:
+  monkeypatch.setattr(kernels, '_BLOCKS', (128,))
+  return functools.partial(kernels.splash, interpret=True)
+
+
+# Heads of 256 numbers and one key head as Gemma 2B has it; groups of two with a
+# bound and a window as Gemma 2 has them; a head each.
+@pytest.mark.parametrize(
+    ('heads', 'kv_heads', 'size', 'softcap', 'window'),
+    [
+        (2, 1, 256, 0.0, 0),
+        (4, 2, 128, 1.5, 40),
+        pytest.param(2, 2, 128, 0.0, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_splash_equals_plain_attention(
+    splash: Callable[..., Array],
+    heads: int,
+    kv_heads: int,
+    size: int,
+    softcap: float,
+    window: int,
+) -> None:
+  inputs = _inputs(heads, kv_heads, size)
+  how = {'scale': 0.2, 'softcap': softcap, 'window': window}
+  want = _outputs_and_gradients(_plain, inputs, **how)
+  got = _outputs_and_gradients(functools.partial(_fused, splash), inputs, **how)
+  _assert_close(got, want, 2e-5)
+
+
+def _rows(
+    kernel: Callable[..., Array], repeats: int, *projected: Array, **how
+) -> Array:
+  """`attend_rows` of rows that are repeated to divide by the devices."""
+  real = jnp.tile(jnp.asarray(REAL), (repeats, 1))
+  rows = [jnp.tile(x, (repeats, 1, 1, 1)) for x in projected]
+  return kernels.attend_rows(kernel, *rows, real, **how)[: len(REAL)]
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+def test_heads_and_rows_are_shared_by_the_mesh(kv_heads: int) -> None:
+  # The plain function as the kernel: each device has rows and heads of its own.
+  def kernel(q: Array, k: Array, v: Array, real: Array, **how) -> Array:
+    assert q.shape[:3] == (3, LENGTH, 2) and k.shape[2] == 1
+    del how['window']
+    return attention.attend(q, k, v, causal_mask(real), **how)
+
+  inputs = _inputs(8, kv_heads, 8)
+  how = {'scale': 0.2, 'softcap': 0.0, 'window': 0}
+  want = _outputs_and_gradients(_plain, inputs, **how)
+  with jax.set_mesh(tiny.mesh(1, 2, 4)):
+    rows = functools.partial(_rows, kernel, 2)
+    got = _outputs_and_gradients(rows, inputs, **how)
+  _assert_close(got, want, 2e-5)
+
+
+def test_key_heads_that_devices_cannot_share_are_refused() -> None:
+  with jax.set_mesh(tiny.mesh(1, 1, 8)):
+    with pytest.raises(ValueError, match='3 key heads and 6 query heads.*=8'):
+      _fused(kernels.splash, *_inputs(6, 3, 8), scale=1, softcap=0, window=0)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
+@pytest.mark.parametrize('window', [0, 40])
+@pytest.mark.parametrize(
+    ('heads', 'kv_heads', 'size'), [(4, 1, 256), (4, 2, 128), (2, 2, 64)]
+)
+def test_cudnn_equals_plain_attention(
+    heads: int, kv_heads: int, size: int, window: int
+) -> None:
+  inputs = _inputs(heads, kv_heads, size, 'bfloat16')
+  how = {'scale': size**-0.5, 'softcap': 0.0, 'window': window}
+  want = _outputs_and_gradients(_plain, inputs, **how)
+  got = _outputs_and_gradients(
+      functools.partial(_fused, kernels.cudnn), inputs, **how
+  )
+  _assert_close(got, want, 3e-2)
