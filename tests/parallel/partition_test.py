@@ -12,7 +12,7 @@ import pytest
 
 from ma_rlhf_jax.config import KERNELS
 from ma_rlhf_jax.models import gemma, heads, lora
-from ma_rlhf_jax.models.presets import PRESETS, Lora
+from ma_rlhf_jax.models.presets import PRESETS, GemmaConfig, Lora
 from ma_rlhf_jax.parallel.mesh import AXES, make_mesh, place
 from ma_rlhf_jax.parallel.partition import (
     constrain,
@@ -29,6 +29,7 @@ from ma_rlhf_jax.parallel.partition import (
 from tests.models.drawn import (
     LENGTHS,
     ONE_KV_HEAD,
+    TINY_2,
     draw,
     left_padded,
     loss,
@@ -156,19 +157,22 @@ def test_parameters_are_split_as_named(mesh: Mesh) -> None:
   assert piece(params['head']) == (12,)
 
 
-def test_eight_devices_agree_with_one(mesh: Mesh) -> None:
-  params = draw('policy', CONFIG, seed=3)
+@pytest.mark.parametrize(
+    'config', [CONFIG, TINY_2], ids=['one key head', 'two key heads']
+)
+def test_eight_devices_agree_with_one(config: GemmaConfig, mesh: Mesh) -> None:
+  params = draw('policy', config, seed=3)
   tokens, mask = left_padded(LENGTHS, 9)
-  alone = value_and_grad(CONFIG, params, tokens, mask)
+  alone = value_and_grad(config, params, tokens, mask)
   with jax.set_mesh(mesh):
     shardings = jax.tree.map(
-        lambda x: x.sharding, heads.abstract_params('policy', CONFIG)
+        lambda x: x.sharding, heads.abstract_params('policy', config)
     )
     spread = jax.jit(
         jax.value_and_grad(loss, argnums=1),
         static_argnums=0,
         out_shardings=(None, shardings),
-    )(CONFIG, jax.device_put(params, shardings), *place((tokens, mask), mesh))
+    )(config, jax.device_put(params, shardings), *place((tokens, mask), mesh))
   assert len(spread[1]['embedding'].sharding.device_set) == 8
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-4),
