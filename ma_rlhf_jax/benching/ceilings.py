@@ -48,7 +48,7 @@ def measure(dtype: str) -> Ceilings:
     return jax.lax.fori_loop(0, repeats, lambda _, y: (x @ y) * 0.01, x)
 
   numbers = (1 << 26) if small else (1 << 30)
-  y = jnp.ones(numbers, jnp.bfloat16)
+  y = jnp.ones(numbers, jnp.float32)
   copy = jax.jit(lambda y: y + 1)
   return Ceilings(
       matmul=2 * repeats * size**3 / seconds(multiply, x),

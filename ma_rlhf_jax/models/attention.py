@@ -48,6 +48,8 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
+    key_scales_BSK: Array | None = None,
+    value_scales_BSK: Array | None = None,
 ) -> Array:
   """Softmax attention; each key head serves N / K query heads.
 
@@ -60,6 +62,8 @@ def attend(
     mask_BLS: bool, true where query l may attend to key s.
     scale: multiplies the dot products.
     softcap: see `soft_capped`.
+    key_scales_BSK: what int8 keys are multiplied by; None = keys are floats.
+    value_scales_BSK: what int8 values are multiplied by.
 
   Returns:
     float [B, L, N, H], in the dtype of the queries.
@@ -73,14 +77,23 @@ def attend(
   scores = jnp.einsum(
       'blkgh,bskh->bkgls',
       grouped * jnp.asarray(scale, grouped.dtype),
-      keys_BSKH,
+      keys_BSKH.astype(grouped.dtype),
       preferred_element_type=wide(grouped.dtype),
   )
+  # Scales multiply what a product gives: 8 bits are all that is read for it.
+  over_scores = lambda scales: jnp.swapaxes(scales, 1, 2)[:, :, None, None]
+  if key_scales_BSK is not None:
+    scores = scores * over_scores(key_scales_BSK)
   scores = soft_capped(scores, softcap)
   floor = jnp.finfo(scores.dtype).min
   scores = jnp.where(mask_BLS[:, None, None], scores, floor)
-  weights = jax.nn.softmax(scores, axis=-1).astype(queries_BLNH.dtype)
-  mixed = jnp.einsum('bkgls,bskh->blkgh', weights, values_BSKH)
+  weights = jax.nn.softmax(scores, axis=-1)
+  if value_scales_BSK is not None:
+    weights = weights * over_scores(value_scales_BSK)
+  dtype = queries_BLNH.dtype
+  mixed = jnp.einsum(
+      'bkgls,bskh->blkgh', weights.astype(dtype), values_BSKH.astype(dtype)
+  )
   return mixed.reshape(batch, length, heads, size)
 
 
@@ -112,7 +125,11 @@ class Masks(NamedTuple):
     return cls(mask_BLS, mask_BLS & near_LS[None])
 
   def attend(
-      self, config: GemmaConfig, slides: Array, *projected: Array
+      self,
+      config: GemmaConfig,
+      slides: Array,
+      *projected: Array,
+      **scales: Array,
   ) -> Array:
     """Attention in one layer.
 
@@ -120,13 +137,16 @@ class Masks(NamedTuple):
       config: of the model.
       slides: whether the layer is a sliding one.
       *projected: queries, keys and values.
+      **scales: of int8 keys and values, see `attend`.
     """
     how = {'scale': config.attention_scale, 'softcap': config.attn_softcap}
     if self.full.ndim == 3:
       mask = self.full
       if self.sliding is not None:
         mask = jnp.where(slides, self.sliding, self.full)
-      return checkpoint_name(attend(*projected, mask, **how), kernels.SAVED)
+      return checkpoint_name(
+          attend(*projected, mask, **how, **scales), kernels.SAVED
+      )
     kernel = kernels.KERNELS[kernels.chosen(config, platform())]
     rows = functools.partial(kernels.attend_rows, kernel, **how)
     if self.sliding is None:

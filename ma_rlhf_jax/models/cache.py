@@ -75,9 +75,12 @@ class Cache:
     )
 
   def layer(
-      self, layer: Array | int, slots: int, dtype: jnp.dtype
-  ) -> tuple[Array, Array]:
-    """Keys and values [B, S, K, H] of the first `slots` slots of one layer."""
+      self, layer: Array | int, slots: int
+  ) -> tuple[Array, Array, dict[str, Array]]:
+    """Of the first `slots` slots of one layer: keys, values [B, S, K, H].
+
+    And, of int8 ones, their scales by the names that `attend` has for them.
+    """
 
     def take(cached: Any) -> Array:
       if isinstance(cached, tuple):
@@ -85,14 +88,11 @@ class Cache:
       one = jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False)
       return one[:, :slots]
 
-    keys, values = take(self.keys_XBSKH), take(self.values_XBSKH)
-    if not self._is_int8:
-      return keys, values
-    scaled = lambda x, scales: x.astype(dtype) * scales[..., None].astype(dtype)
-    return (
-        scaled(keys, take(self.key_scales_XBSK)),
-        scaled(values, take(self.value_scales_XBSK)),
-    )
+    scales = {}
+    if self._is_int8:
+      scales['key_scales_BSK'] = take(self.key_scales_XBSK)
+      scales['value_scales_BSK'] = take(self.value_scales_XBSK)
+    return take(self.keys_XBSKH), take(self.values_XBSKH), scales
 
   @property
   def num_kv_heads(self) -> int:

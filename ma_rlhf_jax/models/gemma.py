@@ -137,11 +137,12 @@ class Attention(_Kernels):
     values = heads('value', c.num_kv_heads)
     queries = rotate(queries, positions_BL, theta=c.rope_theta)
     keys = rotate(keys, positions_BL, theta=c.rope_theta)
+    scales = {}
     if cache is not None:
       cache = cache.write(layer, slot, keys, values)
-      keys, values = cache.layer(layer, masks.full.shape[-1], keys.dtype)
+      keys, values, scales = cache.layer(layer, masks.full.shape[-1])
       queries = beside_cache(queries, c.num_kv_heads)
-    mixed = masks.attend(c, slides, queries, keys, values)
+    mixed = masks.attend(c, slides, queries, keys, values, **scales)
     if cache is not None:
       mixed = beside_cache(mixed, c.num_kv_heads)
     return self.project('out', mixed, (c.embed_dim,), count=2), cache
