@@ -74,25 +74,39 @@ class Cache:
         put(self.value_scales_XBSK, value_scales),
     )
 
-  def layer(
-      self, layer: Array | int, slots: int
-  ) -> tuple[Array, Array, dict[str, Array]]:
-    """Of the first `slots` slots of one layer: keys, values [B, S, K, H].
+  def layer(self, layer: Array | int) -> tuple[Array, Array, dict[str, Array]]:
+    """Keys and values [B, S, K, H] of one layer.
 
     And, of int8 ones, their scales by the names that `attend` has for them.
     """
 
     def take(cached: Any) -> Array:
       if isinstance(cached, tuple):
-        return cached[layer][:, :slots]
-      one = jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False)
-      return one[:, :slots]
+        return cached[layer]
+      return jax.lax.dynamic_index_in_dim(cached, layer, keepdims=False)
 
     scales = {}
     if self._is_int8:
       scales['key_scales_BSK'] = take(self.key_scales_XBSK)
       scales['value_scales_BSK'] = take(self.value_scales_XBSK)
     return take(self.keys_XBSKH), take(self.values_XBSKH), scales
+
+  def grown(self, slots: int) -> 'Cache':
+    """The cache with so many slots, the new ones of zeros."""
+    stacked = not isinstance(self.keys_XBSKH, tuple)
+
+    def pad(x: Array) -> Array:
+      missing = slots - x.shape[1 + stacked]
+      widths = [(0, 0)] * x.ndim
+      widths[1 + stacked] = (0, missing)
+      return split_cache(jnp.pad(x, widths), stacked=stacked)
+
+    return jax.tree.map(pad, self)
+
+  @property
+  def slots(self) -> int:
+    """S."""
+    return jax.tree.leaves(self.keys_XBSKH)[0].shape[-3]
 
   @property
   def num_kv_heads(self) -> int:

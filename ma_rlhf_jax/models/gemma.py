@@ -140,7 +140,7 @@ class Attention(_Kernels):
     scales = {}
     if cache is not None:
       cache = cache.write(layer, slot, keys, values)
-      keys, values, scales = cache.layer(layer, masks.full.shape[-1])
+      keys, values, scales = cache.layer(layer)
       queries = beside_cache(queries, c.num_kv_heads)
     mixed = masks.attend(c, slides, queries, keys, values, **scales)
     if cache is not None:
@@ -220,8 +220,8 @@ class Gemma(nn.Module):
       tokens_BL: int32.
       positions_BL: int32 rotary positions.
       mask: bool [B, L, S], what each token attends to; S is L without a cache,
-        else how many of its slots are looked at. Or [B, L], the real tokens of
-        rows that are read from left to right, without a cache.
+        else the number of its slots. Or [B, L], the real tokens of rows that
+        are read from left to right, without a cache.
       cache: keys and values of earlier tokens, or None.
       slot: the cache slot of the first of these tokens.
 

@@ -51,16 +51,17 @@ def _prefill(
     prompts: PromptBatch,
     keys_B: Array,
     s: SamplingSettings,
+    bound: int,
 ) -> DecodeState:
   """The state before the first response token."""
   batch, width = prompts.tokens_BP.shape
-  slots = width + s.max_new_tokens
+  unused = ((0, 0), (0, 0), (0, bound))
   hidden_BPD, cache = Gemma(config).apply(
       {'params': params},
       prompts.tokens_BP,
       masking.positions(prompts.mask_BP),
-      masking.causal_mask(prompts.mask_BP),
-      Cache.empty(config, batch, slots, int8=s.int8_cache),
+      jnp.pad(masking.causal_mask(prompts.mask_BP), unused),
+      Cache.empty(config, batch, width + bound, int8=s.int8_cache),
   )
   shape = (batch, s.max_new_tokens)
   dtype = masking.wide(config.compute_dtype)
@@ -116,12 +117,13 @@ def _draw(
 
 
 def _advance(
-    config: GemmaConfig, params: Params, state: DecodeState, slots: int
+    config: GemmaConfig, params: Params, state: DecodeState
 ) -> DecodeState:
-  """Runs the model on the token drawn last; it looks at `slots` slots."""
+  """Runs the model on the token drawn last."""
   column = state.t - 1
   tokens_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BT, column, 1, axis=1)
   batch, width = state.prompt_mask_BP.shape
+  slots = state.cache.slots
   lengths_B = jnp.sum(state.prompt_mask_BP, axis=-1, dtype=jnp.int32)
   positions_B1 = lengths_B[:, None] + column
   # Ended rows attend to their pads; nothing reads what comes out of it.
@@ -147,9 +149,15 @@ def start(
     prompts: PromptBatch,
     keys_B: Array,
     settings: SamplingSettings,
+    bound: int | None = None,
 ) -> DecodeState:
-  """The state after the prompts and the first response token."""
-  state = _prefill(config, params, prompts, jnp.asarray(keys_B), settings)
+  """The state after the prompts and the first response token.
+
+  Its cache has room for `bound` response tokens, by default for all.
+  """
+  bound = bound or settings.max_new_tokens
+  keys_B = jnp.asarray(keys_B)
+  state = _prefill(config, params, prompts, keys_B, settings, bound)
   return _draw(config, params, state, settings)
 
 
@@ -159,7 +167,6 @@ def extend(
     state: DecodeState,
     settings: SamplingSettings,
     limit: Array | int,
-    bound: int | None = None,
 ) -> DecodeState:
   """`state` once `limit` tokens have been drawn, or all rows have ended.
 
@@ -168,17 +175,15 @@ def extend(
     params: its parameters.
     state: what `start` or `extend` gave.
     settings: how to sample.
-    limit: tokens of a row, at most `max_new_tokens`.
-    bound: static, at least `limit`; None = `max_new_tokens`.
+    limit: tokens of a row, at most those the cache has room for.
   """
   limit = jnp.minimum(limit, settings.max_new_tokens)
-  slots = state.prompt_mask_BP.shape[1] + (bound or settings.max_new_tokens)
 
   def unfinished(state: DecodeState) -> Array:
     return (state.t < limit) & ~jnp.all(state.done_B)
 
   def body(state: DecodeState) -> DecodeState:
-    state = _advance(config, params, state, slots)
+    state = _advance(config, params, state)
     return _draw(config, params, state, settings)
 
   return jax.lax.while_loop(unfinished, body, state)
@@ -214,10 +219,14 @@ def generate(
   Returns:
     The rollout. A response that reached T columns without EOS has none.
   """
-  state = start(config, params, prompts, keys_B, settings)
-  for number, limit in enumerate(stage_limits(settings.max_new_tokens)):
+  width = prompts.tokens_BP.shape[1]
+  limits = stage_limits(settings.max_new_tokens)
+  state = start(config, params, prompts, keys_B, settings, limits[0])
+  for number, limit in enumerate(limits):
+    # A slice of a larger cache would be copied for every token.
+    state = state.replace(cache=state.cache.grown(width + limit))
     run = lambda state, limit=limit: extend(
-        config, params, state, settings, limit, limit
+        config, params, state, settings, limit
     )
     state = live_rows.run(run, state, most=2**number)
   state = live_rows.in_order(state)

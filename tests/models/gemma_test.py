@@ -194,7 +194,7 @@ def test_cache_write_touches_one_layer_and_its_slots() -> None:
   def write(ones: Array) -> tuple[Cache, tuple[Array, Array]]:
     cache = Cache.empty(TINY, batch=2, slots=4)
     cache = cache.write(1, 1, ones, 2 * ones)
-    return cache, cache.layer(1, 4)[:2]
+    return cache, cache.layer(1)[:2]
 
   cache, (keys, values) = write(np.ones((2, 2, 2, 10), np.float32))
   np.testing.assert_array_equal(np.asarray(keys)[1, :, 0, 0], [0, 1, 1, 0])

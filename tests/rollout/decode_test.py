@@ -145,9 +145,9 @@ def test_the_loop_stops_when_every_row_has_ended(
   assert 2 < length < T
   advanced, advance = [], decode._advance
 
-  def counted(config, params, state, slots):
+  def counted(config, params, state):
     jax.debug.callback(lambda t: advanced.append(int(t)), state.t)
-    return advance(config, params, state, slots)
+    return advance(config, params, state)
 
   monkeypatch.setattr(decode, '_advance', counted)
   settings = dataclasses.replace(GREEDY, eos_id=eos)
