@@ -15,7 +15,8 @@ import tempfile
 from etils import epath
 from flax import traverse_util
 
-from ma_rlhf_jax.models import config_json, files, streaming, weight_files
+from ma_rlhf_jax.data import files
+from ma_rlhf_jax.models import config_json, streaming, weight_files
 from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import Tensor, list_tensors

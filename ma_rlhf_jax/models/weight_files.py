@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
-from ma_rlhf_jax.models import files
+from ma_rlhf_jax.data import files
 from ma_rlhf_jax.models.tensor_names import INDEX, SINGLE, Tensor
 
 _MAX_HEADER_BYTES = 16 * 2**20

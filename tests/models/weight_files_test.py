@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax.models import huggingface
+from tests.data.files_test import ARCHIVE, LFS, PAGE, PICKLE
 from tests.models.drawn import TINY, UNUSUAL, draw, their_tensors
-from tests.models.files_test import ARCHIVE, LFS, PAGE, PICKLE
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 FIRST, SECOND = (f'model-0000{n}-of-00002.safetensors' for n in (1, 2))
