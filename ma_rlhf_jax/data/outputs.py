@@ -12,11 +12,11 @@ Row = Mapping[str, Any]
 
 def dump(row: Row) -> str:
   """The line of a row, without its end; in UTF-8 wherever that can be."""
-  line = json.dumps(row, ensure_ascii=False)
+  line = json.dumps(row, ensure_ascii=False, allow_nan=False)
   try:
     line.encode()
   except UnicodeEncodeError:  # half a character in a field of the user
-    return json.dumps(row)
+    return json.dumps(row, allow_nan=False)
   return line
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import copy
 import dataclasses
 import gzip
-import json
 import pathlib
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import numpy as np
 
 from ma_rlhf_jax import recipe_flag, switches, validation
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.data.prompts import text_problem
+from ma_rlhf_jax.data.prompts import parse_line, text_problem
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.macro.spelling import Speller
 from ma_rlhf_jax.models import huggingface
@@ -122,9 +121,9 @@ def _is_number(value: Any) -> bool:
 def _row(line: str, where: str, column: str | None) -> dict[str, Any]:
   """A line of a JSONL file; its response is put under `text`."""
   try:
-    row = json.loads(line)
+    row = parse_line(line)
   except ValueError as error:
-    raise ValueError(f'{where} is no JSON: {error}') from None
+    raise ValueError(f'{where} {error}') from None
   if not isinstance(row, dict):
     raise ValueError(f'{where} must be an object of named columns')
   names = [column] if column else [n for n in _COLUMNS if n in row]

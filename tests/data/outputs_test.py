@@ -71,6 +71,11 @@ def test_any_row_can_be_written():
   assert half == '{"a": "\\ud83d"}' and half.encode()
 
 
+def test_a_number_that_json_lacks_is_not_written():
+  with pytest.raises(ValueError, match='not JSON compliant'):
+    outputs.dump({'score': float('nan')})
+
+
 def test_the_input_is_never_written_over(tmp_path: pathlib.Path):
   source = tmp_path / 'o.jsonl.partial'
   source.write_text('rows')
