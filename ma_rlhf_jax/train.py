@@ -222,6 +222,17 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   return run
 
 
+def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
+  """One line: where it was, what helps, and what the device said."""
+  where = ''.join(f' ({note})' for note in getattr(error, '__notes__', ()))
+  return (
+      f'the devices have too little memory{where}; make micro_batch_size of '
+      'the stage, rollout.batch_size or model.logprob_chunk smaller, spread '
+      'the weights by mesh.fsdp, or train adapters (:lora): '
+      f'{str(error).splitlines()[0]}'
+  )
+
+
 def main(argv: list[str]) -> None:
   """Sets up the run that the flags describe, and trains it."""
   if len(argv) > 1:
@@ -242,6 +253,10 @@ def main(argv: list[str]) -> None:
         sources.SourceError,
     ) as error:
       sys.exit(f'error: {error}')
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      sys.exit(f'error: {_out_of_memory(error)}')
     except KeyboardInterrupt:
       print('interrupted; the same command goes on from the newest checkpoint')
       sys.exit(130)
