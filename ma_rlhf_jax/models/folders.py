@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -12,11 +13,19 @@ from etils import epath
 import jax
 import safetensors
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What keeps a file from growing, and what to do.
+_FULL = {
+    errno.ENOSPC: 'free some',
+    errno.EDQUOT: 'free some of your quota',
+    errno.EFBIG: 'raise the limit on the size of a file (ulimit -f)',
+}
 
 
 class NoSpaceError(OSError):
-  """The disk was full before a folder was whole; nothing of it is left."""
+  """A file could not grow before a folder was whole; nothing of it is left."""
+
+  def __str__(self) -> str:
+    return self.strerror
 
 
 @contextlib.contextmanager
@@ -37,7 +46,7 @@ def whole(
   Raises:
     FileExistsError: if there is such a folder, not empty, and no `overwrite`,
       or a file.
-    NoSpaceError: if the disk is full.
+    NoSpaceError: if the disk, a quota or the largest size of a file is reached.
   """
   target = epath.Path(folder)
   _check_free(target, overwrite)
@@ -53,9 +62,9 @@ def whole(
       if jax.process_index() == 0:
         _rename(draft, target) if local else _upload(draft, target, marker)
     except (OSError, safetensors.SafetensorError) as error:
-      if not _is_full(error):
+      if (number := _full(error)) is None:
         raise
-      raise _no_space(target, scratch) from error
+      raise _no_space(target, scratch, number) from error
 
 
 def _check_free(target: epath.Path, overwrite: bool) -> None:
@@ -69,22 +78,25 @@ def _check_free(target: epath.Path, overwrite: bool) -> None:
     )
 
 
-def _is_full(error: BaseException) -> bool:
-  # safetensors tells in words what the system said; a folder may be filled
-  # inside of another.
-  full = isinstance(error, NoSpaceError) or (
-      isinstance(error, OSError) and error.errno in _FULL
-  )
-  words = isinstance(error, safetensors.SafetensorError)
-  return full or words and 'No space left' in str(error)
+def _full(error: BaseException) -> int | None:
+  """Which of `_FULL` an error is; None = another one."""
+  number = getattr(error, 'errno', None)
+  # safetensors tells in words what the system said.
+  if isinstance(error, safetensors.SafetensorError):
+    said = re.search(r'\(os error (\d+)\)', str(error))
+    number = int(said[1]) if said else None
+  return number if number in _FULL else None
 
 
-def _no_space(target: epath.Path, scratch: str) -> NoSpaceError:
+def _no_space(target: epath.Path, scratch: str, number: int) -> NoSpaceError:
   usage = shutil.disk_usage(scratch)
+  reason = os.strerror(number)
   return NoSpaceError(
-      f'{target}: no space left on the disk of {pathlib.Path(scratch).parent} '
-      f'({usage.total / 1e9:.3g} GB in all); free some, or choose another '
-      'folder; what was written of this one is removed'
+      number,
+      f'{target}: {reason[0].lower()}{reason[1:]}, on the disk of '
+      f'{pathlib.Path(scratch).parent} ({usage.total / 1e9:.3g} GB in all); '
+      f'{_FULL[number]}, or choose another folder; what was written of this '
+      'one is removed',
   )
 
 

@@ -73,9 +73,28 @@ def _full_in_rust() -> None:
   )
 
 
-@pytest.mark.parametrize('fail', [_full, _over_quota, _full_in_rust])
+def _too_large_in_rust() -> None:
+  raise safetensors.SafetensorError('I/O error: File too large (os error 27)')
+
+
+def _over_quota_in_rust() -> None:
+  raise safetensors.SafetensorError(
+      'I/O error: Disk quota exceeded (os error 122)'
+  )
+
+
+@pytest.mark.parametrize(
+    ('fail', 'reason'),
+    [
+        (_full, 'no space left on device'),
+        (_over_quota, 'disk quota exceeded'),
+        (_full_in_rust, 'no space left on device'),
+        (_too_large_in_rust, 'file too large'),
+        (_over_quota_in_rust, 'disk quota exceeded'),
+    ],
+)
 def test_a_full_disk_gives_one_message_and_leaves_nothing(
-    tmp_path: pathlib.Path, fail: Any
+    tmp_path: pathlib.Path, fail: Any, reason: str
 ) -> None:
   target = tmp_path / 'out'
   with pytest.raises(NoSpaceError) as caught:
@@ -84,9 +103,7 @@ def test_a_full_disk_gives_one_message_and_leaves_nothing(
         (draft / 'half').write_text('')
         fail()
   message = str(caught.value)
-  assert message.startswith(
-      f'{target}: no space left on the disk of {tmp_path}'
-  )
+  assert message.startswith(f'{target}: {reason}, on the disk of {tmp_path}')
   assert 'removed' in message and '\n' not in message
   assert not any(tmp_path.iterdir())
 
