@@ -179,7 +179,8 @@ def load_params(
   Raises:
     FileNotFoundError: if there are no safetensors.
     ValueError: if a file is broken, if tensors do not fit (lists all of them),
-      or if weights are nan or infinite.
+      if weights are nan or infinite, or
+      become so in the dtypes of `config`.
   """
   if config.lora is not None:
     raise ValueError(
@@ -189,7 +190,8 @@ def load_params(
   targets = traverse_util.flatten_dict(abstract_params(kind, config), sep='/')
   with contextlib.ExitStack() as stack:
     found, wanted = _checked_tensors(folder, config, kind, stack)
-    read, leaves = weight_files.Reader(found, wanted), {}
+    dtypes = {path: target.dtype for path, target in targets.items()}
+    read, leaves = weight_files.Reader(found, wanted, dtypes), {}
     for path, target in targets.items():
       parts = [t for t in wanted if t.path == path]
       leaves[path] = streaming.stream(read, parts, target)
