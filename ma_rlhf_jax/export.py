@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import shlex
+import signal
 import sys
 
 from absl import app, flags
@@ -221,6 +222,8 @@ def main(argv: list[str]) -> None:
   """Exports what the flags name."""
   values = flags.FLAGS
   checkpoint.quiet_logging()
+  # As Ctrl-C does, it leaves nothing of a folder that is not whole.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     if len(argv) > 1 or not values.workdir or not values.output:
       raise ExportError(
