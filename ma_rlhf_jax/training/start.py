@@ -24,6 +24,7 @@ def _check_warmup(config: ConfigDict, num_steps: int) -> None:
 
 def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
   """Data, tokenizer and devices of a run; raises what a user can mend."""
+  tasks.check_task(config.data.task)  # before a model is looked for
   path = sources.tokenizer_path(config)
   tokenizer = None
   if path:
