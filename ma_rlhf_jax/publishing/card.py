@@ -212,6 +212,12 @@ def _snippet(subject: Subject) -> str:
 
 
 def _notes(subject: Subject) -> Iterator[str]:
+  if subject.base == lineage.NO_NAME:
+    yield (
+        'The adapters go on top of a model that has no public name. '
+        '`base_path` is the folder or hub id of that very model; no other '
+        'will do, not even the one that it was trained from.'
+    )
   if subject.kind == 'scalar':
     yield (
         'The number is the score of a prompt and its response, read at the '
