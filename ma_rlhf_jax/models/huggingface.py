@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 from etils import epath
@@ -147,10 +148,19 @@ def read_shape(folder: str | os.PathLike[str]) -> GemmaConfig:
     raise FileNotFoundError(f'{path} is missing; it gives the shape of a model')
   theirs = files.read_json(path)
   try:
-    return config_json.read_fields(theirs)
+    shape = config_json.read_fields(theirs)
+    if note := config_json.note(theirs):
+      _note(f'note: {path}: {note}')
+    return shape
   except ValueError as error:
     reasons = str(error).replace('\n', '\n  ')
     raise ValueError(f'{path} cannot be used:\n  {reasons}') from error
+
+
+@functools.cache
+def _note(text: str) -> None:
+  """Says `text` once, however often a folder is read."""
+  print(text, file=sys.stderr, flush=True)
 
 
 def check_params(
