@@ -37,7 +37,7 @@ from ma_rlhf_jax.data import prompts as prompts_lib
 from ma_rlhf_jax.generation import batching, chat, records
 from ma_rlhf_jax.generation import session as session_lib
 from ma_rlhf_jax.generation.request import Request
-from ma_rlhf_jax.training import console
+from ma_rlhf_jax.training import checkpoint, console
 
 _HELP = {
     'model': 'Hugging Face folder, hub id or workdir.',
@@ -215,6 +215,7 @@ def run(request: Request) -> None:
 
 def main(argv: list[str]) -> None:
   """Runs the request that the flags make."""
+  checkpoint.quiet_logging()
   request = request_of(flags.FLAGS)
   try:
     if len(argv) > 1:
