@@ -6,6 +6,7 @@ made at every start.
 """
 
 from collections.abc import Callable
+import shlex
 import sys
 import time
 from typing import Any
@@ -222,6 +223,20 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   return run
 
 
+def _try_it(run: Run) -> str:
+  """Where everything is, and a command that uses the policy."""
+  told = f'workdir: {run.workdir}'
+  if any(workdir_lib.read_done(run.workdir, s) for s in ('ppo', 'sft')):
+    prompt = card.example_prompt(run.config.data.task)
+    for plain, spelt in (('\\', '\\\\'), ("'", "\\'"), ('\n', '\\n')):
+      prompt = prompt.replace(plain, spelt)
+    told += (
+        f'\ntry it: {shlex.quote(sys.executable)} -m ma_rlhf_jax.generate '
+        f"--model={shlex.quote(str(run.workdir))} --prompt=$'{prompt}'"
+    )
+  return told
+
+
 def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
   """One line: where it was, what helps, and what the device said."""
   where = ''.join(f' ({note})' for note in getattr(error, '__notes__', ()))
@@ -246,6 +261,7 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(run.mesh):
     try:
       train(run)
+      print(_try_it(run), flush=True)
     except (
         metrics.NonFiniteError,
         checkpoint.CheckpointError,
