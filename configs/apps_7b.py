@@ -1,11 +1,13 @@
 """APPS programs with CodeGemma-7B-it, n = 10.
 
+Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/apps_7b.py
 Hardware:  planned for v5p:2x2x1; one GPU of 80 GB with adapters,
            --config=configs/apps_7b.py:lora
 Data:      codeparrot/apps: 5,000 problems, split 20 : 80 over SFT and PPO
 Updates:   SFT 31 of 32 rows, PPO 250 of 16 prompts. The authors count
-           micro-steps of 8 prompts: 500, an update of 16 every 2; warm-up 20
+           micro-steps of 8 prompts: 500, an update of 16 every 2, warm-up
+           20 (10 updates)
 KL:        ppo.kl_coef=0.05 reward-model units a nat of a token. Summed over a
            macro action (ours, paper) that is 0.05 a nat of it; averaged
            (authors) 0.05 / 10 = 0.005, which under summed rewards is
@@ -39,6 +41,6 @@ def get_config(arguments: str = '') -> ConfigDict:
   config.rollout.temperature, config.rollout.top_k = 1.0, 5
   config.evaluate.temperature = 1.0
   for optim in (config.ppo.optim, config.critic.optim):
-    optim.warmup_ratio = 0.04  # their 20 micro-steps: 10 of 250 updates
+    optim.warmup_ratio = 20 / 500  # of their micro-steps: 10 of 250 updates
   config.sft.optim.warmup_ratio = 0.0
   return apply_arguments(config, arguments)

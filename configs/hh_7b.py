@@ -33,4 +33,7 @@ def get_config(arguments: str = '') -> ConfigDict:
   config.reward_model.optim.lr = 1e-6
   config.ppo.optim.lr = 1e-6
   config.critic.optim.lr = 1e-6
+  # As a share of their micro-steps; their script has a ratio of 0.05.
+  config.ppo.optim.warmup_ratio = 200 / 5603
+  config.critic.optim.warmup_ratio = 200 / 5603
   return apply_arguments(config, arguments)

@@ -1,5 +1,6 @@
 """TL;DR summaries with Gemma-2-27B, n = 5.
 
+Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/tldr_27b.py
 Hardware:  planned for v5p:2x2x4; a smaller slice with adapters,
            --config=configs/tldr_27b.py:lora

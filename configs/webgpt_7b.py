@@ -1,5 +1,6 @@
 """Questions with quoted sources and Gemma-7B, n = 5.
 
+Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/webgpt_7b.py
 Hardware:  planned for v5e:4x8; one GPU of 80 GB with adapters,
            --config=configs/webgpt_7b.py:lora
@@ -34,4 +35,7 @@ def get_config(arguments: str = '') -> ConfigDict:
   config.ppo.optim.lr = 1e-6
   config.critic.optim.lr = 1e-6
   config.ppo.kl_coef = 0.1
+  # As a share of their micro-steps; their script has a ratio of 0.05.
+  config.ppo.optim.warmup_ratio = 200 / 930
+  config.critic.optim.warmup_ratio = 200 / 930
   return apply_arguments(config, arguments)

@@ -317,8 +317,7 @@ def published(init: str, preset: str) -> ConfigDict:
   c.ppo.one_pass = 'policy'  # one gradient tree at a time
   c.evaluate.prompts, c.evaluate.temperature = 2000, 0.8
   for optim in (c.ppo.optim, c.critic.optim):
-    # Their 200 micro-steps are 6 of 145 updates; their script has 5 %.
-    optim.schedule, optim.warmup_ratio = 'linear', 0.05
+    optim.schedule = 'linear'  # each recipe has a warm-up of its own
   return c
 
 

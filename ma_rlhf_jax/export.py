@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import shlex
+import signal
 import sys
 
 from absl import app, flags
@@ -48,6 +49,7 @@ class Request:
   prompts: str = ''
   overwrite: bool = False
   push_to_hub: str = ''
+  base: str = ''
 
 
 def export(request: Request) -> str:
@@ -83,6 +85,7 @@ def export(request: Request) -> str:
         ),
         model_path=request.push_to_hub or output.name,
         draft=draft,
+        base=request.base,
     )
     if request.adapter:
       receipt = publish.write_adapter(job)
@@ -91,8 +94,12 @@ def export(request: Request) -> str:
           job, dtype=request.dtype, max_shard_bytes=shard_bytes
       )
   told = f'{output}: {_summary(receipt)}'
-  if request.push_to_hub and request.adapter:
-    told += _local_base(output)
+  if request.adapter and not _public_base(workdir, config, request):
+    told += (
+        f'\nnote: the base is a local folder, called {lineage.NO_NAME} in the '
+        'card; publish it too and name it by --base, or export merged, without '
+        '--adapter'
+    )
   if request.push_to_hub:
     told += f'\nuploaded to {hub.upload(output, request.push_to_hub)}'
   return told
@@ -118,6 +125,12 @@ def _check(request: Request) -> int:
   if request.adapter and request.dtype:
     raise ExportError(
         f'--dtype={request.dtype}: adapters are always float32; leave it out'
+    )
+  if request.base and not request.adapter:
+    raise ExportError(f'--base={request.base} needs --adapter')
+  if request.base and not lineage.is_hub_id(request.base):
+    raise ExportError(
+        f'--base={request.base}: a model of the hub is named user/name'
     )
   _check_output(request)
   if request.push_to_hub:
@@ -176,6 +189,13 @@ def _check_done(
         f'{config.lora.rank}; a model from random weights learns whole); leave '
         'out --adapter'
     )
+  public = not request.adapter or _public_base(workdir, config, request)
+  if request.push_to_hub and not public:
+    raise ExportError(
+        f'--push_to_hub={request.push_to_hub}: the adapters go on top of a '
+        'folder of this machine, which others lack; publish that and name it '
+        'by --base=user/name, or export merged, without --adapter'
+    )
 
 
 def _command(workdir: epath.Path) -> str:
@@ -185,14 +205,12 @@ def _command(workdir: epath.Path) -> str:
   return f'python -m ma_rlhf_jax.train {shlex.join(arguments)}'
 
 
-def _local_base(output: epath.Path) -> str:
-  """A note where others lack what the adapters go on top of."""
-  base = peft_folder.read_base(output)
-  if lineage.is_hub_id(base):
-    return ''
-  return (
-      f'\nnote: the adapters go on top of {base}, which is no model of the '
-      'hub; others need that, too'
+def _public_base(
+    workdir: epath.Path, config: ConfigDict, request: Request
+) -> str:
+  """Hub id of what the adapters go on top of; '' = a folder here."""
+  return request.base or lineage.public_name(
+      sources.base(config, workdir, request.stage)
   )
 
 
@@ -221,6 +239,8 @@ def main(argv: list[str]) -> None:
   """Exports what the flags name."""
   values = flags.FLAGS
   checkpoint.quiet_logging()
+  # As Ctrl-C does, it leaves nothing of a folder that is not whole.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     if len(argv) > 1 or not values.workdir or not values.output:
       raise ExportError(
@@ -244,6 +264,12 @@ def define_flags() -> None:
   )
   flags.DEFINE_boolean(
       'adapter', False, 'The adapters alone, as a folder for peft.'
+  )
+  flags.DEFINE_string(
+      'base',
+      '',
+      'With --adapter: hub id of what the adapters go on top of, where the run '
+      'started from a local folder.',
   )
   flags.DEFINE_string('max_shard_size', '5GB', 'Of one file of weights.')
   flags.DEFINE_string(

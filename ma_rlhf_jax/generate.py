@@ -37,7 +37,7 @@ from ma_rlhf_jax.data import prompts as prompts_lib
 from ma_rlhf_jax.generation import batching, chat, records
 from ma_rlhf_jax.generation import session as session_lib
 from ma_rlhf_jax.generation.request import Request
-from ma_rlhf_jax.training import console
+from ma_rlhf_jax.training import checkpoint, console
 
 _HELP = {
     'model': 'Hugging Face folder, hub id or workdir.',
@@ -45,7 +45,7 @@ _HELP = {
     'prompt': 'One prompt; its response is printed.',
     'input': 'Prompts: .jsonl or .jsonl.gz, rows with `prompt`.',
     'output': 'Where the responses to --input go, .jsonl.',
-    'overwrite': 'Replace --output where it is there.',
+    'overwrite': 'Replace --output, and its .partial, where they are there.',
     'temperature': '0 = greedy.',
     'top_k': 'Draw from so many most probable tokens; 0 = all.',
     'top_p': 'Draw from the most probable tokens of this mass; 1 = all.',
@@ -96,7 +96,7 @@ def _find(request: Request) -> session_lib.Found:
 def answer_file(request: Request) -> None:
   """JSONL to JSONL."""
   given, numbers = prompts_lib.read_rows(request.input)
-  outputs.check(request.output, request.overwrite)
+  outputs.check(request.output, request.overwrite, request.input)
   found = _find(request)
   texts = [row['prompt'] for row in given]
   names = [f'line {number}' for number in numbers]
@@ -104,7 +104,7 @@ def answer_file(request: Request) -> None:
   if lost := records.replaced(given):
     _say(f'note: {", ".join(lost)} of the input are not kept')
   with contextlib.ExitStack() as stack:
-    output = outputs.Output(request.output)
+    output = outputs.Output(request.output, request.overwrite)
     stack.callback(lambda: _say(output.abandon()))
     with session_lib.opened(request, found) as session:
       _write_all(session, given, prompts, output)
@@ -215,6 +215,7 @@ def run(request: Request) -> None:
 
 def main(argv: list[str]) -> None:
   """Runs the request that the flags make."""
+  checkpoint.quiet_logging()
   request = request_of(flags.FLAGS)
   try:
     if len(argv) > 1:

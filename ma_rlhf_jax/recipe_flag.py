@@ -7,7 +7,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from ma_rlhf_jax.config import default_recipe
+from ma_rlhf_jax.config import base, default_recipe, flatten
 
 ARGV: list[str] = []  # the command line as `parse` spells it
 
@@ -42,6 +42,22 @@ def _words(error: BaseException) -> str:
   return str(error)
 
 
+def _last_tuples(argv: list[str]) -> list[str]:
+  """Without all but the last value of each tuple, which would be joined."""
+  tuples = [k for k, v in flatten(base()).items() if isinstance(v, list)]
+  kept, seen = list(argv), set()
+  for i in range(len(argv) - 1, 0, -1):
+    match = re.fullmatch(
+        r'--?((?:config|other)\.([\w.]+))(=.*)?', argv[i], re.S
+    )
+    if not match or match[2] not in tuples:
+      continue
+    if match[1] in seen:
+      del kept[i : i + (1 if match[3] else 2)]
+    seen.add(match[1])
+  return kept
+
+
 def parse(argv: list[str]) -> list[str]:
   """Parses flags; `--config.ppo.from=` is spelt `from_run` inside.
 
@@ -55,6 +71,7 @@ def parse(argv: list[str]) -> list[str]:
     spelt.insert(1, f'--config={default_recipe()}')
   if missing := _missing_recipe(spelt):
     sys.exit(f'error: {missing}')
+  spelt = _last_tuples(spelt)
   ARGV[:] = spelt
   try:
     return flags.FLAGS(spelt)

@@ -6,6 +6,7 @@ made at every start.
 """
 
 from collections.abc import Callable
+import shlex
 import sys
 import time
 from typing import Any
@@ -19,11 +20,11 @@ from ma_rlhf_jax import recipe_flag, switches, validation
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
-from ma_rlhf_jax.models import exporting, folders, peft_folder
+from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.publishing import card
-from ma_rlhf_jax.training import checkpoint, metrics, sources
+from ma_rlhf_jax.training import checkpoint, metrics, origins, sources
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO
@@ -77,9 +78,17 @@ def _save_adapter(
   )
 
 
+def _say_learning(name: str, shape: GemmaConfig, params: Any) -> None:
+  """Prints how much of a model learns in a stage."""
+  if jax.process_index() == 0:
+    print(f'{name}: {lora.describe(shape, params)} learn', flush=True)
+
+
 def train_sft(run: Run) -> None:
   """SFT, from `sft.init` or random weights to `sft/hf`."""
+  origins.check(run, 'sft')
   stage = SFT(run, *sources.initial_policy(run))
+  _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   trained = ('policy', stage.shape, stage.params(states))
   _finish(run, 'sft', step, {'sft': trained})
@@ -87,7 +96,9 @@ def train_sft(run: Run) -> None:
 
 def train_reward_model(run: Run) -> None:
   """The reward model, from the SFT policy to `reward_model/hf`."""
+  origins.check(run, 'reward_model')
   stage = RewardModel(run, *sources.initial_reward_model(run))
+  _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   trained = ('scalar', stage.shape, stage.params(states))
   _finish(run, 'reward_model', step, {'reward_model': trained})
@@ -113,7 +124,13 @@ def _ppo_models(run: Run) -> tuple[Models, Models]:
 
 def train_ppo(run: Run) -> None:
   """MA-PPO, from SFT policy and reward model to `ppo/hf`."""
+  origins.check(run, 'ppo')
   stage = PPO(run, *_ppo_models(run))
+  params = stage.params(stage.states)
+  _say_learning('ppo, policy', stage.shapes.policy, params.policy)
+  if params.critic is not None:
+    _say_learning('ppo, critic', stage.shapes.critic, params.critic)
+  del params  # the first update takes their memory
   states, step = run_stage(stage)
   params = stage.params(states)
   exports = {'ppo': ('policy', stage.shapes.policy, params.policy)}
@@ -206,6 +223,31 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   return run
 
 
+def _try_it(run: Run) -> str:
+  """Where everything is, and a command that uses the policy."""
+  told = f'workdir: {run.workdir}'
+  if any(workdir_lib.read_done(run.workdir, s) for s in ('ppo', 'sft')):
+    prompt = card.example_prompt(run.config.data.task)
+    for plain, spelt in (('\\', '\\\\'), ("'", "\\'"), ('\n', '\\n')):
+      prompt = prompt.replace(plain, spelt)
+    told += (
+        f'\ntry it: {shlex.quote(sys.executable)} -m ma_rlhf_jax.generate '
+        f"--model={shlex.quote(str(run.workdir))} --prompt=$'{prompt}'"
+    )
+  return told
+
+
+def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
+  """One line: where it was, what helps, and what the device said."""
+  where = ''.join(f' ({note})' for note in getattr(error, '__notes__', ()))
+  return (
+      f'the devices have too little memory{where}; make micro_batch_size of '
+      'the stage, rollout.batch_size or model.logprob_chunk smaller, spread '
+      'the weights by mesh.fsdp, or train adapters (:lora): '
+      f'{str(error).splitlines()[0]}'
+  )
+
+
 def main(argv: list[str]) -> None:
   """Sets up the run that the flags describe, and trains it."""
   if len(argv) > 1:
@@ -219,6 +261,7 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(run.mesh):
     try:
       train(run)
+      print(_try_it(run), flush=True)
     except (
         metrics.NonFiniteError,
         checkpoint.CheckpointError,
@@ -226,6 +269,10 @@ def main(argv: list[str]) -> None:
         sources.SourceError,
     ) as error:
       sys.exit(f'error: {error}')
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      sys.exit(f'error: {_out_of_memory(error)}')
     except KeyboardInterrupt:
       print('interrupted; the same command goes on from the newest checkpoint')
       sys.exit(130)

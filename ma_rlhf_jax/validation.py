@@ -100,11 +100,43 @@ _UP_TO_1 = (
     f'{o}.{f}' for o in _OPTIMS for f in ('warmup_ratio', 'final_lr_ratio')
 ]
 _BELOW_1 = [f'{o}.{f}' for o in _OPTIMS for f in ('b1', 'b2')]
-_BELOW_2_31 = (
-    'macro.ngram macro.random_repeats macro.min_len macro.max_len'
-    ' macro.cut_count'
-).split()
 _BELOW_2_32 = ['seed', 'data.split_seed']  # what random generators take
+_UP_TO_A_MILLION = (
+    'ppo.kl_coef ppo.kl_target ppo.score_clip ppo.max_kl rollout.temperature'
+    ' evaluate.temperature ppo.logprob_temperature lora.alpha sft.epochs'
+    ' reward_model.epochs ppo.epochs'
+).split()
+# Below it float32 divides log-probs to infinity; 0 is greedy, or another field.
+_TEMPERATURES = [
+    'rollout.temperature',
+    'evaluate.temperature',
+    'ppo.logprob_temperature',
+]
+# Far above what anyone runs; beyond them a typing error is refused before
+# anything of its size is made.
+_LARGEST = {
+    'model.vocab_size': 2**20,
+    'model.num_layers': 200,
+    'model.embed_dim': 2**15,
+    'model.mlp_dim': 2**18,
+    'model.num_heads': 2**10,
+    'model.num_kv_heads': 2**10,
+    'model.head_dim': 2**12,
+    'lora.rank': 2**12,
+    'tokenizer.vocab_size': 2**20,
+    'data.max_prompt_len': 2**20,
+    'data.max_response_len': 2**20,
+    'data.synthetic_rows': 10**8,
+    'data.eval_rows': 10**8,
+    'evaluate.prompts': 10**8,
+    'sft.batch_size': 2**20,
+    'reward_model.batch_size': 2**20,
+    'ppo.batch_size': 2**20,
+    'ppo.samples_per_prompt': 2**12,
+    'ppo.ppo_epochs': 2**12,
+    'macro.random_repeats': 2**12,
+    'macro.parse_workers': 2**12,
+}
 
 # Fields, the bound they keep, and its name.
 RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
@@ -114,8 +146,14 @@ RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
     (_ABOVE_0, lambda v: v > 0, 'above 0'),
     (_UP_TO_1, lambda v: 0 <= v <= 1, 'between 0 and 1'),
     (_BELOW_1, lambda v: 0 <= v < 1, 'at least 0 and below 1'),
-    (_BELOW_2_31, lambda v: v < 2**31, 'below 2**31'),
     (_BELOW_2_32, lambda v: v < 2**32, 'below 2**32'),
+    (_UP_TO_A_MILLION, lambda v: v <= 1e6, 'at most 1e6'),
+    (_TEMPERATURES, lambda v: not 0 < v < 1e-4, '0 or at least 1e-4'),
+    (['rollout.top_p'], lambda v: not 0 < v < 1e-6, 'at least 1e-6'),
+    *(
+        ([name], lambda v, most=most: v <= most, f'at most {most}')
+        for name, most in _LARGEST.items()
+    ),
 )
 
 
@@ -134,8 +172,8 @@ class ConfigError(ValueError):
 # Tuples, what each entry must be, and its name.
 ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'data.parts': (
-        lambda v: _is_number(v) and v >= 0,
-        'numbers of at least 0',
+        lambda v: _is_number(v) and 0 <= v < 2**31,
+        'numbers of at least 0 and below 2**31',
     ),
     'macro.random_lengths': (
         lambda v: type(v) is int and 1 <= v < 2**31,
@@ -145,6 +183,10 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: type(v) is int and v >= 1,
         'whole numbers of at least 1',
     ),
+    **{
+        name: (lambda v: type(v) is str, 'names')
+        for name in ('lora.targets', 'log.sinks', 'stages')
+    },
 }
 
 
@@ -157,6 +199,10 @@ def _of_types(flat: dict[str, Any]) -> Iterator[str]:
   for name, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
       yield f'{name}={value!r} must be a finite number'
+    elif isinstance(value, float) and abs(value) > 1e30:
+      yield f'{name}={value!r} is too large; it must be at most 1e30 in size'
+    elif type(value) is int and name not in _BELOW_2_32 and abs(value) >= 2**31:
+      yield f'{name}={value!r} is too large; it must be below 2**31 in size'
   for name, (holds, words) in ENTRIES.items():
     if not all(map(holds, flat[name])):
       yield f'{name}={tuple(flat[name])} must hold {words}'

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import pathlib
+import re
 import types
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches, validation
+from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.parallel.mesh import make_mesh
 from ma_rlhf_jax.training.abstract import abstract_stages
 from tests import tiny
@@ -105,6 +107,37 @@ def _updates(path: pathlib.Path) -> int:
   parts = config.data.parts
   rows = _ROWS[config.data.task] * parts[2] / sum(parts)
   return config_lib.num_steps(config.ppo, int(rows))
+
+
+@pytest.mark.parametrize('path', _PUBLISHED, ids=lambda path: path.stem)
+def test_the_warm_up_in_the_docstring_is_that_of_the_config(
+    path: pathlib.Path,
+) -> None:
+  config = _load(path).get_config()
+  words = ' '.join(ast.get_docstring(ast.parse(path.read_text())).split())
+  updates = _updates(path)
+  told = re.search(r'warm-up (\d+) \((\d+) updates\)', words)
+  micro_steps, warm = map(int, told.groups()) if told else (0, 0)
+  assert told or 'no warm-up' in words
+  for optim in (config.ppo.optim, config.critic.optim):
+    assert round(optim.warmup_ratio * updates) == warm
+  # One micro-step has 8 prompts.
+  every = config.ppo.batch_size // 8
+  assert round(micro_steps / every) == warm
+
+
+@pytest.mark.parametrize('path', _PUBLISHED, ids=lambda path: path.stem)
+def test_a_recipe_says_where_its_rows_cannot_be_read(
+    path: pathlib.Path,
+) -> None:
+  task = _load(path).get_config().data.task
+  says = 'its rows cannot be read yet' in path.read_text()
+  try:
+    tasks.check_task(task)
+  except ValueError:
+    assert says
+  else:
+    assert not says
 
 
 def _stages_have_their_shapes(path: pathlib.Path, arguments: str) -> None:

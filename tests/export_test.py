@@ -144,13 +144,25 @@ def test_adapters_come_out_alone(
   adapters = Lora(2, 3.0, ('query',))
   made = products.make(tmp_path / 'made', products.SHAPE, adapters)
   output = tmp_path / 'out'
-  told = export.export(
-      Request(str(made.workdir), str(output), adapter=True, push_to_hub='me/it')
-  )
-  first, note, last = told.split('\n')
+  request = Request(str(made.workdir), str(output), adapter=True)
+  pushed = dataclasses.replace(request, push_to_hub='me/it')
+  with pytest.raises(ExportError, match='which others lack; publish that and'):
+    export.export(pushed)
+  assert not output.exists()
+  first, note = export.export(request).split('\n')
   assert first.startswith(f'{output}: ppo in float32')
-  assert f'go on top of {made.workdir}/sft/hf, which is no model of the' in note
+  assert 'the base is a local folder, called PATH_OF_THE_BASE in' in note
+  card = (output / 'README.md').read_text()
+  settings = (output / 'adapter_config.json').read_text()
+  assert 'base_path = "PATH_OF_THE_BASE"' in card and 'that very model' in card
+  assert '"base_model_name_or_path": "PATH_OF_THE_BASE"' in settings
+  assert str(tmp_path) not in card + settings
+  named = dataclasses.replace(pushed, base='me/sft', overwrite=True)
+  first, last = export.export(named).split('\n')
   assert last == 'uploaded to https://hub/me/it'
+  assert 'base_model: me/sft\n' in (output / 'README.md').read_text()
+  settings = json.loads((output / 'adapter_config.json').read_text())
+  assert settings['base_model_name_or_path'] == 'me/sft'
   assert (output / 'adapter_config.json').is_file()
   assert not (output / 'model.safetensors').exists()
 
@@ -162,6 +174,8 @@ def test_adapters_come_out_alone(
         ({'dtype': 'int8'}, '--dtype=int8: choose one of float32, bfloat16'),
         ({'max_shard_size': '5'}, '--max_shard_size=5: write for example 5GB'),
         ({'max_shard_size': '0GB'}, '--max_shard_size=0GB: write'),
+        ({'base': 'me/sft'}, '--base=me/sft needs --adapter'),
+        ({'base': '/x', 'adapter': True}, '--base=/x: a model of the hub is'),
         ({'adapter': True}, "stage 'ppo' of .* has no adapters .lora.rank=0"),
         (
             {'adapter': True, 'dtype': 'float32'},
@@ -267,7 +281,7 @@ def test_a_full_disk_leaves_nothing(
 
   monkeypatch.setattr('ma_rlhf_jax.models.exporting.save_file', full)
   message = _refused(made, tmp_path / 'out')
-  assert message.startswith(f'{tmp_path}/out: no space left on the disk of')
+  assert message.startswith(f'{tmp_path}/out: no space left on device, on the')
 
 
 def test_what_is_whole_is_uploaded(

@@ -282,7 +282,7 @@ def test_flags_are_the_fields_of_a_request():
     ('arguments', 'words'),
     [
         ([], 'error: --model is missing: give a folder, a hub id or a workdir'),
-        (['--model=m', '--top_p=2'], 'error: --top_p=2.0 must be above 0'),
+        (['--model=m', '--top_p=2'], 'error: --top_p=2.0 must be from 1e-06'),
         (
             ['--model=m', '--prompt=a', 'b'],
             "error: unexpected arguments: ['b']",

@@ -44,6 +44,22 @@ def test_fields_and_recipe_arguments_are_set() -> None:
   assert (config.macro.ngram, config.ppo.kl_coef, config.seed) == (3, 0.125, 7)
 
 
+def test_the_last_value_of_a_tuple_counts_as_that_of_a_number() -> None:
+  config = _parsed(
+      _TINY,
+      '--config.macro.random_lengths=(2,3)',
+      '--config.seed=1',
+      '--config.log.sinks',
+      "('wandb',)",
+      '-config.macro.random_lengths',
+      '(7,)',
+      "--config.log.sinks=('jsonl',)",
+      '--config.seed=2',
+  )
+  assert config.macro.random_lengths == (7,)
+  assert config.log.sinks == ('jsonl',) and config.seed == 2
+
+
 def test_without_config_the_default_recipe_is_taken() -> None:
   config = _parsed('--config.ppo.kl_coef=0.125')
   assert config.ppo.kl_coef == 0.125

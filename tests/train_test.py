@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from absl import flags
+import jax
 from ml_collections import ConfigDict
 import pytest
 
@@ -279,3 +280,28 @@ def test_a_start_that_cannot_run_leaves_the_folder_free(
   with pytest.raises(FileNotFoundError, match='no.jsonl'):
     train.set_up(config, 'tiny.py', str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_end_names_the_workdir_and_a_command(
+    tmp_path: pathlib.Path,
+) -> None:
+  run = tiny.run(tmp_path / "it's", tiny.config())
+  assert train._try_it(run) == f"workdir: {tmp_path}/it's"
+  workdir_lib.mark_done(run.workdir, 'sft', {'step': 1})
+  workdir, command = train._try_it(run).splitlines()
+  echo = command.removeprefix('try it: ').replace(sys.executable, 'echo', 1)
+  ran = subprocess.run(
+      ['bash', '-c', echo], capture_output=True, text=True, check=True
+  )
+  assert ran.stdout == (
+      f"-m ma_rlhf_jax.generate --model={tmp_path}/it's --prompt=My boss was "
+      'late today.\nTL;DR:\n'
+  )
+
+
+def test_too_little_memory_is_one_line_with_the_step() -> None:
+  error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 GB\nand so on')
+  error.add_note('ppo stopped at step 3')
+  said = train._out_of_memory(error)
+  assert 'too little memory (ppo stopped at step 3); make micro_batch' in said
+  assert said.endswith('RESOURCE_EXHAUSTED: 9 GB') and '\n' not in said

@@ -12,37 +12,59 @@ Row = Mapping[str, Any]
 
 def dump(row: Row) -> str:
   """The line of a row, without its end; in UTF-8 wherever that can be."""
-  line = json.dumps(row, ensure_ascii=False)
+  line = json.dumps(row, ensure_ascii=False, allow_nan=False)
   try:
     line.encode()
   except UnicodeEncodeError:  # half a character in a field of the user
-    return json.dumps(row)
+    return json.dumps(row, allow_nan=False)
   return line
 
 
-def check(path: str, overwrite: bool) -> None:
+def check(path: str, overwrite: bool, source: str = '') -> None:
   """Raises where an output cannot be written.
 
   Args:
     path: local; its folder must exist.
-    overwrite: a file that is there may be replaced.
+    overwrite: what is there may be replaced.
+    source: the file that is read meanwhile; ''.
 
   Raises:
-    FileExistsError: if it is there, and no `overwrite`.
+    FileExistsError: if it is there, or what an earlier end left of it, and no
+      `overwrite`.
+    ValueError: if the rows would be written over `source`.
     OSError: if it is a folder, or its folder is not there.
   """
   where = f'--output={path}'
   file = pathlib.Path(path)
   if file.is_dir():
     raise IsADirectoryError(f'{where} is a folder; name a file in it')
+  partial = _partial(path)
+  if source and partial.exists() and partial.samefile(source):
+    raise ValueError(
+        f'--input={source} is where {where} is written until it is whole; '
+        'rename it, or name another output'
+    )
   if file.exists() and not overwrite:
     raise FileExistsError(
         f'{where} is there already; name another file, or give --overwrite'
     )
+  if partial.exists() and not overwrite:
+    raise FileExistsError(_left(partial))
   if not file.parent.is_dir():
     raise FileNotFoundError(
         f'{where}: there is no folder {file.parent}; make it, or name another'
     )
+
+
+def _partial(path: str) -> pathlib.Path:
+  return pathlib.Path(f'{path}.partial')
+
+
+def _left(partial: pathlib.Path) -> str:
+  return (
+      f'{partial} is there: rows of a run that was ended, or still goes on; '
+      'rename it to keep them, or give --overwrite'
+  )
 
 
 class Output:
@@ -52,11 +74,23 @@ class Output:
   last one loses none. `commit` puts all of them in order and renames.
   """
 
-  def __init__(self, path: str):
-    """Opens the partial file; what an earlier end left there is replaced."""
+  def __init__(self, path: str, overwrite: bool = False):
+    """Opens the partial file.
+
+    Args:
+      path: see `check`.
+      overwrite: replace what an earlier end left.
+
+    Raises:
+      FileExistsError: if there is a partial file, and no `overwrite`.
+    """
     self._path = pathlib.Path(path)
-    self._partial = pathlib.Path(f'{path}.partial')
-    self._file: TextIO = self._partial.open('w', encoding='utf-8')
+    self._partial = _partial(path)
+    mode = 'w' if overwrite else 'x'
+    try:
+      self._file: TextIO = self._partial.open(mode, encoding='utf-8')
+    except FileExistsError:
+      raise FileExistsError(_left(self._partial)) from None
     self._rows: dict[int, list[str]] = {}
 
   def __len__(self) -> int:

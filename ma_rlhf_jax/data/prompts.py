@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import gzip
 import json
+import math
 from typing import TYPE_CHECKING, Any
 import zlib
 
@@ -26,15 +27,42 @@ def text_problem(text: Any) -> str:
   return ''
 
 
-def _row(line: bytes) -> dict[str, Any]:
-  """The row of one line; ValueError says what is wrong with it."""
+def _not_finite(name: str) -> None:
+  raise ValueError(f'holds {name}, which no JSON number can be')
+
+
+def _finite(digits: str) -> float:
+  value = float(digits)
+  if math.isinf(value):
+    raise ValueError(f'holds {digits[:40]}, beyond the largest float')
+  return value
+
+
+def parse_line(line: str) -> Any:
+  """The JSON value of one line; ValueError says what is wrong with it.
+
+  What comes of it can be written as JSON again: no nan, no infinity.
+  """
   try:
-    row = json.loads(line.decode('utf-8-sig').rstrip('\r\n'))
-  except UnicodeDecodeError as error:
-    raise ValueError(f'is no UTF-8: {error.reason}') from None
+    return json.loads(line, parse_constant=_not_finite, parse_float=_finite)
   except json.JSONDecodeError as error:
     where = f'{error.msg} at character {error.pos + 1}'
     raise ValueError(f'is no JSON: {where}') from None
+  except RecursionError:
+    raise ValueError('is nested too deeply') from None
+  except ValueError as error:
+    if 'integer string' not in str(error):
+      raise
+    raise ValueError('holds a whole number of too many digits') from None
+
+
+def _row(line: bytes) -> dict[str, Any]:
+  """The row of one line; ValueError says what is wrong with it."""
+  try:
+    text = line.decode('utf-8-sig').rstrip('\r\n')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'is no UTF-8: {error.reason}') from None
+  row = parse_line(text)
   if not isinstance(row, dict):
     raise ValueError('is no JSON object; write {"prompt": "..."}')
   if 'prompt' not in row:
@@ -128,5 +156,5 @@ def check_lengths(
       if length > limit
   ]
   if problems:
-    fix = 'shorten it, or raise --max_prompt_len'
+    fix = 'shorten it, or raise --max_prompt_len (or lower --max_new_tokens)'
     raise ValueError(_listed(where, problems, fix))

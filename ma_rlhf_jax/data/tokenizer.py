@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from ma_rlhf_jax.data import tokenizer_files
+
 if TYPE_CHECKING:
   import tokenizers
   from transformers import PreTrainedTokenizerBase
@@ -45,11 +47,9 @@ def load_tokenizer(path: str) -> 'PreTrainedTokenizerBase':
 
   Raises:
     FileNotFoundError: if a folder holds no vocabulary.
-    ValueError: if it has no tokenizer.json form, or pad, eos and bos are not
-      three different ids.
+    ValueError: if a file is broken, if it has no tokenizer.json form, or if
+      pad, eos and bos are not three different ids.
   """
-  from transformers import AutoTokenizer
-
   # transformers would make up an empty vocabulary for a folder of a Gemma.
   if ('://' in path or epath.Path(path).is_dir()) and not has_vocabulary(path):
     raise FileNotFoundError(
@@ -57,11 +57,11 @@ def load_tokenizer(path: str) -> 'PreTrainedTokenizerBase':
         'the model into it, or name another by tokenizer.path'
     )
   if '://' not in path:
-    return check_tokenizer(AutoTokenizer.from_pretrained(path), path)
+    return check_tokenizer(tokenizer_files.load(path), path)
   with tempfile.TemporaryDirectory() as local:
     for file in epath.Path(path).glob('*token*'):
       file.copy(epath.Path(local) / file.name)
-    return check_tokenizer(AutoTokenizer.from_pretrained(local), path)
+    return check_tokenizer(tokenizer_files.load(local), path)
 
 
 def check_tokenizer(

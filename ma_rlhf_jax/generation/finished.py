@@ -65,8 +65,17 @@ class Finished:
       raise SourceError(f'{self.name}: {error}') from error
 
 
-def _product(name: str, value: str, stages: tuple[str, ...]) -> tuple[str, str]:
-  """(path or id, stage) of what `value` stands for."""
+def locate(flag: str, value: str) -> tuple[str, str]:
+  """(path or id, stage) of what a flag stands for.
+
+  Args:
+    flag: 'model' or 'reward_model'.
+    value: a folder, a hub id or a workdir; only that has a stage.
+
+  Raises:
+    SourceError: if no stage of the workdir that serves is done.
+  """
+  name, (_, stages) = f'--{flag}={value}', _ROLES[flag]
   if not workdir_lib.is_workdir(value):
     return value, ''
   for stage in stages:
@@ -97,9 +106,9 @@ def find(flag: str, value: str, dtype: str) -> Finished:
   Raises:
     SourceError: if it cannot be used, with the flag and the reason.
   """
-  kind, stages = _ROLES[flag]
+  kind, _ = _ROLES[flag]
   name = f'--{flag}={value}'
-  path, stage = _product(name, value, stages)
+  path, stage = locate(flag, value)
   model = config_lib.base().model
   model.update({'dtype': dtype, 'remat': 'none'})
   try:

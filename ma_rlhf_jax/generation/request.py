@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 import dataclasses
-import math
 
 from ma_rlhf_jax.data.prompts import text_problem
 
 DTYPES = ('float32', 'bfloat16')
 CONTEXT = 8192  # tokens that Gemma was trained on
+# Below them float32 divides to infinity, or no token is left to draw from.
+MIN_TEMPERATURE, MIN_TOP_P = 1e-4, 1e-6
+# Of a length or a number; far above what any device holds.
+_LARGEST = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,23 +70,37 @@ class Request:
 
   def _ranges(self) -> Iterator[str]:
     allowed = {
-        'temperature': ('>= 0, and 0 is greedy', self.temperature >= 0),
-        'top_k': ('>= 0, and 0 is off', self.top_k >= 0),
-        'top_p': ('above 0 and at most 1, which is off', 0 < self.top_p <= 1),
-        'max_new_tokens': ('>= 1', self.max_new_tokens >= 1),
-        'num_samples': ('>= 1', self.num_samples >= 1),
-        'max_prompt_len': (
-            f'>= 1, or 0 for {CONTEXT} - max_new_tokens',
-            self.max_prompt_len >= 0,
+        'temperature': (
+            f'0, which is greedy, or from {MIN_TEMPERATURE} to 1e6',
+            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= 1e6,
         ),
-        'batch_size': ('>= 1', self.batch_size >= 1),
+        'top_k': (
+            f'from 0, which is off, to {_LARGEST}',
+            0 <= self.top_k <= _LARGEST,
+        ),
+        'top_p': (
+            f'from {MIN_TOP_P} to 1, which is off; --temperature=0 is greedy',
+            MIN_TOP_P <= self.top_p <= 1,
+        ),
+        'max_prompt_len': (
+            f'from 1 to {_LARGEST}, or 0 for {CONTEXT} - max_new_tokens',
+            0 <= self.max_prompt_len <= _LARGEST,
+        ),
+        **{
+            name: (f'from 1 to {_LARGEST}', 1 <= value <= _LARGEST)
+            for name, value in (
+                ('max_new_tokens', self.max_new_tokens),
+                ('num_samples', self.num_samples),
+                ('batch_size', self.batch_size),
+                ('tensor', self.tensor),
+            )
+        },
         'seed': ('from 0 to 2^32 - 1', 0 <= self.seed < 2**32),
         'dtype': (f'one of {DTYPES}', self.dtype in ('', *DTYPES)),
-        'tensor': ('>= 1', self.tensor >= 1),
     }
     for name, (values, is_allowed) in allowed.items():
       value = getattr(self, name)
-      if not is_allowed or isinstance(value, float) and math.isinf(value):
+      if not is_allowed:
         yield f'--{name}={value} must be {values}'
 
   def _conflicts(self) -> Iterator[str]:
@@ -102,6 +119,12 @@ class Request:
         yield f'--{name}={getattr(self, name)} must be a local file'
     if self.output.endswith('.gz'):
       yield f'--output={self.output} is written uncompressed; leave out .gz'
+    if not self.max_prompt_len and CONTEXT <= self.max_new_tokens <= _LARGEST:
+      yield (
+          f'--max_new_tokens={self.max_new_tokens} leaves no room for a prompt '
+          f'in the {CONTEXT} tokens of Gemma; give fewer, or --max_prompt_len '
+          'to go beyond them'
+      )
     if self.temperature == 0 and self.num_samples > 1:
       yield (
           f'--num_samples={self.num_samples} at --temperature=0 would be the '

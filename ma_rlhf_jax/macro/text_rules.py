@@ -194,5 +194,5 @@ def check(name: str) -> None:
   except ImportError as error:
     raise ImportError(
         f'macro.termination={name!r} needs tensorflow-text: '
-        "pip install 'ma_rlhf_jax[text]'"
+        "pip install -e '.[text]'"
     ) from error

@@ -72,6 +72,22 @@ def read_fields(theirs: Fields) -> GemmaConfig:
   )
 
 
+def note(theirs: Fields) -> str:
+  """What is read otherwise than it is written; '' = nothing.
+
+  Gemma 1 has 'gelu' by a known mistake; in a Gemma 2 it may be meant.
+  """
+  if theirs['model_type'] == 'gemma2' and 'gelu' in (
+      theirs.get('hidden_activation'),
+      theirs.get('hidden_act'),
+  ):
+    return (
+        "hidden_activation is 'gelu'; its tanh form is used, "
+        "'gelu_pytorch_tanh', as in every published Gemma"
+    )
+  return ''
+
+
 def _foreign_family(theirs: Fields) -> str:
   reason = (
       f'model_type is {shown(theirs.get("model_type"))}; implemented: '

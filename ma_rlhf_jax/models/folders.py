@@ -2,21 +2,34 @@
 
 from collections.abc import Iterator
 import contextlib
+import ctypes
 import errno
+import fcntl
 import os
 import pathlib
+import re
 import shutil
+import stat
 import tempfile
 
 from etils import epath
 import jax
 import safetensors
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LOCK = 'lock'
+# What keeps a file from growing, and what to do.
+_FULL = {
+    errno.ENOSPC: 'free some',
+    errno.EDQUOT: 'free some of your quota',
+    errno.EFBIG: 'raise the limit on the size of a file (ulimit -f)',
+}
 
 
 class NoSpaceError(OSError):
-  """The disk was full before a folder was whole; nothing of it is left."""
+  """A file could not grow before a folder was whole; nothing of it is left."""
+
+  def __str__(self) -> str:
+    return self.strerror
 
 
 @contextlib.contextmanager
@@ -26,8 +39,9 @@ def whole(
   """An empty folder to fill, which then takes the place of `folder`.
 
   A local folder appears by a rename, and nothing is left where the filling
-  fails. In a bucket the file `marker` is written last, so that a folder without
-  it is not whole. Every process enters; what the first one wrote counts.
+  fails; what a kill leaves, the next one for that folder removes. In a bucket
+  the file `marker` is written last, so that a folder without it is not whole.
+  Every process enters; what the first one wrote counts.
 
   Args:
     folder: where, also gs://.
@@ -37,25 +51,31 @@ def whole(
   Raises:
     FileExistsError: if there is such a folder, not empty, and no `overwrite`,
       or a file.
-    NoSpaceError: if the disk is full.
+    NoSpaceError: if the disk, a quota or the largest size of a file is reached.
   """
   target = epath.Path(folder)
-  _check_free(target, overwrite)
   local = '://' not in os.fspath(folder)
+  if local and target.parent.is_dir() and jax.process_index() == 0:
+    _sweep(target)
+  _check_free(target, overwrite)
   if local:
     target.parent.mkdir(parents=True, exist_ok=True)
   beside = {'dir': target.parent, 'prefix': f'.{target.name}-'} if local else {}
-  with tempfile.TemporaryDirectory(**beside) as scratch:
+  with (
+      tempfile.TemporaryDirectory(**beside) as scratch,
+      _locked(pathlib.Path(scratch)),
+  ):
     draft = pathlib.Path(scratch) / 'new'
     draft.mkdir()
     try:
       yield draft
       if jax.process_index() == 0:
+        _follow_umask(draft)
         _rename(draft, target) if local else _upload(draft, target, marker)
     except (OSError, safetensors.SafetensorError) as error:
-      if not _is_full(error):
+      if (number := _full(error)) is None:
         raise
-      raise _no_space(target, scratch) from error
+      raise _no_space(target, scratch, number) from error
 
 
 def _check_free(target: epath.Path, overwrite: bool) -> None:
@@ -69,27 +89,75 @@ def _check_free(target: epath.Path, overwrite: bool) -> None:
     )
 
 
-def _is_full(error: BaseException) -> bool:
-  # safetensors tells in words what the system said; a folder may be filled
-  # inside of another.
-  full = isinstance(error, NoSpaceError) or (
-      isinstance(error, OSError) and error.errno in _FULL
-  )
-  words = isinstance(error, safetensors.SafetensorError)
-  return full or words and 'No space left' in str(error)
+def _full(error: BaseException) -> int | None:
+  """Which of `_FULL` an error is; None = another one."""
+  number = getattr(error, 'errno', None)
+  # safetensors tells in words what the system said.
+  if isinstance(error, safetensors.SafetensorError):
+    said = re.search(r'\(os error (\d+)\)', str(error))
+    number = int(said[1]) if said else None
+  return number if number in _FULL else None
 
 
-def _no_space(target: epath.Path, scratch: str) -> NoSpaceError:
+def _no_space(target: epath.Path, scratch: str, number: int) -> NoSpaceError:
   usage = shutil.disk_usage(scratch)
+  reason = os.strerror(number)
   return NoSpaceError(
-      f'{target}: no space left on the disk of {pathlib.Path(scratch).parent} '
-      f'({usage.total / 1e9:.3g} GB in all); free some, or choose another '
-      'folder; what was written of this one is removed'
+      number,
+      f'{target}: {reason[0].lower()}{reason[1:]}, on the disk of '
+      f'{pathlib.Path(scratch).parent} ({usage.total / 1e9:.3g} GB in all); '
+      f'{_FULL[number]}, or choose another folder; what was written of this '
+      'one is removed',
   )
+
+
+@contextlib.contextmanager
+def _locked(scratch: pathlib.Path) -> Iterator[None]:
+  """Holds the lock by which a scratch folder is known to be in use."""
+  with (scratch / _LOCK).open('w') as file:
+    with contextlib.suppress(OSError):  # a file system without locks
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _sweep(target: epath.Path) -> None:
+  """Removes scratch folders of processes that were killed.
+
+  What one of them had moved out of the way comes back.
+  """
+  name = re.compile(rf'\.{re.escape(target.name)}-\w{{8}}')  # as of mkdtemp
+  for path in pathlib.Path(target.parent).iterdir():
+    if not name.fullmatch(path.name) or not (path / _LOCK).is_file():
+      continue
+    with (path / _LOCK).open('a') as file, contextlib.suppress(OSError):
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while it lives
+      if (path / 'old').exists() and not target.exists():
+        (path / 'old').rename(target)
+      shutil.rmtree(path)
+
+
+def _follow_umask(draft: pathlib.Path) -> None:
+  """Gives all files the mode of a new one; those of safetensors are private."""
+  new = draft.with_name(_LOCK).stat().st_mode
+  for path in draft.rglob('*'):
+    if path.is_file():
+      path.chmod(stat.S_IMODE(new))
+
+
+def _exchange(one: pathlib.Path, other: epath.Path) -> bool:
+  """Swaps two folders in one step; whether the system can."""
+  libc = ctypes.CDLL(None, use_errno=True)
+  if not hasattr(libc, 'renameat2'):  # glibc of Linux has it since 2.28
+    return False
+  here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+  first, second = (os.fsencode(os.fspath(path)) for path in (one, other))
+  return libc.renameat2(here, first, here, second, exchange) == 0
 
 
 def _rename(draft: pathlib.Path, target: epath.Path) -> None:
   """Puts the folder in place; what was there moves into the scratch folder."""
+  if target.exists() and draft.exists() and _exchange(draft, target):
+    return
   old = draft.with_name('old')
   if target.exists():
     target.rename(old)

@@ -10,12 +10,14 @@ import functools
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 from etils import epath
 from flax import traverse_util
 
-from ma_rlhf_jax.models import config_json, files, streaming, weight_files
+from ma_rlhf_jax.data import files
+from ma_rlhf_jax.models import config_json, streaming, weight_files
 from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import Tensor, list_tensors
@@ -146,10 +148,19 @@ def read_shape(folder: str | os.PathLike[str]) -> GemmaConfig:
     raise FileNotFoundError(f'{path} is missing; it gives the shape of a model')
   theirs = files.read_json(path)
   try:
-    return config_json.read_fields(theirs)
+    shape = config_json.read_fields(theirs)
+    if note := config_json.note(theirs):
+      _note(f'note: {path}: {note}')
+    return shape
   except ValueError as error:
     reasons = str(error).replace('\n', '\n  ')
     raise ValueError(f'{path} cannot be used:\n  {reasons}') from error
+
+
+@functools.cache
+def _note(text: str) -> None:
+  """Says `text` once, however often a folder is read."""
+  print(text, file=sys.stderr, flush=True)
 
 
 def check_params(
@@ -178,7 +189,8 @@ def load_params(
   Raises:
     FileNotFoundError: if there are no safetensors.
     ValueError: if a file is broken, if tensors do not fit (lists all of them),
-      or if weights are nan or infinite.
+      if weights are nan or infinite, or
+      become so in the dtypes of `config`.
   """
   if config.lora is not None:
     raise ValueError(
@@ -188,7 +200,8 @@ def load_params(
   targets = traverse_util.flatten_dict(abstract_params(kind, config), sep='/')
   with contextlib.ExitStack() as stack:
     found, wanted = _checked_tensors(folder, config, kind, stack)
-    read, leaves = weight_files.Reader(found, wanted), {}
+    dtypes = {path: target.dtype for path, target in targets.items()}
+    read, leaves = weight_files.Reader(found, wanted, dtypes), {}
     for path, target in targets.items():
       parts = [t for t in wanted if t.path == path]
       leaves[path] = streaming.stream(read, parts, target)

@@ -123,3 +123,13 @@ def num_learning(config: GemmaConfig, params: Params) -> tuple[int, int]:
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   frozen, learning = split(config, params)
   return count(learning), count(frozen) + count(learning)
+
+
+def describe(config: GemmaConfig, params: Params) -> str:
+  """What learns: 'all 1,024 parameters', or adapters and their number."""
+  learning, total = num_learning(config, params)
+  if config.lora is None:
+    return f'all {total:,} parameters'
+  return (
+      f'rank-{config.lora.rank} adapters, {learning:,} of {total:,} parameters'
+  )

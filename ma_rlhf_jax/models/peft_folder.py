@@ -149,6 +149,12 @@ def read_base(folder: str | os.PathLike[str]) -> str:
   return _read_config(folder)['base_model_name_or_path']
 
 
+def rename_base(folder: pathlib.Path, base: str) -> None:
+  """Writes another folder or hub id as that which the adapters belong to."""
+  content = _read_config(folder) | {'base_model_name_or_path': base}
+  (folder / CONFIG).write_text(json.dumps(content, indent=2) + '\n')
+
+
 def _read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   return json.loads((pathlib.Path(folder) / CONFIG).read_text())
 

@@ -15,10 +15,11 @@ from reprlib import repr as shown  # of what may be anything, shortened
 import struct
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
-from ma_rlhf_jax.models import files
+from ma_rlhf_jax.data import files
 from ma_rlhf_jax.models.tensor_names import INDEX, SINGLE, Tensor
 
 _MAX_HEADER_BYTES = 16 * 2**20
@@ -240,14 +241,35 @@ def _untied(stored: Stored) -> str:
   )
 
 
+def _limit(stored: np.dtype, target: np.dtype) -> float | None:
+  """From where on a value is cast to infinity; None = none is."""
+  theirs, ours = ml_dtypes.finfo(stored), ml_dtypes.finfo(target)
+  if float(theirs.max) <= float(ours.max):
+    return None
+  # Halfway from the largest one to the next power of two.
+  eps = float(ours.eps)
+  return float(ours.max) * ((2 - eps / 2) / (2 - eps))
+
+
 class Reader:
   """Reads parts of tensors, and remembers what is wrong with the values."""
 
   def __init__(
-      self, found: Mapping[str, Stored], wanted: Sequence[Tensor]
+      self,
+      found: Mapping[str, Stored],
+      wanted: Sequence[Tensor],
+      dtypes: Mapping[str, np.dtype],
   ) -> None:
-    """Of an open folder, for the tensors of a model."""
+    """Of an open folder, for the tensors of a model.
+
+    Args:
+      found: the tensors of the folder by name.
+      wanted: the tensors of the model.
+      dtypes: path of a parameter -> what its values will be cast to.
+    """
     self._found = found
+    self._dtypes = {t.name: dtypes[t.path] for t in wanted}
+    self._over = Counter()
     self._twin = _twin(wanted) if _OLD_HEAD in found else {}
     self._read, self._bad = Counter(), Counter()
     self._untied = False
@@ -256,7 +278,10 @@ class Reader:
     """The part `where` of a tensor, as it lies in the file."""
     part = self._found[name].data[where]
     self._read[name] += part.size
-    self._bad[name] += part.size - np.count_nonzero(np.isfinite(part))
+    bad = part.size - np.count_nonzero(np.isfinite(part))
+    self._bad[name] += bad
+    if (limit := _limit(part.dtype, self._dtypes[name])) is not None:
+      self._over[name] += np.count_nonzero(np.abs(part) >= limit) - bad
     if name in self._twin:
       copy = self._found[self._twin[name]].data[where]
       as_bytes = lambda x: np.ascontiguousarray(x).view(np.uint8)
@@ -276,6 +301,13 @@ class Reader:
         'another checkpoint of that model'
         for name, bad in self._bad.items()
         if bad
+    ]
+    problems += [
+        f'{self._found[name].path}: {over} of {self._read[name]} values of '
+        f'{name} are beyond the largest {self._dtypes[name]}; take another '
+        'checkpoint of that model, or a wider dtype'
+        for name, over in self._over.items()
+        if over
     ]
     if self._untied:
       problems.append(_untied(self._found[_OLD_HEAD]))

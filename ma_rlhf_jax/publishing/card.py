@@ -21,7 +21,7 @@ GEMMA_NOTICE = (
     'ai.google.dev/gemma/terms'
 )
 _PAPER = '[MA-RLHF](https://arxiv.org/abs/2410.02743)'
-# What a prompt of each task looks like; never a row of the data.
+# By task; see `example_prompt`.
 _PROMPTS = {
     'hh': '\n\nHuman: How do I boil an egg?\n\nAssistant:',
     'synthetic': 'My boss was late today.\nTL;DR:',
@@ -63,6 +63,11 @@ class Subject:
   def trainer(self) -> str:
     """The stage that trained it; the critic's is PPO."""
     return 'ppo' if self.stage == 'critic' else self.stage
+
+
+def example_prompt(task: str) -> str:
+  """What a prompt of a task looks like; never a row of the data."""
+  return _PROMPTS.get(task, _PROMPT)
 
 
 def kind(stage: str) -> str:
@@ -179,7 +184,7 @@ def _snippet(subject: Subject) -> str:
   """Python that loads the model and uses it once."""
   policy = subject.kind == 'policy'
   task = 'CausalLM' if policy else 'SequenceClassification'
-  prompt = _PROMPTS.get(subject.config.data.task, _PROMPT)
+  prompt = example_prompt(subject.config.data.task)
   path = 'base_path' if subject.base else 'model_path'
   labels = ', num_labels=1' if subject.base and not policy else ''
   lines = [
@@ -212,6 +217,12 @@ def _snippet(subject: Subject) -> str:
 
 
 def _notes(subject: Subject) -> Iterator[str]:
+  if subject.base == lineage.NO_NAME:
+    yield (
+        'The adapters go on top of a model that has no public name. '
+        '`base_path` is the folder or hub id of that very model; no other '
+        'will do, not even the one that it was trained from.'
+    )
   if subject.kind == 'scalar':
     yield (
         'The number is the score of a prompt and its response, read at the '

@@ -9,6 +9,9 @@ from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models.presets import PRESETS, SHAPE_FIELDS, GemmaConfig
 
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
+_SNAPSHOT = re.compile(r'/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?$')
+# What stands for a base that has no public name.
+NO_NAME = 'PATH_OF_THE_BASE'
 _FILES = ('.json', '.jsonl', '.gz', '.parquet')
 # Rows of the embedding do not tell models apart: tokens may have been added.
 _FIELDS = [name for name in SHAPE_FIELDS if name != 'vocab_size']
@@ -20,6 +23,18 @@ def is_hub_id(value: str) -> bool:
   if local or not _HUB_ID.fullmatch(value):
     return False
   return not pathlib.Path(value).exists()
+
+
+def public_name(base: str) -> str:
+  """The hub id of what adapters go on top of; '' = a folder of this machine.
+
+  Args:
+    base: a hub id, or a folder, which may be a snapshot in the hub's cache.
+  """
+  if is_hub_id(base):
+    return base
+  snapshot = _SNAPSHOT.search(base)
+  return f'{snapshot[1]}/{snapshot[2]}' if snapshot else ''
 
 
 def base_model(config: ConfigDict, stage: str) -> str:

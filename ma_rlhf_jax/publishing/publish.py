@@ -52,6 +52,7 @@ class Job:
     rows: token ids, BOS first, that the check runs on; see `check_rows`.
     model_path: what the card calls the model.
     draft: an empty local folder.
+    base: hub id of what adapters go on top of; '' = as the run knows it.
   """
 
   config: ConfigDict
@@ -61,6 +62,7 @@ class Job:
   rows: Rows
   model_path: str
   draft: pathlib.Path
+  base: str = ''
 
   @property
   def kind(self) -> str:
@@ -204,7 +206,10 @@ def write_adapter(job: Job) -> dict[str, Any]:
   )
   _add_reader('peft', job.kind, want, found, readers, sums, share)
   receipt = _receipt(job, 'float32', want, readers, sums)
-  return _finish(job, shape, receipt, base=name)
+  # No folder name of this machine is published.
+  public = job.base or lineage.public_name(name) or lineage.NO_NAME
+  peft_folder.rename_base(job.draft, public)
+  return _finish(job, shape, receipt, base=public)
 
 
 def _with_adapter(job: Job, base: pathlib.Path) -> tuple[GemmaConfig, Params]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import copy
 import dataclasses
 import gzip
-import json
+import math
 import pathlib
 import sys
 import tempfile
@@ -24,7 +24,8 @@ import numpy as np
 
 from ma_rlhf_jax import recipe_flag, switches, validation
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
-from ma_rlhf_jax.data.prompts import text_problem
+from ma_rlhf_jax.data.prompts import parse_line, text_problem
+from ma_rlhf_jax.generation import finished
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.macro.spelling import Speller
 from ma_rlhf_jax.models import huggingface
@@ -32,7 +33,7 @@ from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import MacroActions, Scored, SequenceBatch
 from ma_rlhf_jax.tools import explore_view
 from ma_rlhf_jax.tools.explore_view import Ruled, Told
-from ma_rlhf_jax.training import experience
+from ma_rlhf_jax.training import checkpoint, experience
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -58,12 +59,22 @@ _MAX_ROWS = flags.DEFINE_integer(
     'max_rows', 256, 'Rows read, for the statistics.', lower_bound=1
 )
 _TOKENIZER = flags.DEFINE_string(
-    'tokenizer', None, "Folder or hub id. Default: the model's, or trained."
+    'tokenizer',
+    None,
+    "Folder, hub id or workdir. Default: the model's, or trained.",
 )
 _MODEL = flags.DEFINE_string(
-    'model', None, 'Reference policy of rules that ask for probabilities.'
+    'model',
+    None,
+    'Reference policy of rules that ask for probabilities: a folder, a hub id '
+    'or a workdir (its PPO policy, or its SFT policy where PPO is not done).',
 )
-_SCORE = flags.DEFINE_float('score', 1.0, 'Terminal reward of each response.')
+_SCORE = flags.DEFINE_float(
+    'score',
+    1.0,
+    'Terminal reward of each response; the score of a row of --input wins. '
+    'Both are clipped at ppo.score_clip.',
+)
 _VALUE = flags.DEFINE_float('value', 0.0, "The critic's value of each state.")
 _HTML = flags.DEFINE_string('html', None, 'Also writes this page.')
 _COLOR = flags.DEFINE_enum(
@@ -122,9 +133,9 @@ def _is_number(value: Any) -> bool:
 def _row(line: str, where: str, column: str | None) -> dict[str, Any]:
   """A line of a JSONL file; its response is put under `text`."""
   try:
-    row = json.loads(line)
+    row = parse_line(line)
   except ValueError as error:
-    raise ValueError(f'{where} is no JSON: {error}') from None
+    raise ValueError(f'{where} {error}') from None
   if not isinstance(row, dict):
     raise ValueError(f'{where} must be an object of named columns')
   names = [column] if column else [n for n in _COLUMNS if n in row]
@@ -160,12 +171,17 @@ def read_rows(path: str, column: str | None, limit: int) -> list[dict]:
   return rows
 
 
+def _folder(model: str) -> pathlib.Path:
+  """The local folder of what --model may be."""
+  return huggingface.resolve(finished.locate('model', model)[0])
+
+
 def load_tokenizer(
     name: str | None, texts: Sequence[str]
 ) -> 'PreTrainedTokenizerBase':
-  """The tokenizer of a folder or hub id, or one trained on the texts."""
+  """The tokenizer of what is named, or one trained on the texts."""
   if name:
-    return tokenizer_lib.load_tokenizer(str(huggingface.resolve(name)))
+    return tokenizer_lib.load_tokenizer(str(_folder(name)))
   with tempfile.TemporaryDirectory() as folder:
     tokenizer_lib.train_tokenizer(texts, _VOCAB_SIZE, folder)
     return tokenizer_lib.load_tokenizer(folder)
@@ -187,7 +203,7 @@ def score_with(
     model: str, rows: Rows, pad_id: int, temperature: float
 ) -> np.ndarray:
   """float32 [B, T]: log-probs of the responses under a model, nats."""
-  folder = huggingface.resolve(model)
+  folder = _folder(model)
   shape = huggingface.read_shape(folder)
   params = huggingface.load_params(folder, shape)
   width = max(map(len, rows.prompts))
@@ -216,14 +232,16 @@ def segment(
     rows: Rows,
     scored: Scored,
     tokenizer: 'PreTrainedTokenizerBase',
-) -> MacroActions:
-  """The macro actions of training under this config."""
-  given_BT, m = None, config.macro
+) -> tuple[MacroActions, str]:
+  """The macro actions of training under this config, and what to note."""
+  given_BT, note, m = None, '', config.macro
   if m.termination in host.NAMES:
     fields = dataclasses.fields(host.HostSettings)
     settings = host.HostSettings(**{f.name: m[f.name] for f in fields})
     with host.HostTermination(settings, tokenizer) as rule:
-      given_BT = jnp.asarray(rule(rows.tokens, rows.mask)[0])
+      starts_BT, numbers = rule(rows.tokens, rows.mask)
+    given_BT = jnp.asarray(starts_BT)
+    note = _fallbacks(numbers, len(rows.ids), m.parse_fallback)
   old = m.logprobs == 'old'
   inputs = termination.TerminationInputs(
       mask_BT=jnp.asarray(rows.mask),
@@ -231,7 +249,28 @@ def segment(
       keys_B=jax.random.split(jax.random.key(config.seed), len(rows.ids)),
       given_BT=given_BT,
   )
-  return termination.segment(inputs, experience.termination_settings(m))
+  settings = experience.termination_settings(m)
+  return termination.segment(inputs, settings), note
+
+
+def _fallbacks(numbers: dict[str, float], rows: int, fallback: str) -> str:
+  """How many sentences had no usable tree; '' where all had, or none is."""
+  sentences = round(numbers.get('macro/sentences', 0) * rows)
+  count = round(numbers.get('macro/fallback', 0) * sentences)
+  if not count:
+    return ''
+  return (
+      f'{count} of {sentences} sentences without a usable tree, segmented by '
+      f'macro.parse_fallback={fallback}'
+  )
+
+
+def _score_words(row: dict[str, Any], score: float, clip: float) -> str:
+  """'3.01187 (from the row), clipped to 2.5'."""
+  words = f'{score:g}' + (' (from the row)' if 'score' in row else '')
+  if clip and abs(score) > clip:
+    words += f', clipped to {math.copysign(clip, score):g}'
+  return words
 
 
 def _scored(rows: Rows, ref_logprobs: np.ndarray) -> Scored:
@@ -283,7 +322,7 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
   ruled = []
   for c in (config, other):
     scored = _scored(rows, _ref_logprobs(rows, c, tokenizer.pad_token_id))
-    macro = segment(c, rows, scored, tokenizer)
+    macro, note = segment(c, rows, scored, tokenizer)
     targets, _ = experience.make_targets(scored, macro, c)
     lengths = np.asarray(aggregate.lengths(macro))
     numbers = jax.device_get(aggregate.statistics(macro))
@@ -296,6 +335,7 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
             advantages=np.asarray(targets.advantages_BT),
             lengths=lengths[lengths > 0],
             statistics={name: float(x) for name, x in numbers.items()},
+            note=note,
         )
     )
   pieces = []
@@ -306,7 +346,13 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
     ]
     pieces.append([*cut[:-1], '<eos>'])
   trained = not (_TOKENIZER.value or _MODEL.value)
-  return Told(pieces, ruled, np.asarray(scored.score_B).tolist(), trained)
+  scores = [
+      _score_words(row, score, config.ppo.score_clip)
+      for row, score in zip(
+          given, np.asarray(scored.score_B).tolist(), strict=True
+      )
+  ]
+  return Told(pieces, ruled, scores, trained)
 
 
 def _token_ppo(config: ConfigDict) -> ConfigDict:
@@ -318,6 +364,7 @@ def _token_ppo(config: ConfigDict) -> ConfigDict:
 
 def main(argv: list[str]) -> None:
   """Prints, and writes the page that --html names."""
+  checkpoint.quiet_logging()
   try:
     if len(argv) > 1:
       raise ValueError(f'unexpected arguments: {argv[1:]}')

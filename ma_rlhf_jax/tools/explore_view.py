@@ -23,6 +23,7 @@ class Ruled:
     advantages: float [B, T], reward-model units.
     lengths: int, tokens of every macro action.
     statistics: see `aggregate.statistics`.
+    note: what else to say of it; ''.
   """
 
   name: str
@@ -30,6 +31,7 @@ class Ruled:
   advantages: np.ndarray
   lengths: np.ndarray
   statistics: dict[str, float]
+  note: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,13 @@ class Told:
   Attributes:
     pieces: the tokens of each response as text.
     ruled: rule A and rule B.
-    scores: terminal reward of each response.
+    scores: terminal reward of each response, in words.
     trained: whether the tokenizer was trained on these texts.
   """
 
   pieces: list[list[str]]
   ruled: list[Ruled]
-  scores: list[float]
+  scores: list[str]
   trained: bool
 
 
@@ -116,8 +118,9 @@ def text(told: Told, rows: int, color: bool) -> str:
     )
   for name, ruled in zip('AB', told.ruled, strict=True):
     lines += [f'{name}: {ruled.name}', f'   {_summary(ruled)}']
+    lines += [f'   {ruled.note}'] if ruled.note else []
   for row, pieces in enumerate(told.pieces[:rows]):
-    lines += ['', f'response {row + 1}, score {told.scores[row]:g}']
+    lines += ['', f'response {row + 1}, score {told.scores[row]}']
     for name, ruled in zip('AB', told.ruled, strict=True):
       lines.append(f'  {name} {_coloured(pieces, ruled.ids[row], color)}')
   lines += ['', 'advantages of response 1']
@@ -152,7 +155,7 @@ def _token(piece: str, index: int, advantage: float) -> str:
 
 
 def _response(told: Told, row: int) -> str:
-  parts = [f'<h2>Response {row + 1}, score {told.scores[row]:g}</h2>']
+  parts = [f'<h2>Response {row + 1}, score {told.scores[row]}</h2>']
   for name, ruled in zip('AB', told.ruled, strict=True):
     tokens = ''.join(
         _token(piece, int(ruled.ids[row, t]), float(ruled.advantages[row, t]))
@@ -175,7 +178,8 @@ def _table(ruled: Ruled) -> str:
 def page(told: Told, rows: int) -> str:
   """A self-contained HTML page; numbers under tokens are advantages."""
   heads = ''.join(
-      f'<p><b>{name}</b> {html.escape(ruled.name)}<br>{_summary(ruled)}</p>'
+      f'<p><b>{name}</b> {html.escape(ruled.name)}<br>{_summary(ruled)}'
+      f'{"<br>" + html.escape(ruled.note) if ruled.note else ""}</p>'
       f'<table><tr><th>tokens<th>macro actions<th></tr>{_table(ruled)}</table>'
       for name, ruled in zip('AB', told.ruled, strict=True)
   )

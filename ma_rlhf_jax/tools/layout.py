@@ -24,7 +24,7 @@ from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import preference, rewards
 from ma_rlhf_jax.structs import MacroActions, SequenceBatch
-from ma_rlhf_jax.training import sft
+from ma_rlhf_jax.training import checkpoint, sft
 from ma_rlhf_jax.training.experience import termination_settings
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
@@ -303,6 +303,7 @@ def show(config: ConfigDict, row: int) -> str:
 
 def main(argv: list[str]) -> None:
   """Prints the tables of the recipe that the flags name."""
+  checkpoint.quiet_logging()
   try:
     if len(argv) > 1:
       raise ValueError(f'unexpected arguments: {argv[1:]}')

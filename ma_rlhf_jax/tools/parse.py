@@ -64,16 +64,34 @@ def load_function(name: str) -> Parser:
   """The function of `module:function`; modules of this folder count."""
   module, _, function = name.partition(':')
   sys.path.insert(0, os.getcwd())
-  return getattr(importlib.import_module(module), function)
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as error:
+    sys.exit(
+        f'error: --parser={name}: {error}; give module:function of a module in '
+        f'{os.getcwd()} or in this environment ({sys.prefix})'
+    )
 
 
 def load_benepar(model: str, spacy_model: str) -> Parser:
   """benepar behind spaCy's sentences; a sentence that fails is None."""
-  import benepar  # noqa: F401  (registers the pipe)
-  import spacy
-
-  nlp = spacy.load(spacy_model)
-  parse = nlp.add_pipe('benepar', config={'model': model})
+  try:
+    import benepar  # noqa: F401  (registers the pipe)
+    import spacy
+  except ImportError as error:
+    sys.exit(
+        f'error: {error}; run it in the environment that the first lines of '
+        f'{__file__} make, or give --parser=module:function'
+    )
+  try:
+    nlp = spacy.load(spacy_model)
+    parse = nlp.add_pipe('benepar', config={'model': model})
+  except (OSError, LookupError, ValueError) as error:
+    said = ' '.join(str(error).split())[:300]
+    sys.exit(
+        f'error: --model={model} or --spacy={spacy_model} cannot be loaded '
+        f'({said}); the first lines of {__file__} say how to fetch them'
+    )
 
   def sentence(span: Any) -> str | None:
     try:

@@ -213,6 +213,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
   c = stage.run.config
   folder = stage.run.workdir / stage.name
   abstract = checkpoint.abstract_of(stage.states)
+  started = (folder / 'checkpoints').exists()
   with checkpoint.Checkpoints(
       folder / 'checkpoints',
       keep=c.checkpoint.keep,
@@ -223,6 +224,8 @@ def run_stage(stage: Stage) -> tuple[States, int]:
     if restored:
       _check_rows(stage, restored)
       first, states = restored.step, restored.state
+    elif started:
+      print(f'{stage.name}: no checkpoint yet, starting at 0', flush=True)
     stage.states = {}  # donated by the first update
     states = _train(stage, states, first, checkpoints)
     step = stage.num_steps

@@ -121,6 +121,23 @@ def base(config: ConfigDict, workdir: epath.PathLike, stage: str) -> str:
   return str(folder.resolve()) if folder.is_dir() else path
 
 
+def of_stage(
+    config: ConfigDict, workdir: epath.PathLike, stage: str
+) -> dict[str, Source]:
+  """Role -> source, of the models that 'sft', 'reward_model' or 'ppo' loads."""
+  if stage == 'ppo':
+    found = {
+        'reference policy': policy_source(config, workdir),
+        'reward model': reward_model_source(config, workdir),
+    }
+    if config.ppo.baseline == 'critic':
+      found['critic'] = critic_source(config, workdir)
+    return found
+  if config[stage].init:
+    return {'policy': _named(f'{stage}.init', config[stage].init, 'sft')}
+  return {} if stage == 'sft' else {'policy': policy_source(config, workdir)}
+
+
 def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
   """Stages that need not run because their product is given: name -> why."""
   given = {}
@@ -204,7 +221,7 @@ def check(run: Run) -> None:
     check_tensors = functools.partial(
         huggingface.check_params, config=shape, kind=kind
     )
-    _read(source, check_tensors)
+    read(source, check_tensors)
   if not run.config.sft.init:
     shape = presets.from_fields(run.config.model, len(run.tokenizer))
     _check_fit(run, Source('config.model', ''), shape, 'scalar')
@@ -247,10 +264,10 @@ def _check_fit(
     )
 
 
-def _read(source: Source, read: Callable[[pathlib.Path], T]) -> T:
-  """`read(folder)` of a source; what goes wrong names the field."""
+def read(source: Source, use: Callable[[pathlib.Path], T]) -> T:
+  """`use(folder)` of a source; what goes wrong names the field."""
   try:
-    return read(huggingface.resolve(source.path))
+    return use(huggingface.resolve(source.path))
   except (ValueError, OSError) as error:
     raise SourceError(
         f'{source.field or "a model of this run"}={source.path}: {error}'
@@ -262,11 +279,9 @@ def inspect(run: Run, source: Source, kind: str) -> presets.GemmaConfig:
 
   It is that of a model that does not learn.
   """
-  folder = _read(source, lambda folder: folder)
+  folder = read(source, lambda folder: folder)
   _check_tokenizer(run, source, epath.Path(folder))
-  shape = presets.frozen(
-      _read(source, huggingface.read_shape), run.config.model
-  )
+  shape = presets.frozen(read(source, huggingface.read_shape), run.config.model)
   _check_fit(run, source, shape, kind)
   _check_shape(run, source, shape)
   return shape
@@ -278,8 +293,7 @@ Loaded = tuple[presets.GemmaConfig, Params]
 def _load_params(
     source: Source, shape: presets.GemmaConfig, kind: str
 ) -> Params:
-  read = lambda folder: huggingface.load_params(folder, shape, kind)
-  return _read(source, read)
+  return read(source, lambda f: huggingface.load_params(f, shape, kind))
 
 
 def load(run: Run, source: Source, kind: str) -> Loaded:

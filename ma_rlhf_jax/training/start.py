@@ -1,5 +1,7 @@
 """From a config and a workdir to a run: tokenizer, data, devices."""
 
+import pathlib
+
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -22,12 +24,25 @@ def _check_warmup(config: ConfigDict, num_steps: int) -> None:
     )
 
 
+def _found(path: str) -> pathlib.Path:
+  """The folder of a tokenizer; says how to name another where there is none."""
+  try:
+    return huggingface.resolve(path)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+        f'{error}; a model that lies here is named by '
+        '--config.sft.init=FOLDER, its tokenizer alone by '
+        '--config.tokenizer.path=FOLDER'
+    ) from error
+
+
 def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
   """Data, tokenizer and devices of a run; raises what a user can mend."""
+  tasks.check_task(config.data.task)  # before a model is looked for
   path = sources.tokenizer_path(config)
   tokenizer = None
   if path:
-    tokenizer = tokenizer_lib.load_tokenizer(str(huggingface.resolve(path)))
+    tokenizer = tokenizer_lib.load_tokenizer(str(_found(path)))
   to_train = sources.stages_to_train(config, workdir)
   data, tokenizer = parts.prepare(config, tokenizer, workdir, to_train)
   if 'ppo' in to_train:

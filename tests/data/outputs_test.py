@@ -69,3 +69,38 @@ def test_any_row_can_be_written():
   assert outputs.dump({'a': 'é😀\n'}) == '{"a": "é😀\\n"}'
   half = outputs.dump({'a': '\ud83d'})  # of a pair, in a field of the user
   assert half == '{"a": "\\ud83d"}' and half.encode()
+
+
+def test_a_number_that_json_lacks_is_not_written():
+  with pytest.raises(ValueError, match='not JSON compliant'):
+    outputs.dump({'score': float('nan')})
+
+
+def test_the_input_is_never_written_over(tmp_path: pathlib.Path):
+  source = tmp_path / 'o.jsonl.partial'
+  source.write_text('rows')
+  for overwrite in (False, True):
+    with pytest.raises(ValueError, match='rename it, or name another output'):
+      outputs.check(str(tmp_path / 'o.jsonl'), overwrite, str(source))
+  link = tmp_path / 'link.jsonl'
+  link.symlink_to(source)
+  with pytest.raises(ValueError, match='--input=.*link.jsonl is where'):
+    outputs.check(str(tmp_path / 'o.jsonl'), True, str(link))
+  assert source.read_text() == 'rows'
+
+
+def test_rows_of_another_run_are_replaced_on_demand_only(
+    tmp_path: pathlib.Path,
+):
+  path, partial = str(tmp_path / 'o.jsonl'), tmp_path / 'o.jsonl.partial'
+  partial.write_text('rows')
+  for refuse in (
+      lambda: outputs.check(path, False),
+      lambda: outputs.Output(path),
+  ):
+    with pytest.raises(FileExistsError, match='o.jsonl.partial is there: rows'):
+      refuse()
+  assert partial.read_text() == 'rows'
+  outputs.check(path, overwrite=True)
+  outputs.Output(path, overwrite=True).commit()
+  assert pathlib.Path(path).read_text() == '' and not partial.exists()

@@ -41,6 +41,16 @@ def test_gzip_is_read(tmp_path: pathlib.Path):
         ('{}', "has no field 'prompt'; it has nothing"),
         ('{"prompt": 3}', "'prompt' is 3, not text"),
         ('{"prompt": null}', "'prompt' is null, not text"),
+        (
+            '{"prompt": "a", "x": NaN}',
+            'holds NaN, which no JSON number can be',
+        ),
+        (
+            '{"prompt": "a", "x": 1e999}',
+            'holds 1e999, beyond the largest float',
+        ),
+        ('{"prompt": "a", "x": ' + '9' * 5000 + '}', 'of too many digits'),
+        ('[' * 10**5, 'is nested too deeply'),
         (r'{"prompt": "a\ud83d"}', "'prompt' holds half a character (U+D83D)"),
     ],
 )
@@ -101,7 +111,8 @@ def test_every_prompt_that_is_too_long_is_told():
     prompts.check_lengths('--input=x', names, [7, 6, 2], 6)
   assert str(error.value) == (
       '--input=x: line 1 has 7 tokens (BOS included), more than '
-      '--max_prompt_len=6; shorten it, or raise --max_prompt_len'
+      '--max_prompt_len=6; shorten it, or raise --max_prompt_len (or lower '
+      '--max_new_tokens)'
   )
   with pytest.raises(ValueError) as error:
     prompts.check_lengths('--input=x', names, [7, 6, 2], 5)

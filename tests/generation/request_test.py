@@ -21,22 +21,29 @@ def test_sensible_requests_pass():
   assert _problems(prompt='') == []  # BOS alone
   assert _problems(prompt=None) == []  # a conversation
   assert _problems(temperature=0.0, reward_model='r', dtype='bfloat16') == []
-  assert _problems(num_samples=4, reward_model='r', top_p=1e-9) == []
+  assert _problems(num_samples=4, reward_model='r', top_p=1e-6) == []
   assert _problems(prompt=None, input='a.jsonl.gz', output='b.jsonl') == []
 
 
 @pytest.mark.parametrize(
     ('fields', 'start'),
     [
-        ({'temperature': -0.5}, '--temperature=-0.5 must be >= 0'),
+        (
+            {'temperature': -0.5},
+            '--temperature=-0.5 must be 0, which is greedy',
+        ),
+        ({'temperature': 1e-40}, '--temperature=1e-40 must be 0, which is'),
+        ({'top_p': 1e-300}, '--top_p=1e-300 must be from 1e-06 to 1'),
+        ({'max_new_tokens': 3 * 10**9}, '--max_new_tokens=3000000000 must be'),
+        ({'max_new_tokens': 8192}, '--max_new_tokens=8192 leaves no room'),
         ({'temperature': math.nan}, '--temperature=nan must be'),
         ({'temperature': math.inf}, '--temperature=inf must be'),
         ({'top_k': -1}, '--top_k=-1 must be'),
-        ({'top_p': 0.0}, '--top_p=0.0 must be above 0 and at most 1'),
+        ({'top_p': 0.0}, '--top_p=0.0 must be from 1e-06 to 1'),
         ({'top_p': 1.5}, '--top_p=1.5 must be'),
         ({'top_p': math.nan}, '--top_p=nan must be'),
-        ({'max_new_tokens': 0}, '--max_new_tokens=0 must be >= 1'),
-        ({'num_samples': 0}, '--num_samples=0 must be >= 1'),
+        ({'max_new_tokens': 0}, '--max_new_tokens=0 must be from 1 to'),
+        ({'num_samples': 0}, '--num_samples=0 must be from 1'),
         ({'max_prompt_len': -1}, '--max_prompt_len=-1 must be'),
         ({'batch_size': 0}, '--batch_size=0 must be'),
         ({'seed': -1}, '--seed=-1 must be'),

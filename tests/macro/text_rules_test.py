@@ -10,7 +10,7 @@ from ma_rlhf_jax.macro import text_rules
 
 needs_text = pytest.mark.skipif(
     importlib.util.find_spec('tensorflow_text') is None,
-    reason="needs tensorflow-text: pip install 'ma_rlhf_jax[text]'",
+    reason="needs tensorflow-text: pip install -e '.[text]'",
 )
 RULES = [
     pytest.param('sentences', marks=needs_text),

@@ -260,3 +260,18 @@ def test_no_junk_ends_in_another_error() -> None:
     except ValueError:
       refused += 1
   assert 250 < refused < 500
+
+
+@pytest.mark.parametrize(
+    ('fields', 'noted'),
+    [
+        ({'model_type': 'gemma2', 'hidden_activation': 'gelu'}, True),
+        ({'model_type': 'gemma2', 'hidden_act': 'gelu'}, True),
+        ({'model_type': 'gemma2'}, False),
+        ({'model_type': 'gemma', 'hidden_act': 'gelu'}, False),
+    ],
+)
+def test_a_gelu_that_is_not_that_of_the_file_is_noted(
+    fields: dict[str, str], noted: bool
+) -> None:
+  assert ('tanh form is used' in config_json.note(fields)) == noted

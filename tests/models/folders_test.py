@@ -2,6 +2,8 @@
 
 import errno
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -73,9 +75,28 @@ def _full_in_rust() -> None:
   )
 
 
-@pytest.mark.parametrize('fail', [_full, _over_quota, _full_in_rust])
+def _too_large_in_rust() -> None:
+  raise safetensors.SafetensorError('I/O error: File too large (os error 27)')
+
+
+def _over_quota_in_rust() -> None:
+  raise safetensors.SafetensorError(
+      'I/O error: Disk quota exceeded (os error 122)'
+  )
+
+
+@pytest.mark.parametrize(
+    ('fail', 'reason'),
+    [
+        (_full, 'no space left on device'),
+        (_over_quota, 'disk quota exceeded'),
+        (_full_in_rust, 'no space left on device'),
+        (_too_large_in_rust, 'file too large'),
+        (_over_quota_in_rust, 'disk quota exceeded'),
+    ],
+)
 def test_a_full_disk_gives_one_message_and_leaves_nothing(
-    tmp_path: pathlib.Path, fail: Any
+    tmp_path: pathlib.Path, fail: Any, reason: str
 ) -> None:
   target = tmp_path / 'out'
   with pytest.raises(NoSpaceError) as caught:
@@ -84,9 +105,7 @@ def test_a_full_disk_gives_one_message_and_leaves_nothing(
         (draft / 'half').write_text('')
         fail()
   message = str(caught.value)
-  assert message.startswith(
-      f'{target}: no space left on the disk of {tmp_path}'
-  )
+  assert message.startswith(f'{target}: {reason}, on the disk of {tmp_path}')
   assert 'removed' in message and '\n' not in message
   assert not any(tmp_path.iterdir())
 
@@ -141,3 +160,63 @@ def test_the_marker_comes_last_where_rename_is_not_atomic(
   assert {p.name: p.read_text() for p in target.iterdir()} == {
       name: 'draft' for name in 'abm'
   }
+
+
+_FILL = """
+import os, pathlib, signal, sys
+from ma_rlhf_jax.models import folders
+if sys.argv[2] == 'between':
+  folders._exchange = lambda *_: False
+with folders.whole(sys.argv[1], marker='m', overwrite=True) as draft:
+  (draft / 'm').write_text('new')
+  if sys.argv[2] == 'between':
+    path = type(folders.epath.Path(sys.argv[1]))
+    moved = path.rename
+    def killed(self, other):
+      moved(self, other)
+      os.kill(os.getpid(), signal.SIGKILL)
+    path.rename = killed
+  else:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize('when', ['filling', 'between'])
+def test_what_a_kill_leaves_is_removed_and_what_it_moved_comes_back(
+    tmp_path: pathlib.Path, when: str
+) -> None:
+  target = tmp_path / 'out'
+  target.mkdir()
+  (target / 'm').write_text('old')
+  command = [sys.executable, '-c', _FILL, str(target), when]
+  assert subprocess.run(command, timeout=120).returncode == -9
+  assert ('out' in _names(tmp_path)) == (when == 'filling')
+  with pytest.raises(FileExistsError):
+    with whole(target, marker='m'):
+      pytest.fail('entered')
+  assert _names(tmp_path) == ['out']
+  assert (target / 'm').read_text() == 'old'
+
+
+def test_a_scratch_folder_in_use_and_those_of_others_stay(
+    tmp_path: pathlib.Path,
+) -> None:
+  (tmp_path / '.out-abcdefgh').mkdir()  # without a lock: not ours
+  with whole(tmp_path / 'out', marker='m') as draft:
+    (draft / 'm').write_text('1')
+    with whole(tmp_path / 'out', marker='m') as other:
+      (other / 'm').write_text('2')
+      assert (draft / 'm').read_text() == '1'
+      assert len(_names(tmp_path)) == 3
+      (other / 'm').unlink()
+  assert _names(tmp_path) == ['.out-abcdefgh', 'out']
+
+
+def test_all_files_follow_the_umask(tmp_path: pathlib.Path) -> None:
+  with whole(tmp_path / 'out', marker='m') as draft:
+    for name, mode in (('m', 0o600), ('n', 0o640)):
+      (draft / name).write_text('')
+      (draft / name).chmod(mode)
+  (tmp_path / 'plain').write_text('')
+  want = (tmp_path / 'plain').stat().st_mode
+  assert {p.stat().st_mode for p in (tmp_path / 'out').iterdir()} == {want}

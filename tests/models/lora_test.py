@@ -164,3 +164,18 @@ def test_decoding_through_adapters_equals_a_whole_pass() -> None:
     )
     seen = MASK[:, column]
     np.testing.assert_allclose(hidden[seen, 0], whole[seen, column], atol=1e-4)
+
+
+def test_what_learns_is_told() -> None:
+  params = draw('policy', CONFIG, seed=3)
+  factors = {
+      path: x.size
+      for path, x in lora.flatten(params).items()
+      if path.endswith(('_lora_a', '_lora_b'))
+  }
+  learning, total = sum(factors.values()), TINY.num_params
+  assert lora.describe(CONFIG, params) == (
+      f'rank-2 adapters, {learning:,} of {total + learning:,} parameters'
+  )
+  bare = lora.without_adapters(params)
+  assert lora.describe(TINY, bare) == f'all {total:,} parameters'

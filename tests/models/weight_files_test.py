@@ -1,6 +1,7 @@
 """Tests of `models.weight_files`: every kind of bad folder."""
 
 from collections.abc import Callable
+import dataclasses
 import json
 import pathlib
 import random
@@ -13,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax.models import huggingface
+from tests.data.files_test import ARCHIVE, LFS, PAGE, PICKLE
 from tests.models.drawn import TINY, UNUSUAL, draw, their_tensors
-from tests.models.files_test import ARCHIVE, LFS, PAGE, PICKLE
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 FIRST, SECOND = (f'model-0000{n}-of-00002.safetensors' for n in (1, 2))
@@ -348,3 +349,34 @@ def test_mutated_headers_and_indices_give_our_errors_only(
       refused[name] += 1
     path[name].write_bytes(whole[name])
   assert min(refused.values()) > 100
+
+
+@pytest.mark.parametrize(
+    ('value', 'dtype', 'words'),
+    [
+        (1e39, 'float32', 'beyond the largest float32'),
+        (3.4e38, 'float32', ''),
+        (3.4e38, 'bfloat16', 'beyond the largest bfloat16'),
+        (-3.397e38, 'bfloat16', 'beyond the largest bfloat16'),
+        (-3.39e38, 'bfloat16', ''),
+    ],
+)
+@pytest.mark.parametrize('stored', [np.float64, np.float32])
+def test_values_that_a_cast_makes_infinite_are_refused(
+    export: pathlib.Path, value: float, dtype: str, words: str, stored: type
+) -> None:
+  if abs(value) > np.finfo(stored).max:
+    return
+
+  def spoil(tensors: Tensors) -> None:
+    tensors[UP] = tensors[UP].astype(stored)
+    tensors[UP][3, 5] = value
+
+  _changed(export / SINGLE, spoil)
+  shape = dataclasses.replace(UNUSUAL, param_dtype=dtype)
+  if not words:
+    loaded = huggingface.load_params(export, shape)
+    assert np.isfinite(np.float32(loaded['layers']['mlp']['up'])).all()
+    return
+  with pytest.raises(ValueError, match=f'1 of .* of {UP} are {words}'):
+    huggingface.load_params(export, shape)

@@ -86,3 +86,19 @@ def test_terms_of_gemma_hold_for_its_shapes_and_names() -> None:
   assert lineage.is_gemma('google/gemma-3-1b', tiny.SHAPE)
   assert not lineage.is_gemma('me/small', tiny.SHAPE)
   assert not lineage.is_gemma('', shape)  # random weights of that shape
+
+
+@pytest.mark.parametrize(
+    ('base', 'name'),
+    [
+        ('google/gemma-2b', 'google/gemma-2b'),
+        (
+            '/c/hub/models--google--gemma-2b/snapshots/0123abc',
+            'google/gemma-2b',
+        ),
+        ('/home/me/gemma-2b', ''),
+        ('gs://bucket/gemma', ''),
+    ],
+)
+def test_a_base_is_called_by_its_place_on_the_hub(base: str, name: str) -> None:
+  assert lineage.public_name(base) == name

@@ -195,7 +195,7 @@ def test_base_and_adapters_are_the_merged_model(
   }
   readme = (tmp_path / 'README.md').read_text()
   base = sources.base(adapted.config, adapted.workdir, stage)
-  assert f'base_path = "{base}"' in readme
+  assert 'base_path = "PATH_OF_THE_BASE"' in readme and base not in readme
 
 
 def test_adapters_of_another_base_are_refused(

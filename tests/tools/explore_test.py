@@ -16,6 +16,7 @@ import pytest
 
 from ma_rlhf_jax import recipe_flag
 from ma_rlhf_jax.tools import explore
+from tests import products
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TINY = str(_ROOT / 'configs' / 'tiny.py')
@@ -105,7 +106,7 @@ def test_rows_of_a_file_with_their_own_numbers(tmp_path: pathlib.Path):
       '--color=never',
   )
   assert ran.returncode == 0, ran.stderr
-  assert 'response 1, score 5' in ran.stdout
+  assert 'response 1, score 5 (from the row), clipped to 2.5\n' in ran.stdout
   assert '  A [1⏎2][⏎3][<eos>]' in ran.stdout
 
 
@@ -193,3 +194,30 @@ def test_the_fields_of_rule_a_hold_for_rule_b_too():
 def test_a_terminal_is_told_no_escapes():
   ran = _run('--text=a \x1b[31mred\r\x07', '--color=never')
   assert ran.returncode == 0 and not set('\x1b\r\x07') & set(ran.stdout)
+
+
+def test_sentences_without_a_tree_are_counted(tmp_path: pathlib.Path):
+  trees = tmp_path / 'trees.jsonl'
+  row = {
+      'text': 'The cat sat. It purred.',
+      'trees': ['(S (X The) (X cat', None],
+  }
+  trees.write_text(json.dumps(row) + '\n')
+  ran = _run(
+      f'--config={_TINY}:termination=parsing',
+      f'--config.macro.parser={trees}',
+      f'--text={row["text"]}',
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert 'sentences without a usable tree, segmented by' in ran.stdout
+
+
+def test_a_workdir_stands_for_its_policy(tmp_path: pathlib.Path):
+  made = products.make(tmp_path)
+  ran = _run(
+      f'--config={_TINY}:termination=ppl',
+      f'--model={made.workdir}',
+      '--text=My boss',
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert 'tokenizer: trained' not in ran.stdout and 'decisions' in ran.stdout

@@ -15,8 +15,9 @@ def _told() -> explore_view.Told:
       advantages=np.array([[0.25, 0.25, -1, 0]]),
       lengths=np.array([2, 1]),
       statistics=statistics,
+      note='2 of 4 sentences without a usable tree',
   )
-  return explore_view.Told([['a', '\n', '<b>']], [ruled, ruled], [1.5], True)
+  return explore_view.Told([['a', '\n', '<b>']], [ruled, ruled], ['1.5'], True)
 
 
 def test_lengths_are_counted_singly_up_to_ten_and_then_by_doubling():
@@ -31,6 +32,7 @@ def test_brackets_without_colours_and_codes_with_them():
   plain = explore_view.text(_told(), 8, color=False)
   assert '  A [a⏎][<b>]' in plain and '\x1b' not in plain
   assert '2 decisions, 2.0 per response, 1.50 tokens each' in plain
+  assert 'score 1.5\n' in plain and plain.count('2 of 4 sentences') == 2
   coloured = explore_view.text(_told(), 8, color=True)
   assert '\x1b[30;44ma⏎\x1b[0m\x1b[30;42m<b>\x1b[0m' in coloured
 

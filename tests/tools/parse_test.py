@@ -1,5 +1,6 @@
 """The parser that runs in an environment of its own."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -183,3 +184,39 @@ def test_it_imports_nothing_but_the_standard_library() -> None:
       [sys.executable, '-S', '-E', '-c', code], capture_output=True, text=True
   )
   assert done.stdout.strip() == '[]', done.stderr
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--parser=nowhere:function'], '--parser=nowhere:function: No module'),
+        (['--parser=toy:nothing'], "has no attribute 'nothing'; give module:"),
+        (['--parser='], "No module named 'benepar'; run it in the environment"),
+        (
+            ['--spacy=nothing'],
+            'or --spacy=nothing cannot be loaded (no nothing)',
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(
+    tmp_path: pathlib.Path, arguments: list[str], words: str
+) -> None:
+  (tmp_path / 'toy.py').write_text('')
+  if '--spacy=nothing' in arguments:
+    (tmp_path / 'benepar.py').write_text('')
+    load = "def load(name):\n  raise OSError('no\\nnothing')\n"
+    (tmp_path / 'spacy.py').write_text(load)
+  elif importlib.util.find_spec('benepar') and arguments == ['--parser=']:
+    pytest.skip('benepar is installed')
+  done = subprocess.run(
+      [sys.executable, parse.__file__, *arguments],
+      cwd=tmp_path,
+      env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+      input='',
+      capture_output=True,
+      text=True,
+      timeout=60,
+  )
+  assert done.returncode == 1 and done.stdout == ''
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ') and words in line

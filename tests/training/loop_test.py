@@ -175,6 +175,19 @@ def test_a_stage_goes_on_from_its_newest_checkpoint(
   assert [row['step'] for row in _rows(tmp_path / 'cut')] == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_start_before_the_first_checkpoint_says_that_it_starts_again(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  config = _config(checkpoint__every=2)
+  with pytest.raises(KeyboardInterrupt):
+    run_stage(_Counter(tmp_path, config, break_at=0))
+  assert 'no checkpoint' not in capsys.readouterr().out
+  stage = _Counter(tmp_path, config)
+  run_stage(stage)
+  told = capsys.readouterr().out
+  assert f'{stage.name}: no checkpoint yet, starting at 0\n' in told
+
+
 def test_a_stage_that_has_ended_is_read_and_not_trained(
     tmp_path: pathlib.Path,
 ) -> None:

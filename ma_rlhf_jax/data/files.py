@@ -47,7 +47,9 @@ def foreign(path: pathlib.Path) -> str:
   return ''
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(
+    path: pathlib.Path, max_bytes: int = _MAX_JSON_BYTES
+) -> dict[str, Any]:
   """The JSON object in a file.
 
   Raises:
@@ -55,9 +57,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   if what := foreign(path):
     raise ValueError(f'{path} {what}')
-  if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+  if (size := path.stat().st_size) > max_bytes:
     raise ValueError(
-        f'{path} has {size} bytes; such a file has at most {_MAX_JSON_BYTES}, '
+        f'{path} has {size} bytes; such a file has at most {max_bytes}, '
         'so download it again'
     )
   try:

@@ -1,10 +1,10 @@
-"""Tests of `models.files`."""
+"""Tests of `data.files`."""
 
 import pathlib
 
 import pytest
 
-from ma_rlhf_jax.models import files
+from ma_rlhf_jax.data import files
 
 LFS = (
     b'version https://git-lfs.github.com/spec/v1\n'
