@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.training import judge, sources
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
@@ -127,8 +128,11 @@ def compare(run: Run) -> None:
   plain = c.macro.termination == 'fixed' and c.macro.ngram == 1
   print(describe(rows, count, 'PPO' if plain else 'MA-PPO'), flush=True)
   folder = run.workdir / 'evaluate'
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'comparison.json').write_text(json.dumps(rows, indent=2) + '\n')
+  with processes.together():
+    if processes.is_first():
+      folder.mkdir(parents=True, exist_ok=True)
+      text = json.dumps(rows, indent=2) + '\n'
+      (folder / 'comparison.json').write_text(text)
   workdir_lib.mark_done(run.workdir, 'evaluate', {'comparison': rows})
 
 

@@ -131,8 +131,8 @@ class HostTermination:
 
   def __call__(
       self, tokens_BT: np.ndarray, mask_BT: np.ndarray
-  ) -> tuple[np.ndarray, dict[str, float]]:
-    """The starts of a batch.
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The starts of a batch, each row on its own.
 
     Args:
       tokens_BT: int, token ids; anything on padding.
@@ -140,8 +140,8 @@ class HostTermination:
 
     Returns:
       bool [B, T], true where a macro action opens, false on padding; and of
-      `parsing` `macro/sentences`, the mean of a response, and `macro/fallback`,
-      the share of them that fell back.
+      `parsing` int32 [B]: the `sentences` of each response, and `fallbacks`,
+      how many of them fell back.
     """
     mask_BT = np.asarray(mask_BT, bool)
     tokens_BT = np.asarray(tokens_BT, np.int32)
@@ -153,11 +153,9 @@ class HostTermination:
     )
     if self._parser is None:
       return starts_BT, {}
-    sentences = sum(p.sentences for p in parsed)
-    fallbacks = sum(p.fallbacks for p in parsed)
     return starts_BT, {
-        'macro/sentences': sentences / max(len(parsed), 1),
-        'macro/fallback': fallbacks / max(sentences, 1),
+        'sentences': np.asarray([p.sentences for p in parsed], np.int32),
+        'fallbacks': np.asarray([p.fallbacks for p in parsed], np.int32),
     }
 
   def close(self) -> None:

@@ -9,8 +9,9 @@ import shutil
 import tempfile
 
 from etils import epath
-import jax
 import safetensors
+
+from ma_rlhf_jax.parallel import processes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -27,7 +28,8 @@ def whole(
 
   A local folder appears by a rename, and nothing is left where the filling
   fails. In a bucket the file `marker` is written last, so that a folder without
-  it is not whole. Every process enters; what the first one wrote counts.
+  it is not whole. Every process enters and leaves together with the others;
+  what the first one wrote counts.
 
   Args:
     folder: where, also gs://.
@@ -40,18 +42,22 @@ def whole(
     NoSpaceError: if the disk is full.
   """
   target = epath.Path(folder)
-  _check_free(target, overwrite)
   local = '://' not in os.fspath(folder)
-  if local:
-    target.parent.mkdir(parents=True, exist_ok=True)
-  beside = {'dir': target.parent, 'prefix': f'.{target.name}-'} if local else {}
+  beside = {}
+  with processes.together():
+    if processes.is_first():
+      _check_free(target, overwrite)
+      if local:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = {'dir': target.parent, 'prefix': f'.{target.name}-'}
   with tempfile.TemporaryDirectory(**beside) as scratch:
     draft = pathlib.Path(scratch) / 'new'
     draft.mkdir()
     try:
       yield draft
-      if jax.process_index() == 0:
-        _rename(draft, target) if local else _upload(draft, target, marker)
+      with processes.together():
+        if processes.is_first():
+          _rename(draft, target) if local else _upload(draft, target, marker)
     except (OSError, safetensors.SafetensorError) as error:
       if not _is_full(error):
         raise

@@ -24,13 +24,16 @@ import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
+from ma_rlhf_jax.parallel import processes
+
 State = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 
 # What Orbax raises for a damaged step: a missing file; a missing item; broken
 # JSON, manifests and text, and other shapes, dtypes or trees than asked for.
-_DAMAGE = (FileNotFoundError, KeyError, ValueError)
+# The last: what another process found.
+_DAMAGE = (FileNotFoundError, KeyError, ValueError, processes.ProcessError)
 
 
 class CheckpointError(RuntimeError):
@@ -79,6 +82,8 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._quality),
             cleanup_tmp_directories=True,
+            # Folders may be seen late by other hosts; all must agree.
+            single_host_load_and_broadcast=not processes.alone(),
         ),
     )
     for step in self.steps():
@@ -222,14 +227,15 @@ class Checkpoints:
   ) -> Restored | None:
     """The checkpoint of `step`; None, with the reason in `failures`."""
     try:
-      _check_dtypes(abstract, self._manager.item_metadata(step)['state'])
-      items = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardRestore(abstract),
-              meta=ocp.args.JsonRestore(),
-          ),
-      )
+      with processes.together():
+        _check_dtypes(abstract, self._manager.item_metadata(step)['state'])
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
     # Orbax 0.12.8 raises a bare Exception where data cannot be read; every
     # other type than that and _DAMAGE goes on its way.
     except Exception as error:

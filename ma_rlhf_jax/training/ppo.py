@@ -14,7 +14,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import losses, rewards, targets
-from ma_rlhf_jax.parallel.mesh import abstract, place
+from ma_rlhf_jax.parallel.mesh import abstract, own_part, place
 from ma_rlhf_jax.rollout import sampling, scoring
 from ma_rlhf_jax.structs import (
     Array,
@@ -79,6 +79,21 @@ def value_loss_fn(
       targets.critic_mask(experience.macro, critic_target=config.target),
       clip_eps=config.clip_eps,
   )
+
+
+@jax.jit
+def _parsing_metrics(sentences: Array, fallbacks: Array) -> dict[str, Array]:
+  """Sentences of a response; the share of them without a usable tree.
+
+  Args:
+    sentences: int32 [B], of each response.
+    fallbacks: int32 [B], how many of them fell back.
+  """
+  total = jnp.sum(sentences)
+  return {
+      'macro/sentences': jnp.mean(sentences),
+      'macro/fallback': jnp.sum(fallbacks) / jnp.maximum(total, 1),
+  }
 
 
 def update_on(
@@ -296,16 +311,23 @@ class PPO(Stage):
         reward_model=self.reward_model,
     )
 
-  def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, float]]:
-    """Where a rule of the host opens macro actions, and its metrics."""
+  def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, Array]]:
+    """Where a rule of the host opens macro actions, and its metrics.
+
+    Each host reads the rows of its own devices.
+    """
     if self._host is None:
       return None, {}
-    rows = rollout.sequences
-    starts_BT, metrics = self._host(
-        np.asarray(masking.response_tokens(rows)),
-        np.asarray(rows.response_mask_BT),
+    rows, mesh = rollout.sequences, self.run.mesh
+    starts_BT, counts_B = place(
+        self._host(
+            own_part(masking.response_tokens(rows), mesh),
+            own_part(rows.response_mask_BT, mesh),
+        ),
+        mesh,
+        self.run.rows,
     )
-    return place(starts_BT, self.run.mesh), metrics
+    return starts_BT, _parsing_metrics(**counts_B) if counts_B else {}
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     run = self.run
