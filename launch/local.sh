@@ -14,6 +14,8 @@
 #   --gpus_per_process=K   process i sees the GPUs K i .. K i + K - 1 and no
 #                          other; default 0: CUDA_VISIBLE_DEVICES as it is
 #   --port=PORT            free on this machine; default 8476
+#   --grace=SECONDS        for the others to end by themselves, once one has
+#                          failed; default 20
 #   --max_restarts=N --pause=SECONDS --dry_run   see common.sh; pause is 5
 #
 # Ctrl-C or SIGTERM saves and stops; a second one stops at once.
@@ -21,16 +23,17 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-GRACE=20 # seconds for the others to end by themselves, once one has failed
 num_processes=''
 gpus_per_process=0
 port=8476
+grace=20
 pause=5
 while (($#)); do
   case "$1" in
     --num_processes=*) num_processes="${1#*=}" ;;
     --gpus_per_process=*) gpus_per_process="${1#*=}" ;;
     --port=*) port="${1#*=}" ;;
+    --grace=*) grace="${1#*=}" ;;
     --)
       shift
       break
@@ -42,6 +45,7 @@ done
 check_number --num_processes "$num_processes" 1
 check_number --gpus_per_process "$gpus_per_process" 0
 check_number --port "$port" 1 65535
+check_number --grace "$grace" 0
 check_shared
 check_command "$@"
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) \
@@ -99,11 +103,11 @@ attempt() {
   while ((${#pids[@]})); do
     status=0 pid=''
     wait -n -p pid "${pids[@]}" || status=$?
-    [[ -n "$pid" ]] || continue # a signal came
+    [[ -n "${pid:-}" ]] || continue # a signal came
     forget "$pid"
     if ((status && !code)); then
       code=$status
-      (sleep "$GRACE"; kill -USR1 "$$") 2>/dev/null &
+      (sleep "$grace"; kill -USR1 "$$") 2>/dev/null &
       watch=$!
     fi
   done

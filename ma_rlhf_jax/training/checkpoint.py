@@ -73,7 +73,7 @@ class Checkpoints:
     self._sign = -1.0 if best_metric.startswith('-') else 1.0
     self._metric = best_metric.removeprefix('-')
     self._quality: dict[int, float] = {}
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
         self.folder,
         item_handlers={
             'state': ocp.StandardCheckpointHandler(),
@@ -265,6 +265,18 @@ class Checkpoints:
         ' versions that saved them, or delete the folder to start this stage'
         ' again'
     )
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, without its own look at the signal to stop.
+
+  jax tells the processes to stop at one number of a single count. Orbax would
+  count steps there, beside `processes.preempted`.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 class _NewestAndBest:
