@@ -12,6 +12,7 @@ from absl import app, flags
 import jax
 import numpy as np
 
+from ma_rlhf_jax import cluster_flags
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.training import judge, sources
@@ -140,6 +141,7 @@ def main(argv: list[str]) -> None:
   """Compares the policies of the workdir that the flags name."""
   workdir, prompts = flags.FLAGS.workdir, flags.FLAGS.prompts
   try:
+    cluster_flags.initialize()
     if len(argv) > 1 or not workdir:
       raise ValueError('usage: python -m ma_rlhf_jax.evaluate --workdir=DIR')
     folder, config = workdir_lib.read_config(workdir)
@@ -149,9 +151,10 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'--prompts={prompts}: an interval needs at least 2')
     if prompts:
       config.evaluate.prompts = prompts
-    run = load_run(config, folder)
-    with jax.set_mesh(run.mesh):
-      compare(run)
+    with processes.ending_together():
+      run = processes.first_then_rest(lambda: load_run(config, folder))
+      with jax.set_mesh(run.mesh):
+        compare(run)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 

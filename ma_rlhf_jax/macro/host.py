@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import dataclasses
 from typing import TYPE_CHECKING, Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from ma_rlhf_jax.macro import parsers, parsing, text_rules
 from ma_rlhf_jax.macro import spelling as spelling_lib
 from ma_rlhf_jax.macro.parsing import Parsed
+from ma_rlhf_jax.structs import Array
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -62,6 +64,24 @@ def _check(settings: HostSettings) -> None:
     if not is_allowed:
       value = getattr(settings, field)
       raise ValueError(f'macro.{field}={value!r} must be {values}')
+
+
+def metrics(counts_B: dict[str, Array]) -> dict[str, Array]:
+  """What a batch's counts, see `HostTermination`, amount to.
+
+  Returns:
+    Of `parsing` `macro/sentences`, the mean of a response, and
+    `macro/fallback`, the share of them that fell back.
+  """
+  if not counts_B:
+    return {}
+  sentences, fallbacks = (
+      jnp.sum(counts_B[name]) for name in ('sentences', 'fallbacks')
+  )
+  return {
+      'macro/sentences': jnp.mean(counts_B['sentences']),
+      'macro/fallback': fallbacks / jnp.maximum(sentences, 1),
+  }
 
 
 class HostTermination:

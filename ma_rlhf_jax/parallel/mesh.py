@@ -80,7 +80,9 @@ def across_slices(
 ) -> np.ndarray:
   """Devices [data, fsdp, tensor]; slice s has a block of data of its own."""
   within = (shape[0] // slices, *shape[1:])
-  return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+  return mesh_utils.create_hybrid_device_mesh(
+      within, (slices, 1, 1), devices, allow_split_physical_axes=True
+  )
 
 
 def abstract(batch: Any, mesh: Mesh) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.macro import host
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import losses, rewards, targets
@@ -81,19 +82,7 @@ def value_loss_fn(
   )
 
 
-@jax.jit
-def _parsing_metrics(sentences: Array, fallbacks: Array) -> dict[str, Array]:
-  """Sentences of a response; the share of them without a usable tree.
-
-  Args:
-    sentences: int32 [B], of each response.
-    fallbacks: int32 [B], how many of them fell back.
-  """
-  total = jnp.sum(sentences)
-  return {
-      'macro/sentences': jnp.mean(sentences),
-      'macro/fallback': jnp.sum(fallbacks) / jnp.maximum(total, 1),
-  }
+_host_metrics = jax.jit(host.metrics)
 
 
 def update_on(
@@ -327,7 +316,7 @@ class PPO(Stage):
         mesh,
         self.run.rows,
     )
-    return starts_BT, _parsing_metrics(**counts_B) if counts_B else {}
+    return starts_BT, _host_metrics(counts_B)
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     run = self.run
