@@ -59,8 +59,8 @@ def check(cluster: Cluster) -> None:
   if any(given.values()) and not all(given.values()):
     missing = [flag for flag, is_given in given.items() if not is_given]
     problems.append(
-        f'{", ".join(missing)} missing: give all of {", ".join(given)}, or none '
-        'on TPU and under srun'
+        f'{", ".join(missing)} missing: give all of {", ".join(given)}, or '
+        'none on TPU and under srun'
     )
   host, _, port = c.coordinator_address.rpartition(':')
   if c.coordinator_address and not (
@@ -159,10 +159,14 @@ def _connect(cluster: Cluster, given: dict) -> None:
     if given or 'should be defined' not in str(error):
       raise
   except RuntimeError as error:
+    if not cluster.coordinator_address:
+      raise ClusterError(
+          f'the processes of this pod or job cannot be joined: {error}'
+      ) from error
     raise ClusterError(
-        f'process {cluster.process_id} cannot serve at '
-        f'--coordinator_address={cluster.coordinator_address} ({error}); choose '
-        'a free port, the same for all processes, or set '
+        f'process {cluster.process_id} cannot serve at --coordinator_address='
+        f'{cluster.coordinator_address} ({error}); choose a free port, the '
+        'same for all processes, or set '
         'JAX_COORDINATOR_BIND_ADDRESS=0.0.0.0:PORT where there is no IPv6'
     ) from error
   finally:
@@ -198,8 +202,8 @@ def _why(cluster: Cluster) -> str:
         f'{fix}'
     )
   return (
-      f'{where}: not all {cluster.num_processes} processes came in {seconds} s; '
-      'start one for each --process_id from 0 to '
+      f'{where}: not all {cluster.num_processes} processes came in {seconds} '
+      's; start one for each --process_id from 0 to '
       f'{cluster.num_processes - 1}, and see the logs of the others; {fix}'
   )
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
 from ma_rlhf_jax import masking
