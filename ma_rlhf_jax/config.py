@@ -272,7 +272,8 @@ def base() -> ConfigDict:
   c.rollout = _rollout()
   c.evaluate = _evaluate()
   c.mesh = ConfigDict()
-  c.mesh.data = -1  # devices along each axis; -1 = all that are left
+  c.mesh.data = -1  # devices along each axis; -1 = all that are left. Over
+  # several TPU slices data is a multiple of their number
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
   c.checkpoint = ConfigDict()

@@ -12,7 +12,9 @@ from absl import app, flags
 import jax
 import numpy as np
 
+from ma_rlhf_jax import cluster_flags
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.training import judge, sources
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
@@ -127,8 +129,11 @@ def compare(run: Run) -> None:
   plain = c.macro.termination == 'fixed' and c.macro.ngram == 1
   print(describe(rows, count, 'PPO' if plain else 'MA-PPO'), flush=True)
   folder = run.workdir / 'evaluate'
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'comparison.json').write_text(json.dumps(rows, indent=2) + '\n')
+  with processes.together():
+    if processes.is_first():
+      folder.mkdir(parents=True, exist_ok=True)
+      text = json.dumps(rows, indent=2) + '\n'
+      (folder / 'comparison.json').write_text(text)
   workdir_lib.mark_done(run.workdir, 'evaluate', {'comparison': rows})
 
 
@@ -136,6 +141,7 @@ def main(argv: list[str]) -> None:
   """Compares the policies of the workdir that the flags name."""
   workdir, prompts = flags.FLAGS.workdir, flags.FLAGS.prompts
   try:
+    cluster_flags.initialize()
     if len(argv) > 1 or not workdir:
       raise ValueError('usage: python -m ma_rlhf_jax.evaluate --workdir=DIR')
     folder, config = workdir_lib.read_config(workdir)
@@ -145,9 +151,10 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'--prompts={prompts}: an interval needs at least 2')
     if prompts:
       config.evaluate.prompts = prompts
-    run = load_run(config, folder)
-    with jax.set_mesh(run.mesh):
-      compare(run)
+    with processes.ending_together():
+      run = processes.first_then_rest(lambda: load_run(config, folder))
+      with jax.set_mesh(run.mesh):
+        compare(run)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 

@@ -3,26 +3,31 @@
 Runs the stages that the config lists, skips those that are done, and goes on
 from the newest checkpoint of the one that is not. The comparison at the end is
 made at every start.
+
+Exit codes: 0 done; 1 an error that the same command would meet again; 75 told
+to stop by SIGTERM, and saved, or another process was lost; 130 interrupted.
+After 75 or a crash the same command goes on.
 """
 
 from collections.abc import Callable
 import shlex
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ma_rlhf_jax import recipe_flag, switches, validation
+from ma_rlhf_jax import cluster_flags, recipe_flag, switches, validation
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.mesh import mesh_shape
+from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.parallel.mesh import shape_here
 from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.training import checkpoint, metrics, origins, sources
 from ma_rlhf_jax.training.experience import Models
@@ -38,6 +43,16 @@ _WORKDIR = flags.DEFINE_string(
     None,
     'Where everything is written; the same again resumes. Default: '
     'runs/<config name and arguments>-<first 8 of its hash>.',
+)
+
+# What a user can mend, before the first stage and in one.
+_SET_UP_ERRORS = (ValueError, OSError, ImportError, processes.ProcessError)
+_ERRORS = (
+    metrics.NonFiniteError,
+    checkpoint.CheckpointError,
+    folders.NoSpaceError,
+    sources.SourceError,
+    processes.ProcessError,
 )
 
 
@@ -180,9 +195,12 @@ def train(run: Run) -> None:
   """Runs the stages of a run that are not done."""
   given = sources.given_stages(run.config, run.workdir)
   for name in run.config.stages:
+    done = bool(workdir_lib.read_done(run.workdir, name))
+    if processes.preempted():
+      raise processes.Preempted(f'stopped before {name}')
     if name in given:
       print(f'{name}: skipped, {given[name]}')
-    elif workdir_lib.read_done(run.workdir, name) and name != 'evaluate':
+    elif processes.agreed(done) and name != 'evaluate':
       print(f'{name}: done before, in {run.workdir / name}')
     else:
       start = time.monotonic()
@@ -190,27 +208,39 @@ def train(run: Run) -> None:
       print(f'{name}: done in {time.monotonic() - start:.0f} s', flush=True)
 
 
+def _open(config: ConfigDict, path: str) -> tuple[Run, list[str]]:
+  """The run in its workdir, once it is checked, and the stages to train."""
+  workdir = workdir_lib.open_workdir(path, config)
+  check_products(config, workdir)
+  run = load_run(config, workdir)
+  sources.check(run)
+  to_train = sources.stages_to_train(config, workdir)
+  if 'ppo' in to_train and (host := run.host_termination()):
+    host.close()
+  return run, to_train
+
+
 def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
-  """Everything that can be checked at the start is checked here."""
+  """Everything that can be checked at the start is checked here.
+
+  The first process prepares the data, the others then read what it wrote. What
+  fails on one fails on all.
+  """
   validation.validate(config)
   metrics.check_sinks(config.log.sinks)
-  shape = mesh_shape(config.mesh, jax.device_count())
+  shape = shape_here(config.mesh)
   validation.validate(config, shape[0] * shape[1])
   path = workdir or workdir_lib.default_workdir(recipe, config)
-  first = not workdir_lib.is_workdir(path)
-  path = workdir_lib.open_workdir(path, config)
+  to_abandon = processes.is_first() and not workdir_lib.is_workdir(path)
   try:
-    check_products(config, path)
-    run = load_run(config, path)
-    sources.check(run)
-    to_train = sources.stages_to_train(config, path)
-    if 'ppo' in to_train and (host := run.host_termination()):
-      host.close()
-  except (ValueError, OSError, ImportError):
-    if first:
+    run, to_train = processes.first_then_rest(lambda: _open(config, path))
+  except workdir_lib.WorkdirError:
+    raise  # the folder is not this run's
+  except _SET_UP_ERRORS:
+    if to_abandon:
       workdir_lib.abandon(path)
     raise
-  print(f'workdir: {path}')
+  print(f'workdir: {run.workdir}')
   print(parts.describe_counts(run.data.counts))
   print(f'     columns: {run.prompt_len} prompt, {run.response_len} response')
   if 'ppo' in to_train:
@@ -253,29 +283,43 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   checkpoint.quiet_logging()
-  recipe = config_flags.get_config_filename(flags.FLAGS['config'])
+  try:
+    cluster_flags.initialize()
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  processes.catch_preemption()
+  with processes.ending_together():
+    _run(config_flags.get_config_filename(flags.FLAGS['config']))
+
+
+def _run(recipe: str) -> None:
   try:
     run = set_up(recipe_flag.CONFIG.value, recipe, _WORKDIR.value)
-  except (ValueError, OSError, ImportError) as error:
-    sys.exit(f'error: {error}')
+  except _SET_UP_ERRORS as error:
+    _exit(error)
   with jax.set_mesh(run.mesh):
     try:
       train(run)
       print(_try_it(run), flush=True)
-    except (
-        metrics.NonFiniteError,
-        checkpoint.CheckpointError,
-        folders.NoSpaceError,
-        sources.SourceError,
-    ) as error:
-      sys.exit(f'error: {error}')
+    except _ERRORS as error:
+      _exit(error)
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      sys.exit(f'error: {_out_of_memory(error)}')
+      _exit(RuntimeError(_out_of_memory(error)))
+    except processes.Preempted as why:
+      print(f'told to stop: {why}; the same command goes on', flush=True)
+      sys.exit(processes.EXIT_AGAIN)
     except KeyboardInterrupt:
+      if not processes.alone():
+        raise
       print('interrupted; the same command goes on from the newest checkpoint')
       sys.exit(130)
+
+
+def _exit(error: Exception) -> NoReturn:
+  """Ends every process with the error that all have; the first one tells."""
+  sys.exit(f'error: {error}' if processes.is_first() else 1)
 
 
 def entry_point() -> None:

@@ -25,6 +25,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.parallel.mesh import gathered
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   """Creates a workdir or takes up the one there, and records this start.
 
-  Only the first process of a multi-process run checks and writes.
+  The first process of several checks and writes; the others call this later
+  and must find what it wrote.
 
   Args:
     path: of the workdir; relative to the current folder, `~` or gs://.
@@ -88,7 +91,8 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
       workdir of a config that differs in fields that are not resumable.
   """
   workdir = _absolute(path)
-  if jax.process_index() != 0:
+  if not processes.is_first():
+    _check_shared(workdir)
     return workdir
   stored = _stored_config(workdir)
   if stored is None:
@@ -107,11 +111,24 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   return workdir
 
 
-def abandon(workdir: epath.Path) -> None:
+def _check_shared(workdir: epath.Path) -> None:
+  """Raises where another process has another disk."""
+  if not (workdir / 'config.json').exists():
+    raise WorkdirError(
+        f'--workdir={workdir} holds no config.json on this host, while process '
+        '0 has written one; give a folder that all hosts share: gs://, NFS or '
+        'the like, with an absolute path'
+    )
+
+
+def abandon(path: epath.PathLike) -> None:
   """Removes what a first start wrote before it found that it cannot run.
 
   The mended command may then use the folder. Files of others stay.
   """
+  workdir = _absolute(path)
+  if not workdir.is_dir():
+    return
   for path in workdir.glob('run-[0-9]*.json'):
     path.unlink()
   (workdir / 'config.json').unlink(missing_ok=True)
@@ -143,14 +160,18 @@ def mark_done(
 ) -> None:
   """Writes `<workdir>/<stage>/done.json`, after all that it speaks of.
 
+  Every process must call this; the first one writes.
+
   Args:
     workdir: the run directory.
     stage: name of the stage.
     product: JSON values; paths relative to the workdir, so that it may move.
   """
   folder = epath.Path(workdir) / stage
-  folder.mkdir(parents=True, exist_ok=True)
-  _write_json(folder / 'done.json', dict(product))
+  with processes.together():
+    if processes.is_first():
+      folder.mkdir(parents=True, exist_ok=True)
+      _write_json(folder / 'done.json', dict(product))
 
 
 def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
@@ -171,8 +192,8 @@ def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
 def params_sha256(params: Any) -> str:
   """SHA-256 (hex) of a tree of arrays: paths, dtypes, shapes and bytes.
 
-  The order and the type of containers do not count, nor do shardings; every
-  array must be addressable from this process.
+  The order and the type of containers do not count, nor do shardings. Every
+  process must call this.
   """
   leaves = {
       jax.tree_util.keystr(path, simple=True, separator='/'): leaf
@@ -180,7 +201,7 @@ def params_sha256(params: Any) -> str:
   }
   total = hashlib.sha256()
   for path in sorted(leaves):
-    array = np.ascontiguousarray(leaves[path])
+    array = np.ascontiguousarray(gathered(leaves[path]))
     header = [path, array.dtype.name, list(np.shape(leaves[path]))]
     total.update(json.dumps(header).encode())
     total.update(array.reshape(-1).view(np.uint8))

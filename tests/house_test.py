@@ -12,8 +12,9 @@ _PACKAGE = 'ma_rlhf_jax'
 # Data flows down this list; a module imports from its own line or above. The
 # last line is the shell, which may import anything.
 _ROOMS = (
-    ('config', 'structs', 'masking', 'switches', 'workdir'),
+    ('config', 'structs', 'masking', 'switches'),
     ('parallel',),
+    ('workdir',),
     ('data',),
     ('models',),
     ('macro',),
@@ -32,7 +33,7 @@ _ROOMS = (
         'evaluate',
         'export',
     )
-    + ('configs',),
+    + ('configs', 'cluster_flags'),
 )
 _UNTESTED = {
     'structs.py': 'declares fields and does nothing',

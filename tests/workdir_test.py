@@ -18,6 +18,7 @@ import pytest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import structs
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.workdir import (
     WorkdirError,
     default_workdir,
@@ -125,6 +126,17 @@ def test_a_config_cut_by_a_kill_is_written_again_or_named(tmp_path):
   (folder / 'run-0001.json').unlink()  # killed in its first moment
   open_workdir(folder, _config())
   assert (folder / 'config.json').read_text() == whole
+
+
+def test_other_processes_must_see_what_the_first_wrote(tmp_path, monkeypatch):
+  open_workdir(tmp_path / 'shared', _config())
+  monkeypatch.setattr(processes, 'is_first', lambda: False)
+  folder = open_workdir(tmp_path / 'shared', _config())
+  assert [p.name for p in folder.glob('run-*')] == ['run-0001.json']
+  with pytest.raises(WorkdirError, match='give a folder that all hosts share'):
+    open_workdir(tmp_path / 'of_this_host', _config())
+  workdir_lib.mark_done(folder, 'sft', {'step': 1})
+  assert workdir_lib.read_done(folder, 'sft') is None
 
 
 def test_a_stage_is_done_once_its_marker_is_whole(tmp_path, caplog):

@@ -19,6 +19,7 @@ import numpy as np
 
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.parallel import processes
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -202,7 +203,10 @@ def load_or_encode(
     prompt_len: int,
     response_len: int,
 ) -> tuple[EncodedSet, Counts]:
-  """`encode_examples`, kept under a key of all that decides its result."""
+  """`encode_examples`, kept under a key of all that decides its result.
+
+  The first process of several writes; it should call this before the others.
+  """
   digest = hashlib.sha256()
   lengths = [_FORMAT, prompt_len, response_len]
   digest.update(json.dumps(lengths).encode())
@@ -218,5 +222,6 @@ def load_or_encode(
   encoded, counts = encode_examples(
       examples, tokenizer, prompt_len=prompt_len, response_len=response_len
   )
-  save(path, encoded, counts)
+  if processes.is_first():
+    save(path, encoded, counts)
   return encoded, counts

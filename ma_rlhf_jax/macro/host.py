@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import dataclasses
 from typing import TYPE_CHECKING, Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from ma_rlhf_jax.macro import parsers, parsing, text_rules
 from ma_rlhf_jax.macro import spelling as spelling_lib
 from ma_rlhf_jax.macro.parsing import Parsed
+from ma_rlhf_jax.structs import Array
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -62,6 +64,24 @@ def _check(settings: HostSettings) -> None:
     if not is_allowed:
       value = getattr(settings, field)
       raise ValueError(f'macro.{field}={value!r} must be {values}')
+
+
+def metrics(counts_B: dict[str, Array]) -> dict[str, Array]:
+  """What a batch's counts, see `HostTermination`, amount to.
+
+  Returns:
+    Of `parsing` `macro/sentences`, the mean of a response, and
+    `macro/fallback`, the share of them that fell back.
+  """
+  if not counts_B:
+    return {}
+  sentences, fallbacks = (
+      jnp.sum(counts_B[name]) for name in ('sentences', 'fallbacks')
+  )
+  return {
+      'macro/sentences': jnp.mean(counts_B['sentences']),
+      'macro/fallback': fallbacks / jnp.maximum(sentences, 1),
+  }
 
 
 class HostTermination:
@@ -131,8 +151,8 @@ class HostTermination:
 
   def __call__(
       self, tokens_BT: np.ndarray, mask_BT: np.ndarray
-  ) -> tuple[np.ndarray, dict[str, float]]:
-    """The starts of a batch.
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The starts of a batch, each row on its own.
 
     Args:
       tokens_BT: int, token ids; anything on padding.
@@ -140,8 +160,8 @@ class HostTermination:
 
     Returns:
       bool [B, T], true where a macro action opens, false on padding; and of
-      `parsing` `macro/sentences`, the mean of a response, and `macro/fallback`,
-      the share of them that fell back.
+      `parsing` int32 [B]: the `sentences` of each response, and `fallbacks`,
+      how many of them fell back.
     """
     mask_BT = np.asarray(mask_BT, bool)
     tokens_BT = np.asarray(tokens_BT, np.int32)
@@ -153,11 +173,9 @@ class HostTermination:
     )
     if self._parser is None:
       return starts_BT, {}
-    sentences = sum(p.sentences for p in parsed)
-    fallbacks = sum(p.fallbacks for p in parsed)
     return starts_BT, {
-        'macro/sentences': sentences / max(len(parsed), 1),
-        'macro/fallback': fallbacks / max(sentences, 1),
+        'sentences': np.asarray([p.sentences for p in parsed], np.int32),
+        'fallbacks': np.asarray([p.fallbacks for p in parsed], np.int32),
     }
 
   def close(self) -> None:

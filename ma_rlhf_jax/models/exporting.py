@@ -13,8 +13,6 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -33,6 +31,8 @@ from ma_rlhf_jax.models.tensor_names import (
     list_tensors,
     to_theirs,
 )
+from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.parallel.mesh import gathered
 from ma_rlhf_jax.structs import Array, Params
 
 if TYPE_CHECKING:
@@ -103,10 +103,11 @@ def save(
     scale = config.lora.scale if config.lora else 0.0
     to_host = functools.partial(_to_host, leaves, scale=scale, dtype=dtype)
     _write_tensors(draft, leaves, tensors, to_host, dtype, max_shard_bytes)
-    if jax.process_index() == 0:
-      write_tokenizer(draft, tokenizer)
-      written = str(jnp.dtype(dtype or leaves[tensors[0].path].dtype))
-      _write_configs(draft, config, kind, tokenizer, written)
+    with processes.together():
+      if processes.is_first():
+        write_tokenizer(draft, tokenizer)
+        written = str(jnp.dtype(dtype or leaves[tensors[0].path].dtype))
+        _write_configs(draft, config, kind, tokenizer, written)
 
 
 def _write_tensors(
@@ -134,8 +135,9 @@ def _write_tensors(
     name = SINGLE if len(shards) == 1 else name
     weight_map |= {tensor.name: name for tensor in shard}
     host = {tensor.name: to_host(tensor) for tensor in shard}
-    if jax.process_index() == 0:
-      save_file(host, draft / name, metadata={'format': 'pt'})
+    with processes.together():
+      if processes.is_first():
+        save_file(host, draft / name, metadata={'format': 'pt'})
   if len(shards) > 1:
     total = {'total_size': sum(map(size, tensors))}
     _write_json(draft / INDEX, {'metadata': total, 'weight_map': weight_map})
@@ -155,13 +157,6 @@ def _to_host(
   if adapter := lora.adapters(leaves, tensor.path):
     ours = lora.merged(ours, *map(layer, adapter), scale)
   return np.ascontiguousarray(to_theirs(gathered(ours), tensor.inputs), dtype)
-
-
-def gathered(x: Array) -> np.ndarray:
-  """`x` on the host, from all processes; every one must call this."""
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    x = multihost_utils.process_allgather(x, tiled=True)
-  return np.asarray(x)
 
 
 def write_tokenizer(

@@ -13,8 +13,9 @@ import stat
 import tempfile
 
 from etils import epath
-import jax
 import safetensors
+
+from ma_rlhf_jax.parallel import processes
 
 _LOCK = 'lock'
 # What keeps a file from growing, and what to do.
@@ -41,7 +42,8 @@ def whole(
   A local folder appears by a rename, and nothing is left where the filling
   fails; what a kill leaves, the next one for that folder removes. In a bucket
   the file `marker` is written last, so that a folder without it is not whole.
-  Every process enters; what the first one wrote counts.
+  Every process enters and leaves together with the others; what the first one
+  wrote counts.
 
   Args:
     folder: where, also gs://.
@@ -55,12 +57,15 @@ def whole(
   """
   target = epath.Path(folder)
   local = '://' not in os.fspath(folder)
-  if local and target.parent.is_dir() and jax.process_index() == 0:
-    _sweep(target)
-  _check_free(target, overwrite)
-  if local:
-    target.parent.mkdir(parents=True, exist_ok=True)
-  beside = {'dir': target.parent, 'prefix': f'.{target.name}-'} if local else {}
+  beside = {}
+  with processes.together():
+    if processes.is_first():
+      if local and target.parent.is_dir():
+        _sweep(target)
+      _check_free(target, overwrite)
+      if local:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = {'dir': target.parent, 'prefix': f'.{target.name}-'}
   with (
       tempfile.TemporaryDirectory(**beside) as scratch,
       _locked(pathlib.Path(scratch)),
@@ -69,9 +74,10 @@ def whole(
     draft.mkdir()
     try:
       yield draft
-      if jax.process_index() == 0:
-        _follow_umask(draft)
-        _rename(draft, target) if local else _upload(draft, target, marker)
+      with processes.together():
+        if processes.is_first():
+          _follow_umask(draft)
+          _rename(draft, target) if local else _upload(draft, target, marker)
     except (OSError, safetensors.SafetensorError) as error:
       if (number := _full(error)) is None:
         raise

@@ -12,18 +12,18 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax.config import KERNELS
 from ma_rlhf_jax.models import folders, lora
-from ma_rlhf_jax.models.exporting import gathered
 from ma_rlhf_jax.models.gemma import LORA_A, LORA_B
 from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig, Lora
 from ma_rlhf_jax.models.tensor_names import WEIGHTS, to_ours, to_theirs
+from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.parallel.mesh import gathered
 from ma_rlhf_jax.structs import Array, Params
 
 # The file that peft looks for first; it marks a folder as whole.
@@ -106,10 +106,11 @@ def save(
   leaves = lora.flatten(params)
   with folders.whole(folder, marker=CONFIG, overwrite=overwrite) as draft:
     host = {f.name: _to_host(leaves, f) for f in _factors(kind, config)}
-    if jax.process_index() == 0:
-      save_file(host, draft / TENSORS, metadata={'format': 'pt'})
-      (draft / 'README.md').write_text(card)
-      _write_config(draft / CONFIG, config, kind, base)
+    with processes.together():
+      if processes.is_first():
+        save_file(host, draft / TENSORS, metadata={'format': 'pt'})
+        (draft / 'README.md').write_text(card)
+        _write_config(draft / CONFIG, config, kind, base)
 
 
 def _to_host(leaves: dict[str, Array], factor: _Factor) -> np.ndarray:

@@ -24,13 +24,16 @@ import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
+from ma_rlhf_jax.parallel import processes
+
 State = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 
 # What Orbax raises for a damaged step: a missing file; a missing item; broken
 # JSON, manifests and text, and other shapes, dtypes or trees than asked for.
-_DAMAGE = (FileNotFoundError, KeyError, ValueError)
+# The last: what another process found.
+_DAMAGE = (FileNotFoundError, KeyError, ValueError, processes.ProcessError)
 
 
 class CheckpointError(RuntimeError):
@@ -70,7 +73,7 @@ class Checkpoints:
     self._sign = -1.0 if best_metric.startswith('-') else 1.0
     self._metric = best_metric.removeprefix('-')
     self._quality: dict[int, float] = {}
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
         self.folder,
         item_handlers={
             'state': ocp.StandardCheckpointHandler(),
@@ -79,6 +82,8 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._quality),
             cleanup_tmp_directories=True,
+            # Folders may be seen late by other hosts; all must agree.
+            single_host_load_and_broadcast=not processes.alone(),
         ),
     )
     for step in self.steps():
@@ -222,14 +227,15 @@ class Checkpoints:
   ) -> Restored | None:
     """The checkpoint of `step`; None, with the reason in `failures`."""
     try:
-      _check_dtypes(abstract, self._manager.item_metadata(step)['state'])
-      items = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardRestore(abstract),
-              meta=ocp.args.JsonRestore(),
-          ),
-      )
+      with processes.together():
+        _check_dtypes(abstract, self._manager.item_metadata(step)['state'])
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
     # Orbax 0.12.8 raises a bare Exception where data cannot be read; every
     # other type than that and _DAMAGE goes on its way.
     except Exception as error:
@@ -259,6 +265,18 @@ class Checkpoints:
         ' versions that saved them, or delete the folder to start this stage'
         ' again'
     )
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, without its own look at the signal to stop.
+
+  jax tells the processes to stop at one number of a single count. Orbax would
+  count steps there, beside `processes.preempted`.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 class _NewestAndBest:

@@ -33,6 +33,7 @@ class Progress:
       initial: int = 0,
       *,
       seconds: float = 30.0,
+      silent: bool = False,
       stream: TextIO | None = None,
       clock: Callable[[], float] = time.monotonic,
   ) -> None:
@@ -43,6 +44,7 @@ class Progress:
       total: updates of the stage.
       initial: updates that earlier starts have done.
       seconds: at least so long between two plain lines.
+      silent: show nothing, on a process whose rates nobody needs.
       stream: default stderr.
       clock: seconds, for tests.
     """
@@ -52,8 +54,8 @@ class Progress:
     self._first: int | None = None  # step of the first update, which compiles
     self._tokens, self._passed = 0, 0.0  # of the updates after it
     self._printed = -float('inf')
-    self._bar = None
-    if self._stream.isatty():
+    self._bar, self._silent = None, silent
+    if self._stream.isatty() and not silent:
       self._bar = tqdm.tqdm(
           total=total,
           initial=initial,
@@ -102,7 +104,7 @@ class Progress:
     """Prints lines without tearing the bar."""
     if self._bar is not None:
       self._bar.write(text, file=self._stream)
-    else:
+    elif not self._silent:
       print(text, file=self._stream, flush=True)
 
   def close(self) -> None:

@@ -14,7 +14,7 @@ from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import rewards
 from ma_rlhf_jax.parallel import partition
-from ma_rlhf_jax.parallel.mesh import place
+from ma_rlhf_jax.parallel.mesh import gathered, own_rows, place
 from ma_rlhf_jax.rollout import layout, scoring
 from ma_rlhf_jax.structs import (
     Array,
@@ -114,24 +114,27 @@ def prompt_batch(
 ) -> PromptBatch:
   """Prompts on the devices, each `samples` times in a row.
 
+  Each process makes no more than the rows of its own devices.
+
   Samples of one prompt are numbered within the batch, also where the prompt
   itself comes twice because the batch reaches into the next epoch.
   """
   repeated = np.repeat(np.asarray(rows), samples)
+  own = own_rows(run.mesh, len(repeated))
   made = batches.prompt_batch(
       data,
-      repeated,
+      repeated[own],
       prompt_len=run.prompt_len,
       pad_id=run.tokenizer.pad_token_id,
-      sample_ids=_occurrence(repeated),
+      sample_ids=_occurrence(repeated)[own],
   )
-  return place(made, run.mesh)
+  return place(made, run.mesh, len(repeated))
 
 
 def _texts(run: Run, rollout: Rollout) -> tuple[list[str], list[str]]:
   """The prompts and the responses of a rollout."""
   rows = rollout.sequences
-  tokens, mask = np.asarray(rows.tokens_BL), np.asarray(rows.mask_BL)
+  tokens, mask = gathered(rows.tokens_BL), gathered(rows.mask_BL)
   width = tokens.shape[1] - rows.response_mask_BT.shape[1]
   text = lambda columns: [
       run.text(t[m])
@@ -225,5 +228,5 @@ def _judge_batch(
   return Judged(
       prompts,
       responses,
-      {name: np.asarray(x, np.float64) for name, x in numbers.items()},
+      {name: gathered(x).astype(np.float64) for name, x in numbers.items()},
   )

@@ -14,6 +14,7 @@ import numpy as np
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet
+from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import Array, TrainState
 from ma_rlhf_jax.training import checkpoint, console
 from ma_rlhf_jax.training import metrics as metrics_lib
@@ -105,7 +106,8 @@ class _Trace:
     self._on = False
 
   def before(self, step: int) -> None:
-    if not self._on and self._first <= step <= self._last:
+    is_due = self._first <= step <= self._last
+    if is_due and not self._on and processes.is_first():
       jax.profiler.start_trace(self._folder)
       self._on = True
 
@@ -209,6 +211,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
 
   Raises:
     NonFiniteError: on a metric that is not finite.
+    Preempted: after a signal to stop, once the update it came in is saved.
   """
   c = stage.run.config
   folder = stage.run.workdir / stage.name
@@ -265,9 +268,14 @@ def _train(
   trace = _Trace(stage, folder)
   with (
       metrics_lib.MetricsWriter(
-          folder, stage.name, sinks=c.log.sinks, first_step=first + 1
+          folder,
+          stage.name,
+          sinks=c.log.sinks if processes.is_first() else (),
+          first_step=first + 1,
       ) as writer,
-      console.Progress(stage.name, stage.num_steps, first) as progress,
+      console.Progress(
+          stage.name, stage.num_steps, first, silent=not processes.is_first()
+      ) as progress,
   ):
     log = _Log(stage, writer, progress, checkpoints)
 
@@ -294,17 +302,17 @@ def _train(
       trace.after(step, states)
       log.add(step, metrics)
       save = _due(step, c.checkpoint.every, stage.num_steps)
+      stop, best = processes.preempted(), None
       if save or _due(step, stage.config.eval_every, stage.num_steps):
-        metrics = evaluate(step)
-      if save:
+        best = stage.best_value(evaluate(step))
+      if save or stop:
+        log.flush()
         writer.seal()
-        checkpoints.save(
-            step,
-            states,
-            _meta(stage, step),
-            metric=stage.best_value(metrics),
-        )
+        checkpoints.save(step, states, _meta(stage, step), metric=best)
         log.restart_clock()
+      if stop:
+        checkpoints.finish()
+        raise processes.Preempted(f'{stage.name} has saved step {step}')
   return states
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.macro import host
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import rewards
 from ma_rlhf_jax.parallel import partition
-from ma_rlhf_jax.parallel.mesh import abstract, place
+from ma_rlhf_jax.parallel.mesh import abstract, own_part, place
 from ma_rlhf_jax.rollout import layout as layout_lib
 from ma_rlhf_jax.rollout import sampling
 from ma_rlhf_jax.structs import (
@@ -41,6 +41,7 @@ from ma_rlhf_jax.training.loop import Program, Stage
 from ma_rlhf_jax.training.run import Run
 
 _log = logging.getLogger(__name__)
+_host_metrics = jax.jit(host.metrics)
 
 
 class PPO(Stage):
@@ -242,16 +243,23 @@ class PPO(Stage):
     fixed = models._replace(**dict.fromkeys(self._together))
     return only(states), only(frozen), fixed, *rest
 
-  def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, float]]:
-    """Where a rule of the host opens macro actions, and its metrics."""
+  def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, Array]]:
+    """Where a rule of the host opens macro actions, and its metrics.
+
+    Each host reads the rows of its own devices.
+    """
     if self._host is None:
       return None, {}
-    rows = rollout.sequences
-    starts_BT, metrics = self._host(
-        np.asarray(masking.response_tokens(rows)),
-        np.asarray(rows.response_mask_BT),
+    rows, mesh = rollout.sequences, self.run.mesh
+    starts_BT, counts_B = place(
+        self._host(
+            own_part(masking.response_tokens(rows), mesh),
+            own_part(rows.response_mask_BT, mesh),
+        ),
+        mesh,
+        self.run.rows,
     )
-    return place(starts_BT, self.run.mesh), metrics
+    return starts_BT, _host_metrics(counts_B)
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     prompts = judge.prompt_batch(

@@ -15,6 +15,7 @@ from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import preference
+from ma_rlhf_jax.parallel.mesh import gathered
 from ma_rlhf_jax.structs import Array, PairBatch, Params, TrainState
 from ma_rlhf_jax.training import checkpoint, console, optim, update
 from ma_rlhf_jax.training.loop import Program, Stage
@@ -133,7 +134,7 @@ class RewardModel(Stage):
     """Scores of the chosen and of the rejected held-out responses."""
     params = self.params(states)
     found = [
-        self._end_scores(params, batch)
+        map(gathered, self._end_scores(params, batch))
         for batch in self.run.held_out(batches.pair_batch, self.micro_size)
     ]
     join = lambda column: np.concatenate(column)[: len(self.run.data.eval)]

@@ -15,7 +15,7 @@ from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.macro.host import NAMES, HostSettings, HostTermination
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.mesh import abstract, place
+from ma_rlhf_jax.parallel.mesh import abstract, own_rows, place
 from ma_rlhf_jax.rollout.decode import SamplingSettings
 from ma_rlhf_jax.rollout.layout import DecodeLayout, make_layout
 from ma_rlhf_jax.structs import Array, PromptBatch, SequenceBatch
@@ -89,22 +89,27 @@ class Run:
   ) -> Any:
     """`make` (a batch maker of `data.batches`) of rows, on the devices.
 
+    Each process makes no more than the rows of its own devices.
+
     Args:
       make: `sft_batch` or `pair_batch`.
       data: where the rows are.
       rows: their indices.
       size: rows of the result; what is missing is filled with empty rows.
     """
+    rows = np.asarray(rows)
+    size = size or len(rows)
+    own = own_rows(self.mesh, size)
     made = make(
         data,
-        rows,
+        rows[own[own < len(rows)]],
         prompt_len=self.prompt_len,
         response_len=self.response_len,
         pad_id=self.tokenizer.pad_token_id,
     )
-    missing = (size or len(rows)) - len(rows)
+    missing = int(np.sum(own >= len(rows)))  # all of them come last
     fill = lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    return place(jax.tree.map(fill, made), self.mesh)
+    return place(jax.tree.map(fill, made), self.mesh, size)
 
   def abstract_sequences(self, rows: int) -> SequenceBatch:
     """Shapes of a batch of whole sequences, as they lie on the devices."""

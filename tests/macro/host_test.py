@@ -25,10 +25,13 @@ def test_equal_responses_are_parsed_once() -> None:
   termination = termination_of(parser='toy:count')
   # Without EOS it is another response of the same text.
   first, _ = termination(*batch(ABCD, DCBA, ABCD, [3, 4, 5, 6]))
-  second, metrics = termination(*batch(ABCD, DCBA, [3, 4]))
+  second, counts = termination(*batch(ABCD, DCBA, [3, 4]))
   assert sys.modules['toy'].asked == [['abcd', 'dcba'], ['ab']]
   np.testing.assert_array_equal(first[0], second[0])
-  assert metrics == {'macro/sentences': 1.0, 'macro/fallback': 0.0}
+  assert {k: x.tolist() for k, x in counts.items()} == {
+      'sentences': [1, 1, 1],
+      'fallbacks': [0, 0, 0],
+  }
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,16 +79,16 @@ def test_python_needs_no_parser(tmp_path_factory: Any) -> None:
   settings = host.HostSettings(**SETTINGS | {'termination': 'python'})
   termination = host.HostTermination(settings, tokenizer)
   ids = tokenizer_lib.encode(tokenizer, 'x = (1,\n 2); y = 3\nfor')
-  starts, metrics = termination(*batch([*ids, tokenizer.eos_token_id]))
+  starts, counts = termination(*batch([*ids, tokenizer.eos_token_id]))
   at = [*np.flatnonzero(starts[0]).tolist(), len(ids)]
   parts = [tokenizer.decode(ids[a:b]) for a, b in zip(at, at[1:], strict=False)]
   assert [p.strip() for p in parts] == ['x = (1,\n 2);', 'y = 3', 'for']
-  assert metrics == {}
+  assert counts == {}
 
 
 @needs_text
 @pytest.mark.parametrize('rule', ['sentences', 'clauses'])
 def test_text_rules_are_served(rule: str) -> None:
-  starts, metrics = termination_of(termination=rule)(*batch(ABCD, [1]))
+  starts, counts = termination_of(termination=rule)(*batch(ABCD, [1]))
   assert ones(starts) == [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-  assert metrics == {} and rule in host.NAMES
+  assert counts == {} and rule in host.NAMES

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.macro import parsers
-from tests.macro.toys import ABCD, DCBA, batch, ones, termination_of
+from tests.macro.toys import ABCD, DCBA, batch, ones, termination_of, told
 
 pytestmark = pytest.mark.usefixtures('toy')
 
 
 def test_trees_of_a_function_become_starts() -> None:
   with termination_of(parser='toy:count') as termination:
-    starts, metrics = termination(*batch(ABCD, [3], [1], []))
+    starts, counts = termination(*batch(ABCD, [3], [1], []))
   assert ones(starts) == [
       [1, 0, 1, 0, 0, 0],  # ab | cd and EOS
       [1, 0, 0, 0, 0, 0],
@@ -26,7 +26,7 @@ def test_trees_of_a_function_become_starts() -> None:
   ]
   assert starts.dtype == bool
   # Two texts of one sentence, four responses; (N ) of `a` has no leaf.
-  assert metrics == {'macro/sentences': 0.5, 'macro/fallback': 0.0}
+  assert told(counts) == {'macro/sentences': 0.5, 'macro/fallback': 0.0}
 
 
 @pytest.mark.parametrize('function', ['raises', 'hangs'])
@@ -35,16 +35,16 @@ def test_a_function_that_fails_does_not_stop_a_call(
 ) -> None:
   termination = termination_of(parser=f'toy:{function}')
   begin = time.monotonic()
-  starts, metrics = termination(*batch(ABCD, DCBA))
+  starts, counts = termination(*batch(ABCD, DCBA))
   again, _ = termination(*batch(ABCD, [6, 5, 4]))
   assert time.monotonic() - begin < 5
   assert ones(starts[1:]) == [[1, 0, 1, 0, 1, 0]]  # every 2 tokens
   assert ones(again[1:]) == [[1, 0, 1, 0, 0, 0]]
   if function == 'raises':  # the other text is parsed all the same
-    assert metrics == {'macro/sentences': 1.0, 'macro/fallback': 0.5}
+    assert told(counts) == {'macro/sentences': 1.0, 'macro/fallback': 0.5}
     assert "ArithmeticError('not today')" in caplog.text
   else:
-    assert metrics == {'macro/sentences': 1.0, 'macro/fallback': 1.0}
+    assert told(counts) == {'macro/sentences': 1.0, 'macro/fallback': 1.0}
     assert 'no answer in' in caplog.text
     assert sys.modules['toy'].asked == [['abcd', 'dcba']]
   assert len(caplog.records) == 1
@@ -52,8 +52,8 @@ def test_a_function_that_fails_does_not_stop_a_call(
 
 @pytest.mark.parametrize('function', ['short', 'strings', 'nothing'])
 def test_wrong_answers_are_failures(function: str) -> None:
-  _, metrics = termination_of(parser=f'toy:{function}')(*batch(ABCD, DCBA))
-  assert metrics == {'macro/sentences': 1.0, 'macro/fallback': 1.0}
+  _, counts = termination_of(parser=f'toy:{function}')(*batch(ABCD, DCBA))
+  assert told(counts) == {'macro/sentences': 1.0, 'macro/fallback': 1.0}
 
 
 def _command(toy: pathlib.Path, function: str) -> str:
@@ -74,9 +74,9 @@ def test_processes_give_the_same_starts(kind: str, toy: pathlib.Path) -> None:
   want, wanted = termination_of(parser='toy:count')(*batch(*rows))
   parser = PROCESSES[kind](toy, 'count')
   with termination_of(parser=parser, parse_workers=2) as termination:
-    starts, metrics = termination(*batch(*rows))
+    starts, counts = termination(*batch(*rows))
   np.testing.assert_array_equal(starts, want)
-  assert metrics == wanted and metrics['macro/fallback'] == 0
+  assert told(counts) == told(wanted) and told(counts)['macro/fallback'] == 0
 
 
 @pytest.mark.parametrize('kind', PROCESSES)
@@ -90,11 +90,14 @@ def test_a_process_that_fails_does_not_stop_a_call(
   parser = PROCESSES[kind](toy, function)
   with termination_of(parser=parser, parse_workers=1) as termination:
     begin = time.monotonic()
-    starts, metrics = termination(*batch(ABCD, DCBA, [3, 4]))
+    starts, counts = termination(*batch(ABCD, DCBA, [3, 4]))
   # Who is late is not asked again.
   assert time.monotonic() - begin < parsers.START_SECONDS
   # The text behind the one that failed is parsed by the next process.
-  assert metrics == {'macro/sentences': 1.0, 'macro/fallback': 1 / 3}
+  assert told(counts) == {
+      'macro/sentences': 1.0,
+      'macro/fallback': pytest.approx(1 / 3),
+  }
   assert ones(starts) == [
       [1, 0, 1, 0, 0, 0],
       [1, 0, 1, 0, 1, 0],
@@ -130,10 +133,10 @@ def test_what_is_no_answer_to_this_text_is_passed_over(
   parser = f'command: {sys.executable} {script}'
   with termination_of(parser=parser, parse_cutoff=9) as termination:
     rows = [[3 + i, 4 + i, 5 + i, 1] for i in range(4)]
-    starts, metrics = termination(*batch(*rows))
+    starts, counts = termination(*batch(*rows))
     time.sleep(0.2)
     again, more = termination(*batch([9, 8, 7, 1], [8, 7, 6, 1]))
-  assert metrics['macro/fallback'] == more['macro/fallback'] == 0.0
+  assert told(counts)['macro/fallback'] == told(more)['macro/fallback'] == 0.0
   assert ones(starts) == [[1, 0, 0, 0, 0]] * 4
   assert ones(again) == [[1, 0, 0, 0, 0]] * 2
 
@@ -156,17 +159,17 @@ def test_a_child_that_holds_the_pipe_is_not_waited_for(
   script.write_text(_TALKER.replace('MODE', hang))
   with termination_of(parser=f'command: {sys.executable} {script}') as rule:
     begin = time.monotonic()
-    _, metrics = rule(*batch(ABCD))
+    _, counts = rule(*batch(ABCD))
     assert time.monotonic() - begin < 10
-  assert metrics['macro/fallback'] == 1.0
+  assert told(counts)['macro/fallback'] == 1.0
 
 
 def test_a_process_that_keeps_dying_is_given_up(toy: pathlib.Path) -> None:
   parser = _command(toy, 'dies')
   with termination_of(parser=parser) as termination:
     rows = [[6, i, 1] for i in range(3, 9)]
-    _, metrics = termination(*batch(*rows))
-    assert metrics['macro/fallback'] == 1.0
+    _, counts = termination(*batch(*rows))
+    assert told(counts)['macro/fallback'] == 1.0
     assert termination._parser._processes[0]._deaths == parsers.MAX_DEATHS
 
 
@@ -174,8 +177,8 @@ def test_long_lines_do_not_block(toy: pathlib.Path) -> None:
   # Longer than the pipe of either side.
   row = [3 + i % 17 for i in range(90_000)]
   with termination_of(parser=_command(toy, 'count')) as termination:
-    _, metrics = termination(*batch(row))
-  assert metrics == {'macro/sentences': 1.0, 'macro/fallback': 0.0}
+    _, counts = termination(*batch(row))
+  assert told(counts) == {'macro/sentences': 1.0, 'macro/fallback': 0.0}
 
 
 def test_closing_ends_the_processes(toy: pathlib.Path) -> None:
@@ -194,9 +197,9 @@ def _write(path: pathlib.Path, *lines: str) -> str:
 def test_trees_of_a_file_are_found_by_text(tmp_path: pathlib.Path) -> None:
   row = {'text': 'abcd', 'trees': ['(S (N a b) (N c d))'], 'other': 1}
   path = _write(tmp_path / 'trees.jsonl', json.dumps(row), '')
-  starts, metrics = termination_of(parser=path)(*batch(ABCD, DCBA))
+  starts, counts = termination_of(parser=path)(*batch(ABCD, DCBA))
   assert ones(starts) == [[1, 0, 1, 0, 0, 0], [1, 0, 1, 0, 1, 0]]
-  assert metrics == {'macro/sentences': 1.0, 'macro/fallback': 0.5}
+  assert told(counts) == {'macro/sentences': 1.0, 'macro/fallback': 0.5}
 
 
 @pytest.mark.parametrize(

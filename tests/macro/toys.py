@@ -74,6 +74,11 @@ def termination_of(**fields: Any) -> host.HostTermination:
   return host.HostTermination(settings, tiny.Tokenizer())
 
 
+def told(counts: dict[str, np.ndarray]) -> dict[str, float]:
+  """The metrics of a batch."""
+  return {name: float(x) for name, x in host.metrics(counts).items()}
+
+
 def batch(*rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
   """Rows with a column of padding, and a pad id that means something else."""
   width = max(map(len, rows)) + 1

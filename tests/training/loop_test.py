@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import TrainState
 from ma_rlhf_jax.training import checkpoint
 from ma_rlhf_jax.training.loop import Program, Stage, run_stage
@@ -186,6 +187,47 @@ def test_a_start_before_the_first_checkpoint_says_that_it_starts_again(
   run_stage(stage)
   told = capsys.readouterr().out
   assert f'{stage.name}: no checkpoint yet, starting at 0\n' in told
+
+
+def test_told_to_stop_it_saves_without_evaluating_and_goes_on_later(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config = _config()
+  asked = iter([False, False, True])
+  monkeypatch.setattr(processes, 'preempted', lambda: next(asked))
+  with pytest.raises(processes.Preempted, match='ppo has saved step 3'):
+    run_stage(_Counter(tmp_path / 'cut', config))
+  assert _saved(tmp_path / 'cut') == [3]
+  assert [row['step'] for row in _rows(tmp_path / 'cut')] == [0, 1, 2, 3]
+  assert _rows(tmp_path / 'cut')[-1] == _row(3, loss=12.0)
+  monkeypatch.undo()
+  again = _Counter(tmp_path / 'cut', config)
+  states, step = run_stage(again)
+  assert (_x(states), step, again.indices) == (58.0, 5, [3, 4])
+  run_stage(_Counter(tmp_path / 'whole', config))
+  assert _rows(tmp_path / 'cut') == _rows(tmp_path / 'whole')
+
+
+def test_told_to_stop_where_it_saves_anyway_it_has_evaluated(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  asked = iter([False, True])
+  monkeypatch.setattr(processes, 'preempted', lambda: next(asked))
+  with pytest.raises(processes.Preempted):
+    run_stage(_Counter(tmp_path, _config(checkpoint__every=2)))
+  assert _saved(tmp_path) == [2]
+  assert _rows(tmp_path)[-1] == _row(2, loss=5.0, eval__x=5.0)
+
+
+def test_only_the_first_process_writes_lines_and_shows_progress(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.setattr(processes, 'is_first', lambda: False)
+  run_stage(_Counter(tmp_path, _config()))
+  assert _rows(tmp_path) == [] and _saved(tmp_path) == [5]
+  assert capfd.readouterr().err == ''
 
 
 def test_a_stage_that_has_ended_is_read_and_not_trained(

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# One worker of a TPU; called by tpu_vm.sh through ssh, in the checkout.
+#
+#   tpu_worker.sh COMMAND
+#
+# Runs the command in the environment that --install has made. A process that a
+# lost connection has left behind holds the chips: it is told to save, and ended
+# after two minutes.
+set -euo pipefail
+
+pid_file="$HOME/.ma_rlhf_jax.pid"
+old="$(cat "$pid_file" 2>/dev/null || true)"
+
+# Whether the process of the last start is still there, and no other that got
+# its number.
+left_behind() {
+  [[ "$old" =~ ^[0-9]+$ ]] && grep -qs ma_rlhf_jax "/proc/$old/cmdline"
+}
+
+if left_behind; then
+  kill -TERM "$old" || true
+  for ((i = 0; i < 120; i++)); do
+    left_behind || break
+    sleep 1
+  done
+  if left_behind; then
+    kill -KILL "$old" || true
+  fi
+fi
+echo "$$" >"$pid_file"
+export PATH="$PWD/.venv/bin:$PATH"
+exec "$@"
