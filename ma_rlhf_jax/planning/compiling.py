@@ -49,6 +49,7 @@ class Compiled:
     resident_args: bytes of arguments that stay.
     other_args: bytes of arguments that come with a step.
     hbm_bytes: read and written.
+    wire: bytes that pass it.
     collectives: what it sends; empty where it does not fit.
     weights: shapes of matrices among its arguments, the table first by rows.
   """
@@ -58,14 +59,10 @@ class Compiled:
   flops: int
   resident_args: int
   other_args: int
-  hbm_bytes: int = 0
+  hbm_bytes: float = 0
+  wire: float = 0
   collectives: tuple[traffic.Collective, ...] = ()
   weights: tuple[tuple[int, ...], ...] = ()
-
-  @property
-  def wire(self) -> float:
-    """Bytes that pass a device."""
-    return sum(c.total for c in self.collectives)
 
 
 def _environment(topology: Topology) -> dict[str, str]:
@@ -170,11 +167,13 @@ class Child:
     if answer:
       memory = dataclasses.replace(memory, **answer)
     module = hlo.parse(found[1].read_text())
+    sent = tuple(traffic.collectives(module))
     return Compiled(
         memory=memory,
         required=memory.need,
         hbm_bytes=traffic.hbm_bytes(module),
-        collectives=tuple(traffic.collectives(module)),
+        wire=sum(c.total for c in sent),
+        collectives=sent,
         weights=tuple(map(tuple, facts['weights'])),
         **known,
     )
