@@ -16,11 +16,12 @@ from ma_rlhf_jax.parallel.mesh import mesh_shape
 
 
 class Load(NamedTuple):
-  """Bytes of one device: temporaries, read and written, sent."""
+  """Of one device bytes: temporaries, read and written, sent; FLOPs of all."""
 
   temp: float
   hbm: float
   wire: float
+  flops: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Sizes:
     return shared if self.fsdp > 1 else 0.0
 
 
+  def flops(self, tokens: float, times: int) -> float:
+    """Of so many forward passes over so many tokens, without attention."""
+    return 2 * times * self.shape.num_params * tokens
+
+
 def _ring(n: int) -> float:
   return (n - 1) / n
 
@@ -135,14 +141,19 @@ def _update(name: str, z: Sizes) -> Load:
   grads = 4 * z.trained * (2 if passes > 1 else 1)
   copies = (z.table + z.layers) / z.fsdp if full and z.item == 2 else 0
   head = z.chunk if name != 'ppo/update_critic' and 'reward' not in name else 0
-  head += (3 if head else 1) * z.table * (z.fsdp > 1)
-  temp = saved + 1.5 * work + 1.5 * z.gathered() + grads + copies + head
+  head += 3 * z.table * (head > 0) * (z.fsdp > 1)
+  temp = saved + work + z.gathered() + grads + copies + head
   again = 2 if _remats(z.config.model) else 1
-  per_pass = (again + 1) * (z.table + z.layers) + s.num_layers * work * 4
+  # Gathered weights are written and read; activations pass HBM ten times.
+  per_pass = (again + 1) * 2 * (z.table + z.layers) + 10 * s.num_layers * work
   sent = (again + (2 if full else 0)) * (z.table + z.layers) * _ring(z.fsdp)
   activations = 2 * rows * columns * s.embed_dim * z.item * _ring(z.tensor)
   sent += (2 + 2 * again) * s.num_layers * activations
-  return Load(temp, passes * per_pass + 28 * z.trained, passes * sent)
+  tokens = passes * rows * z.rows_over * columns
+  # A backward pass takes twice a forward one, half of it for the weights.
+  times = again + (2 if full else 1)
+  moved = passes * per_pass + 28 * z.trained
+  return Load(temp, moved, passes * sent, z.flops(tokens, times))
 
 
 def _score(name: str, z: Sizes) -> Load:
@@ -151,11 +162,12 @@ def _score(name: str, z: Sizes) -> Load:
   columns = sum(config_lib.lengths(z.config))
   work = z.working(rows, columns, columns)
   weights = 4 * (z.table + z.layers)
-  temp = 1.5 * work + z.gathered() + z.chunk + 2 * z.table * (z.fsdp > 1)
+  temp = max(work + z.gathered() / 2, z.table * (z.fsdp > 1) + z.chunk)
   activations = 2 * rows * columns * z.shape.embed_dim * z.item * _ring(z.tensor)
   sent = weights * _ring(z.fsdp) + 8 * z.shape.num_layers * activations
-  moved = weights + 4 * z.shape.num_layers * 2 * work
-  return Load(temp, passes * moved, passes * sent)
+  moved = 2 * weights + 4 * z.shape.num_layers * 2 * work
+  tokens = passes * rows * z.rows_over * columns
+  return Load(temp, passes * moved, passes * sent, z.flops(tokens, 4))
 
 
 def cache_bytes(z: Sizes, rows: float) -> float:
@@ -173,12 +185,14 @@ def _rollout(name: str, z: Sizes) -> Load:
   logits = 3 * 4 * rows * z.shape.vocab_size / z.tensor
   weights = z.table + z.layers
   copies = weights / z.fsdp if z.item == 2 and not z.config.lora.rank else 0
-  temp = 1.5 * cache + logits + copies + z.gathered()
+  temp = 1.5 * cache + logits + copies + z.gathered() / 2
   temp += z.working(rows, prompt, prompt + response) + z.table * (z.fsdp > 1)
   activations = 4 * rows * z.shape.embed_dim * z.item * _ring(z.tensor)
   sent = weights * _ring(z.fsdp) + z.shape.num_layers * activations
-  moved = weights + 0.75 * cache + logits
-  return Load(temp, passes * response * moved, passes * response * sent)
+  moved = (2 if z.fsdp > 1 else 1) * weights + 0.75 * cache + logits
+  tokens = passes * rows * z.rows_over * (prompt + response)
+  steps = passes * response
+  return Load(temp, steps * moved, steps * sent, z.flops(tokens, 1))
 
 
 def load(name: str, config: ConfigDict, num_devices: int) -> Load:
@@ -198,4 +212,4 @@ def load(name: str, config: ConfigDict, num_devices: int) -> Load:
     return _rollout(name, z)
   rows = passes_of(name, config)[1] / z.rows_over
   small = rows * sum(config_lib.lengths(config)) * 4 * 40
-  return Load(small, 4 * small, math.sqrt(small))
+  return Load(small, 4 * small, math.sqrt(small), 0.0)

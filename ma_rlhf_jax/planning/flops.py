@@ -138,8 +138,7 @@ def _inner(eqn: Any, known: Known, default: int) -> int:
     )
   if name == 'shard_map':
     sizes = params['mesh'].shape
-    axes = params.get('manual_axes') or sizes
-    total *= math.prod(sizes[axis] for axis in axes)
+    total *= math.prod(sizes[axis] for axis in params['newly_manual_axes'])
   if name == 'pallas_call':
     total *= math.prod(params['grid_mapping'].grid)
   return total

@@ -194,8 +194,12 @@ def loop_of(
   """How often a while loop runs: its bound less what its counter starts from.
 
   Counters step by one, as `scan` and `while_loop` leave them. A loop whose
-  bound is no constant counts as one trip.
+  bound is no constant counts as one trip. Where XLA itself tells the trips (it
+  does for CPUs), that is taken.
   """
+  told = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+  if told:
+    return Loop(instruction.name, int(told.group(1)), False)
   condition = module.computations[instruction.called['condition']]
   root = next(i for i in condition.values() if i.is_root)
   trips = 1

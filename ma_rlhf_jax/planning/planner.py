@@ -55,6 +55,8 @@ class Planner:
 
   Attributes:
     topology: the machine.
+    shares: of its datasheet that programs reach.
+    hbm: bytes of a device that a program may have; known after a survey.
   """
 
   def __init__(
@@ -77,14 +79,13 @@ class Planner:
       full: compile to machine code.
       say: is told what is going on, one line each time.
     """
-    self.topology, self._shares, self._rows = topology, shares, rows
+    self.topology, self.shares, self._rows = topology, shares, rows
     self._jobs, self._full, self._say = jobs, full, say
     self._surveys: dict[str, dict[str, Any]] = {}
     self._compiled: dict[str, Compiled] = {}
-    self._hbm: int | None = None
+    self.hbm: int | None = None
     if topology.platform == 'gpu':
-      self._hbm = int(topology.chip.memory * GIB)
-    self._done, self._took = 0, 0.0
+      self.hbm = int(topology.chip.memory * GIB)
 
   def rows(self, config: ConfigDict) -> int | None:
     """Rows to train on, where known."""
@@ -100,7 +101,7 @@ class Planner:
           config,
           self.topology,
           rows=self.rows(config),
-          ask_hbm=self._hbm is None,
+          ask_hbm=self.hbm is None,
           count=exact,
       )
       self._say(f'{self.topology.name}: what there is to plan')
@@ -109,7 +110,7 @@ class Planner:
           [child], 1, lambda c: found.append(c.survey()) or True
       )
       self._surveys[key] = found[0]
-      self._hbm = self._hbm or found[0]['hbm']
+      self.hbm = self.hbm or found[0]['hbm']
     return self._surveys[key]
 
   def _program_key(self, config: ConfigDict, name: str) -> str:
@@ -152,7 +153,6 @@ class Planner:
     def take(child: Child) -> bool:
       nonlocal count
       count += 1
-      self._done += 1
       self._compiled[key(child.program)] = found = child.compiled()
       each = (time.monotonic() - start) / count
       left = each * (len(missing) - count)
@@ -196,7 +196,7 @@ class Planner:
     def take(name: str, compiled: Compiled) -> bool:
       found[name] = compiled
       need = plans.need(compiled, resident[name.partition('/')[0]])
-      return not (stop_at_misfit and need > plans.MARGIN * self._hbm)
+      return not (stop_at_misfit and need > plans.MARGIN * self.hbm)
 
     if self.topology.platform == 'gpu':
       for stage in survey['stages'].values():
@@ -223,7 +223,7 @@ class Planner:
     return plans.Plan(
         config,
         self.topology,
-        self._hbm,
+        self.hbm,
         tuple(stage for stage in stages if stage.programs),
         self.rows(config),
     )
@@ -238,7 +238,7 @@ class Planner:
         name,
         compiled,
         plans.need(compiled, resident),
-        roofline.seconds(compiled, self.topology, self._shares),
+        roofline.seconds(compiled, self.topology, self.shares),
         tuple(
             traps.warnings(compiled, tensor=tensor, passes=passes, vocab=vocab)
         ),

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
 from ma_rlhf_jax.parallel.mesh import mesh_shape
-from ma_rlhf_jax.planning import estimate, plans
-from ma_rlhf_jax.planning.planner import Planner, problems
+from ma_rlhf_jax.planning import estimate, plans, roofline
+from ma_rlhf_jax.planning.compiling import Compiled
+from ma_rlhf_jax.planning.planner import PASSES, Planner, problems
 
 # What may change without changing what is learned, then what rounds more; of
 # options that the config does not have nothing is tried. () = all choices that
@@ -37,7 +38,7 @@ _KNOBS = {
     'ppo': 'ppo.micro_batch_size',
 }
 # Layouts that are compiled, best first by the formulas.
-_TRIES = 3
+_TRIES = {'tpu': 2, 'gpu': 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,26 +124,26 @@ class Search:
   """A search on one machine.
 
   Attributes:
-    calibration: what was measured over what the formula said, by program.
+    calibration: what was measured over what the formula said, by program:
+      (temporaries, wire).
   """
 
   def __init__(
-      self, planner: Planner, base: plans.Plan, say: Callable[[str], None]
+      self, planner: Planner, config: ConfigDict, say: Callable[[str], None]
   ):
-    self._planner, self._base, self._say = planner, base, say
-    self._resident = {s.name: sum(s.resident.values()) for s in base.stages}
-    self._flops = {
-        p.name: p.compiled.flops for s in base.stages for p in s.programs
-    }
-    self.calibration: dict[str, float] = {}
-    self._learn(base)
+    """Surveys `config`, or what comes closest to it and can run.
 
-  def _learn(self, plan: plans.Plan) -> None:
-    for stage in plan.stages:
-      for p in stage.programs:
-        if p.compiled.memory is not None:
-          guess = estimate.load(p.name, plan.config, self._devices).temp
-          self.calibration[p.name] = p.compiled.memory.temp / max(guess, 1)
+    Raises:
+      ValueError: if nothing can run on that many devices.
+    """
+    self._planner, self._say = planner, say
+    self._config = _valid(config, planner)
+    stages = planner.survey(self._config)['stages']
+    self._resident = {
+        name: sum(stage['resident'].values()) for name, stage in stages.items()
+    }
+    self._steps = {p: s['steps'] for s in stages.values() for p in s['programs']}
+    self.calibration: dict[str, tuple[float, float]] = {}
 
   @property
   def _devices(self) -> int:
@@ -152,89 +153,117 @@ class Search:
     data, fsdp, _ = mesh_shape(config.mesh, self._devices)
     return data * fsdp
 
-  def _guess(self, config: ConfigDict, program: str) -> float:
+  def learn(self, plan: plans.Plan) -> None:
+    """Later guesses go by what this plan has measured."""
+    for p in (p for stage in plan.stages for p in stage.programs):
+      c, guess = p.compiled, estimate.load(p.name, plan.config, self._devices)
+      temp = c.memory.temp if c.memory else c.required - c.resident_args
+      wire = c.wire / max(guess.wire, 1) if c.memory else 1.0
+      self.calibration[p.name] = temp / max(guess.temp, 1), wire
+
+  def _need(self, config: ConfigDict, program: str) -> float:
     """Bytes of a device that a program may need."""
     temp = estimate.load(program, config, self._devices).temp
-    temp *= min(max(self.calibration.get(program, 1.0), 0.5), 2.0)
-    return self._resident[program.partition('/')[0]] + temp
+    ratio, _ = self.calibration.get(program, (1.0, 1.0))
+    resident = self._resident[program.partition('/')[0]]
+    return resident + temp * min(max(ratio, 1 / 3), 3)
 
   def _seconds(self, config: ConfigDict) -> float:
-    total, chip = 0.0, self._planner.topology.chip
-    for stage in self._base.stages:
-      for p in stage.programs:
-        load = estimate.load(p.name, config, self._devices)
-        share = self._flops[p.name] / self._devices / chip.flops / 0.45
-        wire = load.wire / self._planner.topology.wire / 0.7
-        total += stage.steps * max(share, load.hbm / chip.hbm / 0.6, wire)
+    total, topology = 0.0, self._planner.topology
+    for program, steps in self._steps.items():
+      load = estimate.load(program, config, self._devices)
+      _, ratio = self.calibration.get(program, (1.0, 1.0))
+      work = Compiled(
+          None, 0, int(load.flops), 0, 0, load.hbm, load.wire * ratio
+      )
+      found = roofline.seconds(work, topology, self._planner.shares)
+      total += steps * found.total
     return total
 
-  def ranked(self, space: dict[str, Any]) -> list[Ranked]:
-    """Layouts with the largest passes that may fit, best first."""
-    found = []
-    for layout in layouts(self._base.config, self._planner, space):
-      devices = self._rows_over(layout)
-      config, hopeless = with_rows(layout, devices, 2**20), False
-      for program in self._flops:
-        while self._guess(config, program) > plans.MARGIN * self._base.hbm:
-          less = smaller(config, knob(program), devices)
-          if less is None:
-            hopeless = True
-            break
-          config = less
-      seconds = self._seconds(config)
-      found.append(Ranked(seconds * (1e6 if hopeless else 1), config))
-    return sorted(found, key=lambda r: r.seconds)
-
-  def realise(self, config: ConfigDict) -> plans.Plan | None:
-    """The plan of a layout with passes as large as fit; None if none does."""
+  def _shrunk(self, config: ConfigDict, program: str) -> ConfigDict | None:
+    """`config` with passes in which the program may fit; None = no such."""
     devices = self._rows_over(config)
-    while True:
-      plan = self._planner.plan(config, stop_at_misfit=True)
-      self._learn(plan)
-      misfits = plan.misfits()
-      if not misfits:
-        return plan
-      less = smaller(config, knob(misfits[0]), devices)
+    while self._need(config, program) > plans.MARGIN * self._planner.hbm:
+      less = smaller(config, knob(program), devices)
       if less is None:
         return None
-      self._say(f'{misfits[0]} does not fit; {knob(misfits[0])} is halved')
       config = less
+    return config
 
-  def run(self, seconds: float) -> plans.Plan | None:
-    """The cheapest plan that fits, or None.
+  def ranked(self, space: dict[str, Any]) -> list[Ranked]:
+    """Layouts with the largest passes that may fit, best first.
+
+    Those that fit by no formula come last, with the smallest passes.
+    """
+    found = []
+    for layout in layouts(self._config, self._planner, space):
+      config, hopeless = with_rows(layout, self._rows_over(layout), 2**20), 0
+      for program in self._steps:
+        less = self._shrunk(config, program)
+        if less is None:
+          hopeless = 1
+          less = _with(config, {knob(program): self._rows_over(layout)})
+        config = less
+      found.append((hopeless, Ranked(self._seconds(config), config)))
+    found.sort(key=lambda x: (x[0], x[1].seconds))
+    return [ranked for _, ranked in found]
+
+  def realise(self, config: ConfigDict) -> plans.Plan:
+    """The plan of a layout with passes as large as fit.
+
+    Where none fit, it is that of the smallest.
+    """
+    while True:
+      plan = self._planner.plan(config, stop_at_misfit=True)
+      self.learn(plan)
+      misfits = plan.misfits()
+      less = None
+      if misfits:
+        less = smaller(config, knob(misfits[0]), self._rows_over(config))
+      if less is None:
+        return plan
+      config = self._shrunk(less, misfits[0]) or less
+      self._say(f'{misfits[0]} does not fit; smaller passes are tried')
+
+  def run(self, seconds: float) -> plans.Plan:
+    """The cheapest plan that fits; the one that lacks least where none does.
 
     Args:
       seconds: after which no other layout is begun.
     """
-    start, best = time.monotonic(), None
-    if self._base.fits:
-      best = self._base
+    start, best, tried = time.monotonic(), None, set()
     for space in (LAYOUTS, LAYOUTS | ROUNDS):
-      for ranked in self.ranked(space)[:_TRIES]:
-        if time.monotonic() - start > seconds:
-          return best
-        plan = self.realise(ranked.config)
-        if plan and (best is None or plan.seconds < best.seconds):
-          best = plan
-      if best is not None or not any(
-          field in config_lib.flatten(self._base.config) for field in ROUNDS
-      ):
+      for _ in range(_TRIES[self._planner.topology.platform]):
+        fresh = [r for r in self.ranked(space) if _name(r.config) not in tried]
+        if not fresh or best and time.monotonic() - start > seconds:
+          break
+        tried.add(_name(fresh[0].config))
+        plan = self.realise(fresh[0].config)
+        best = min(filter(None, (best, plan)), key=_cost)
+      if best is not None and best.fits:
         break
     return best
 
 
-def begin(planner: Planner, config: ConfigDict) -> plans.Plan:
-  """The plan of a config as it is; with one row a device where it cannot run.
+def _name(config: ConfigDict) -> str:
+  """Equal for layouts that differ in their passes only."""
+  flat = config_lib.flatten(config)
+  return str({k: v for k, v in flat.items() if k not in PASSES})
 
-  A batch that does not split over the devices as the config has it may do so
-  with other passes or another mesh.
-  """
-  if not problems(config, planner.topology):
-    return planner.plan(config)
+
+def _cost(plan: plans.Plan) -> tuple[bool, float]:
+  return not plan.fits, plan.seconds if plan.fits else plan.peak
+
+
+def _valid(config: ConfigDict, planner: Planner) -> ConfigDict:
+  """`config`, or the first layout of it that can run on the machine."""
+  found = problems(config, planner.topology)
+  if not found:
+    return config
   for made in layouts(config, planner, LAYOUTS):
     data, fsdp, _ = mesh_shape(made.mesh, planner.topology.num_devices)
-    return planner.plan(with_rows(made, data * fsdp, 1))
+    return with_rows(made, data * fsdp, 1)
   raise ValueError(
       f'no layout of the recipe splits over {planner.topology.num_devices} '
-      'devices:\n  ' + '\n  '.join(problems(config, planner.topology))
+      'devices:\n  ' + '\n  '.join(found)
   )

@@ -93,21 +93,22 @@ def plan() -> plans.Plan:
       full=_FULL.value,
       say=_say,
   )
-  found = search.begin(planner, config)
   told = problems(config, topology)
   for line in told:
     print(f'as it is, the recipe cannot run there: {line}')
+  found = None
   if not told and not _SEARCH.value:
+    found = planner.plan(config)
     print(report.text(found, shares, _PRICE.value))
-  if _SEARCH.value or told or not found.fits:
-    better = search.Search(planner, found, _say).run(_SEARCH_SECONDS)
-    if better is None:
-      print(f'no set-up was found that fits {topology.name}')
-    else:
-      found = better
-      print('the cheapest set-up found:')
-      print(report.text(found, shares, _PRICE.value))
-      print(f'flags: {report.changed(found.config, given) or "none needed"}')
+  if found is not None and found.fits:
+    return found
+  seeking = search.Search(planner, config, _say)
+  if found is not None:
+    seeking.learn(found)
+  found = seeking.run(_SEARCH_SECONDS)
+  heading = 'the cheapest set-up found' if found.fits else 'what comes closest'
+  print(f'{heading}:\n{report.text(found, shares, _PRICE.value)}')
+  print(f'flags: {report.changed(found.config, given) or "none needed"}')
   return found
 
 
