@@ -23,8 +23,9 @@ _ROOMS = (
     ('training',),
     ('generation',),
     ('publishing',),
+    ('validation',),
+    ('planning',),
     (
-        'validation',
         'recipe_flag',
         'tools',
         'train',

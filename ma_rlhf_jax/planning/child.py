@@ -6,9 +6,11 @@ standard output and error, and the caller may end this process when it has what
 it wants.
 """
 
+import ctypes
 import json
 import pathlib
 import re
+import signal
 import sys
 from typing import Any
 
@@ -24,6 +26,15 @@ from ma_rlhf_jax.planning import topology as topology_lib
 _AVAILABLE = re.compile(r'available HBM \(([\d.]+)([KMG])\)')
 _REQUIRED = re.compile(r'temporaries \(([\d.]+)([KMGT])\)')
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def _end_with_caller() -> None:
+  """Nobody waits for minutes of compiling when the caller was killed."""
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _write(path: pathlib.Path, answer: dict[str, Any]) -> None:
@@ -150,6 +161,7 @@ def _compile(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
 
 def main(path: str) -> None:
   """Does the job of that file."""
+  _end_with_caller()
   job = json.loads(pathlib.Path(path).read_text())
   config = config_lib.restore(job['config'])
   do = _compile if job['program'] else _survey

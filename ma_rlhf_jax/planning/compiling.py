@@ -124,7 +124,10 @@ class Child:
       return True
     if self._full or not self.program:
       return False
-    return all(map(self._dumped, (_ASSIGNMENT, _SCHEDULED, _LAST)))
+    if not all(map(self._dumped, (_ASSIGNMENT, _SCHEDULED, _LAST))):
+      return False
+    # XLA names a file before it has written all of it.
+    return '\nENTRY ' in self._dumped(_SCHEDULED).read_text()
 
   def close(self) -> None:
     """Ends the process and removes its files."""

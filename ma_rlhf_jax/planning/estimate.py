@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.models import presets
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 
 
@@ -80,6 +81,16 @@ class Sizes:
     tokens = max(1, self.config.model.logprob_chunk / self.rows_over)
     return 3 * 4 * tokens * self.shape.vocab_size / self.tensor
 
+  @property
+  def resident(self) -> float:
+    """Share of all numbers that a device holds of a model that is trained."""
+    s = self.shape
+    shared = s.num_params
+    whole = 0
+    if partition.RULES['kv_heads'] is None:
+      whole = 2 * s.num_layers * s.embed_dim * s.num_kv_heads * s.head_dim
+    return ((shared - whole) / self.tensor + whole) / shared / self.fsdp
+
   def working(self, rows: float, columns: int, keys: int) -> float:
     """Bytes of one layer's activations for rows of so many columns."""
     s = self.shape
@@ -125,8 +136,18 @@ def is_decode(name: str) -> bool:
   return any(w in name for w in ('rollout', 'prefill', 'decode', 'reshard'))
 
 
-def _remats(model: ConfigDict) -> bool:
-  return model.remat not in (False, 'none', '')
+def _saved(z: Sizes, rows: float, columns: int) -> tuple[float, int]:
+  """(bytes that layers keep for the backward pass, forward passes in all)."""
+  s, remat = z.shape, z.config.model.remat
+  inputs = rows * columns * s.embed_dim * z.item
+  if remat in (True, 'full'):
+    return s.num_layers * inputs, 2
+  if remat in (False, 'none', ''):
+    return 1.8 * s.num_layers * z.working(rows, columns, columns), 1
+  # Policies between the two keep about the results of matrix products.
+  heads = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim
+  products = (heads + 2 * s.mlp_dim) / z.tensor / s.embed_dim
+  return s.num_layers * inputs * (1 + products), 1
 
 
 def _update(name: str, z: Sizes) -> Load:
@@ -134,16 +155,13 @@ def _update(name: str, z: Sizes) -> Load:
   rows /= z.rows_over
   columns = sum(config_lib.lengths(z.config))
   work = z.working(rows, columns, columns)
-  saved = s.num_layers * (
-      rows * columns * s.embed_dim * z.item if _remats(z.config.model) else work
-  )
+  saved, again = _saved(z, rows, columns)
   full = not z.config.lora.rank
   grads = 4 * z.trained * (2 if passes > 1 else 1)
   copies = (z.table + z.layers) / z.fsdp if full and z.item == 2 else 0
   head = z.chunk if name != 'ppo/update_critic' and 'reward' not in name else 0
   head += 3 * z.table * (head > 0) * (z.fsdp > 1)
   temp = saved + work + z.gathered() + grads + copies + head
-  again = 2 if _remats(z.config.model) else 1
   # Gathered weights are written and read; activations pass HBM ten times.
   per_pass = (again + 1) * 2 * (z.table + z.layers) + 10 * s.num_layers * work
   sent = (again + (2 if full else 0)) * (z.table + z.layers) * _ring(z.fsdp)
@@ -152,7 +170,7 @@ def _update(name: str, z: Sizes) -> Load:
   tokens = passes * rows * z.rows_over * columns
   # A backward pass takes twice a forward one, half of it for the weights.
   times = again + (2 if full else 1)
-  moved = passes * per_pass + 28 * z.trained
+  moved = passes * (per_pass + 16 * z.trained) + 28 * z.trained
   return Load(temp, moved, passes * sent, z.flops(tokens, times))
 
 

@@ -4,9 +4,12 @@ Formulas order what may be tried; the compiler decides. A stage that does not
 fit gets smaller passes, then the next layout is tried.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+import copy
 import dataclasses
+import functools
 import itertools
+import operator
 import time
 from typing import Any
 
@@ -38,21 +41,34 @@ _KNOBS = {
     'ppo': 'ppo.micro_batch_size',
 }
 # Layouts that are compiled, best first by the formulas.
-_TRIES = {'tpu': 2, 'gpu': 1}
+_TRIES = {'tpu': 3, 'gpu': 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-  """A config and the seconds that the formulas give it."""
+  """A config and what the formulas say.
 
-  seconds: float
+  Attributes:
+    lacks: whether it needs more than there is.
+    order: its seconds, or where it lacks memory the bytes that it needs.
+    config: of the run.
+  """
+
+  lacks: bool
+  order: float
   config: ConfigDict
 
 
 def _with(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
-  made = config_lib.restore(config_lib.flatten(config))
-  made.update_from_flattened_dict(values)
+  made = copy.deepcopy(config)
+  _set(made, values)
   return made
+
+
+def _set(config: ConfigDict, values: dict[str, Any]) -> None:
+  for name, value in values.items():
+    *blocks, field = name.split('.')
+    functools.reduce(operator.getitem, blocks, config)[field] = value
 
 
 def _choices(flat: dict[str, Any], space: dict[str, Any]) -> list[list[tuple]]:
@@ -111,21 +127,22 @@ def with_rows(config: ConfigDict, devices: int, rows: int) -> ConfigDict:
   return _with(config, values)
 
 
-def smaller(config: ConfigDict, field: str, devices: int) -> ConfigDict | None:
-  """`config` with half as many rows a pass; None where that cannot be."""
+def halve(config: ConfigDict, field: str, devices: int) -> bool:
+  """Halves the rows of a pass in place, if that can be; whether it could."""
   block, name = field.split('.')
   size = (config[block][name] or _whole(config, field)) // 2
   if size < devices or size % devices or _whole(config, field) % size:
-    return None
-  return _with(config, {field: size})
+    return False
+  config[block][name] = size
+  return True
 
 
 class Search:
   """A search on one machine.
 
   Attributes:
-    calibration: what was measured over what the formula said, by program:
-      (temporaries, wire).
+    calibration: what was measured over what the formula said, (temporaries,
+      wire), by program and `model.remat`.
   """
 
   def __init__(
@@ -142,8 +159,9 @@ class Search:
     self._resident = {
         name: sum(stage['resident'].values()) for name, stage in stages.items()
     }
+    self._share = estimate.Sizes.of(self._config, self._devices).resident
     self._steps = {p: s['steps'] for s in stages.values() for p in s['programs']}
-    self.calibration: dict[str, tuple[float, float]] = {}
+    self.calibration: dict[tuple[str, Any], tuple[float, float]] = {}
 
   @property
   def _devices(self) -> int:
@@ -155,24 +173,29 @@ class Search:
 
   def learn(self, plan: plans.Plan) -> None:
     """Later guesses go by what this plan has measured."""
+    remat = plan.config.model.remat
     for p in (p for stage in plan.stages for p in stage.programs):
       c, guess = p.compiled, estimate.load(p.name, plan.config, self._devices)
       temp = c.memory.temp if c.memory else c.required - c.resident_args
       wire = c.wire / max(guess.wire, 1) if c.memory else 1.0
-      self.calibration[p.name] = temp / max(guess.temp, 1), wire
+      self.calibration[p.name, remat] = temp / max(guess.temp, 1), wire
+
+  def _ratios(self, config: ConfigDict, program: str) -> tuple[float, float]:
+    return self.calibration.get((program, config.model.remat), (1.0, 1.0))
 
   def _need(self, config: ConfigDict, program: str) -> float:
     """Bytes of a device that a program may need."""
     temp = estimate.load(program, config, self._devices).temp
-    ratio, _ = self.calibration.get(program, (1.0, 1.0))
+    ratio, _ = self._ratios(config, program)
     resident = self._resident[program.partition('/')[0]]
+    resident *= estimate.Sizes.of(config, self._devices).resident / self._share
     return resident + temp * min(max(ratio, 1 / 3), 3)
 
   def _seconds(self, config: ConfigDict) -> float:
     total, topology = 0.0, self._planner.topology
     for program, steps in self._steps.items():
       load = estimate.load(program, config, self._devices)
-      _, ratio = self.calibration.get(program, (1.0, 1.0))
+      _, ratio = self._ratios(config, program)
       work = Compiled(
           None, 0, int(load.flops), 0, 0, load.hbm, load.wire * ratio
       )
@@ -180,33 +203,33 @@ class Search:
       total += steps * found.total
     return total
 
-  def _shrunk(self, config: ConfigDict, program: str) -> ConfigDict | None:
-    """`config` with passes in which the program may fit; None = no such."""
+  def _shrink(self, config: ConfigDict, program: str) -> bool:
+    """Halves passes in place until the program may fit; whether it may."""
     devices = self._rows_over(config)
     while self._need(config, program) > plans.MARGIN * self._planner.hbm:
-      less = smaller(config, knob(program), devices)
-      if less is None:
-        return None
-      config = less
-    return config
+      if not halve(config, knob(program), devices):
+        return False
+    return True
+
+  @functools.cache  # noqa: B019 - a search lives as long as its command
+  def _layouts(self, space: tuple[tuple[str, Any], ...]) -> list[ConfigDict]:
+    return list(layouts(self._config, self._planner, dict(space)))
 
   def ranked(self, space: dict[str, Any]) -> list[Ranked]:
     """Layouts with the largest passes that may fit, best first.
 
-    Those that fit by no formula come last, with the smallest passes.
+    Those that fit by no formula have the smallest passes and come last, the
+    one that needs least before the others.
     """
     found = []
-    for layout in layouts(self._config, self._planner, space):
-      config, hopeless = with_rows(layout, self._rows_over(layout), 2**20), 0
+    for layout in self._layouts(tuple(space.items())):
+      config, fits = with_rows(layout, self._rows_over(layout), 2**20), True
       for program in self._steps:
-        less = self._shrunk(config, program)
-        if less is None:
-          hopeless = 1
-          less = _with(config, {knob(program): self._rows_over(layout)})
-        config = less
-      found.append((hopeless, Ranked(self._seconds(config), config)))
-    found.sort(key=lambda x: (x[0], x[1].seconds))
-    return [ranked for _, ranked in found]
+        fits &= self._shrink(config, program)
+      need = max(self._need(config, program) for program in self._steps)
+      order = self._seconds(config) if fits else need
+      found.append(Ranked(not fits, order, config))
+    return sorted(found, key=lambda r: (r.lacks, r.order))
 
   def realise(self, config: ConfigDict) -> plans.Plan:
     """The plan of a layout with passes as large as fit.
@@ -216,13 +239,12 @@ class Search:
     while True:
       plan = self._planner.plan(config, stop_at_misfit=True)
       self.learn(plan)
-      misfits = plan.misfits()
-      less = None
-      if misfits:
-        less = smaller(config, knob(misfits[0]), self._rows_over(config))
-      if less is None:
+      misfits, config = plan.misfits(), _with(config, {})
+      if not misfits or not halve(
+          config, knob(misfits[0]), self._rows_over(config)
+      ):
         return plan
-      config = self._shrunk(less, misfits[0]) or less
+      self._shrink(config, misfits[0])
       self._say(f'{misfits[0]} does not fit; smaller passes are tried')
 
   def run(self, seconds: float) -> plans.Plan:
@@ -238,17 +260,19 @@ class Search:
         if not fresh or best and time.monotonic() - start > seconds:
           break
         tried.add(_name(fresh[0].config))
+        self._say(f'tries {_name(fresh[0].config, LAYOUTS | ROUNDS)}')
         plan = self.realise(fresh[0].config)
         best = min(filter(None, (best, plan)), key=_cost)
       if best is not None and best.fits:
         break
-    return best
+    return best if best.fits else self._planner.plan(best.config)
 
 
-def _name(config: ConfigDict) -> str:
+def _name(config: ConfigDict, fields: Iterable[str] = ()) -> str:
   """Equal for layouts that differ in their passes only."""
   flat = config_lib.flatten(config)
-  return str({k: v for k, v in flat.items() if k not in PASSES})
+  fields = fields or (name for name in flat if name not in PASSES)
+  return ' '.join(f'{name}={flat[name]}' for name in fields if name in flat)
 
 
 def _cost(plan: plans.Plan) -> tuple[bool, float]:

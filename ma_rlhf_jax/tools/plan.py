@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -114,6 +115,8 @@ def plan() -> plans.Plan:
 
 def main(argv: list[str]) -> None:
   """Prints the plan."""
+  # So that children are ended and their files removed then as well.
+  signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))
   try:
     if len(argv) > 1:
       raise ValueError(f'unexpected arguments: {argv[1:]}')
