@@ -56,7 +56,9 @@ class Sizes:
   @property
   def table(self) -> float:
     """Bytes of the whole embedding on one device."""
-    return self.shape.vocab_size * self.shape.embed_dim * self.item / self.tensor
+    return (
+        self.shape.vocab_size * self.shape.embed_dim * self.item / self.tensor
+    )
 
   @property
   def layers(self) -> float:
@@ -103,7 +105,6 @@ class Sizes:
     """Two layers' weights whole, where they are shared."""
     shared = 2 * self.layers / self.shape.num_layers
     return shared if self.fsdp > 1 else 0.0
-
 
   def flops(self, tokens: float, times: int) -> float:
     """Of so many forward passes over so many tokens, without attention."""
@@ -181,7 +182,9 @@ def _score(name: str, z: Sizes) -> Load:
   work = z.working(rows, columns, columns)
   weights = 4 * (z.table + z.layers)
   temp = max(work + z.gathered() / 2, z.table * (z.fsdp > 1) + z.chunk)
-  activations = 2 * rows * columns * z.shape.embed_dim * z.item * _ring(z.tensor)
+  activations = (
+      2 * rows * columns * z.shape.embed_dim * z.item * _ring(z.tensor)
+  )
   sent = weights * _ring(z.fsdp) + 8 * z.shape.num_layers * activations
   moved = 2 * weights + 4 * z.shape.num_layers * 2 * work
   tokens = passes * rows * z.rows_over * columns

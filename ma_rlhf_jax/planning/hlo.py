@@ -1,4 +1,4 @@
-"""Reads the HLO text that XLA dumps: computations, loops and how often they run.
+"""Reads the HLO text that XLA dumps: computations, loops and their trips.
 
 The format is no contract, so `plan` pins libtpu. Lines that are no instructions
 (the newlines inside of Pallas calls) are passed over.
@@ -82,7 +82,9 @@ class Instruction:
   def arrays(self) -> tuple[Array, ...]:
     """Of its shape, in order."""
     return tuple(
-        Array(dtype, tuple(map(int, filter(None, dims.split(',')))), int(s or 0))
+        Array(
+            dtype, tuple(map(int, filter(None, dims.split(',')))), int(s or 0)
+        )
         for dtype, dims, s in _ARRAY.findall(self.shape)
     )
 

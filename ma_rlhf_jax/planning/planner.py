@@ -11,8 +11,15 @@ from ml_collections import ConfigDict
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
 from ma_rlhf_jax.parallel.mesh import mesh_shape
-from ma_rlhf_jax.planning import abstract, buffers, compiling, estimate, plans
-from ma_rlhf_jax.planning import roofline, traps
+from ma_rlhf_jax.planning import (
+    abstract,
+    buffers,
+    compiling,
+    estimate,
+    plans,
+    roofline,
+    traps,
+)
 from ma_rlhf_jax.planning.compiling import Child, Compiled
 from ma_rlhf_jax.planning.topology import GIB, Topology
 
@@ -106,9 +113,7 @@ class Planner:
       )
       self._say(f'{self.topology.name}: what there is to plan')
       found = []
-      compiling.run_all(
-          [child], 1, lambda c: found.append(c.survey()) or True
-      )
+      compiling.run_all([child], 1, lambda c: found.append(c.survey()) or True)
       self._surveys[key] = found[0]
       self.hbm = self.hbm or found[0]['hbm']
     return self._surveys[key]
@@ -130,9 +135,7 @@ class Planner:
     args = facts['resident_args'] + facts['other_args']
     memory = buffers.Memory(args, int(load.temp), 0)
     wire = load.wire if self.topology.num_devices > 1 else 0.0
-    return Compiled(
-        memory, memory.need, hbm_bytes=load.hbm, wire=wire, **facts
-    )
+    return Compiled(memory, memory.need, hbm_bytes=load.hbm, wire=wire, **facts)
 
   def _compile(
       self,

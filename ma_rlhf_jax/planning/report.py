@@ -124,7 +124,9 @@ def verdict(plan: plans.Plan) -> str:
 def _clock(seconds: float) -> str:
   if seconds < 120:
     return f'{seconds:.3g} s'
-  return f'{seconds / 60:.3g} min' if seconds < 7200 else f'{seconds / 3600:.3g} h'
+  return (
+      f'{seconds / 60:.3g} min' if seconds < 7200 else f'{seconds / 3600:.3g} h'
+  )
 
 
 def _times(plan: plans.Plan, price: float | None) -> Iterator[str]:
@@ -139,8 +141,9 @@ def _times(plan: plans.Plan, price: float | None) -> Iterator[str]:
   hours = plan.seconds / 3600 * chips
   cost = f', {hours * price:,.2f} at {price:g} an hour' if price else ''
   yield (
-      f'the whole recipe ({plan.rows:,} rows): {_clock(plan.seconds)} on {chips} '
-      f'chip(s) = {hours:.3g} chip hours{cost}' + ('' if price else ' (--price)')
+      f'the whole recipe ({plan.rows:,} rows): {_clock(plan.seconds)} on '
+      f'{chips} chip(s) = {hours:.3g} chip hours{cost}'
+      + ('' if price else ' (--price)')
   )
 
 
@@ -155,9 +158,7 @@ def _buffers(plan: plans.Plan) -> Iterator[str]:
       yield f'{p.name}: {shown}'
 
 
-def text(
-    plan: plans.Plan, shares: roofline.Shares, price: float | None
-) -> str:
+def text(plan: plans.Plan, shares: roofline.Shares, price: float | None) -> str:
   """The plan for people.
 
   Args:
@@ -180,7 +181,7 @@ def text(
   ]
   parts = [
       f'{plan.topology.name}: {plan.topology.num_chips} chip(s), '
-      f'{plan.topology.num_devices} device(s), {_gib(plan.hbm)} GiB each; {how}',
+      f'{plan.topology.num_devices} device(s) of {_gib(plan.hbm)} GiB; {how}',
       _programs(plan),
       'what stays on a device, and the most that a program adds, GiB:',
       *(f'  {_set(stage)}' for stage in plan.stages),

@@ -1,4 +1,4 @@
-"""Seconds of a program: the slowest of matmuls, HBM and wire, at a share of peak.
+"""Seconds of a program: the slowest of matmuls, HBM and wire.
 
 Lower bounds divided by what good programs reach; nothing here was measured on
 the machine that is planned.
@@ -76,7 +76,8 @@ def assumptions(topology: Topology, shares: Shares) -> list[str]:
     rings = ' x '.join(wraps) or 'no links'
   return [
       f'datasheet of a device{per}: {chip.flops / 1e12:g} bfloat16 TFLOP/s, '
-      f'HBM {chip.hbm / 1e9:g} GB/s, wire {topology.wire / 1e9:g} GB/s ({rings})',
+      f'HBM {chip.hbm / 1e9:g} GB/s, wire {topology.wire / 1e9:g} GB/s '
+      f'({rings})',
       f'reached share: compute {shares.compute:g}, HBM {shares.hbm:g}, wire '
       f'{shares.wire:g} (--shares); the slowest of the three hides the others',
       'every response runs to its limit, no columns are dropped as padding; '

@@ -78,7 +78,9 @@ def _choices(flat: dict[str, Any], space: dict[str, Any]) -> list[list[tuple]]:
     if field in flat:
       known = (False, True) if isinstance(flat[field], bool) else ()
       values = values or validation.CHOICES.get(field, known)
-      options.append([(field, v) for v in dict.fromkeys([flat[field], *values])])
+      options.append(
+          [(field, v) for v in dict.fromkeys([flat[field], *values])]
+      )
   return options
 
 
@@ -160,7 +162,9 @@ class Search:
         name: sum(stage['resident'].values()) for name, stage in stages.items()
     }
     self._share = estimate.Sizes.of(self._config, self._devices).resident
-    self._steps = {p: s['steps'] for s in stages.values() for p in s['programs']}
+    self._steps = {
+        p: s['steps'] for s in stages.values() for p in s['programs']
+    }
     self.calibration: dict[tuple[str, Any], tuple[float, float]] = {}
 
   @property

@@ -54,7 +54,7 @@ class Collective:
 
 def _group(rest: str) -> int:
   """How many devices a collective joins; 2 for pairs."""
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+  named = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', rest)
   if named:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", named.group(1)))
     axes = re.findall(r"'([^']+)'", named.group(2))
@@ -214,7 +214,9 @@ def _touched_beside(
   read = [a for o in operands for a in o.arrays]
   through = kept(a for op in sent for a in op.arrays)
   through |= kept(read) & kept(made.arrays)
-  beside = [a for a in (*read, *made.arrays) if (a.dtype, a.dims) not in through]
+  beside = [
+      a for a in (*read, *made.arrays) if (a.dtype, a.dims) not in through
+  ]
   started = sum(_hbm(op.arrays) for op in sent) if 'start' in made.name else 0
   return _hbm(tuple(beside)) + started
 

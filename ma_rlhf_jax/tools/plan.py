@@ -2,8 +2,8 @@
 
 Compiles the programs of every stage of a recipe for a TPU slice that is not
 here, and says whether they fit, what they move, how long they take and what
-they cost; `--topology=gpu:h200:8` answers by formula. Needs no weights, no rows,
-no tokenizer and no TPU; for slices `pip install -e '.[plan]'`.
+they cost; `--topology=gpu:h200:8` answers by formula. Needs no weights, rows,
+tokenizer or TPU; for slices `pip install -e '.[plan]'`.
 """
 
 import importlib.util
@@ -19,10 +19,18 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import app, flags  # noqa: E402
 
-from ma_rlhf_jax import recipe_flag  # noqa: E402
-from ma_rlhf_jax import validation  # noqa: E402
-from ma_rlhf_jax.planning import abstract, compiling, plans  # noqa: E402
-from ma_rlhf_jax.planning import report, roofline, search  # noqa: E402
+from ma_rlhf_jax import (
+    recipe_flag,  # noqa: E402
+    validation,  # noqa: E402
+)
+from ma_rlhf_jax.planning import (  # noqa: E402  # noqa: E402
+    abstract,
+    compiling,
+    plans,
+    report,
+    roofline,
+    search,
+)
 from ma_rlhf_jax.planning import topology as topology_lib  # noqa: E402
 from ma_rlhf_jax.planning.planner import Planner, problems  # noqa: E402
 
@@ -75,7 +83,7 @@ def _check_libtpu(topology: topology_lib.Topology) -> None:
     raise ValueError(
         f'--topology={topology.name} is compiled by libtpu, which is not '
         "installed; pip install -e '.[plan]' brings the release for this "
-        f'jaxlib ({report.versions()["jaxlib"]}; Linux on x86-64, no TPU needed)'
+        f'jaxlib ({report.versions()["jaxlib"]}; Linux on x86-64, no TPU)'
     )
 
 

@@ -19,8 +19,8 @@ _needs_libtpu = pytest.mark.skipif(
 def test_bytes_are_read_from_refusals() -> None:
   message = (
       'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, '
-      'the total memory required for HLO temporaries (21.13G) exceeds available '
-      'HBM (15.75G). HLO module: jit_step.'
+      'the total memory required for HLO temporaries (21.13G) exceeds '
+      'available HBM (15.75G). HLO module: jit_step.'
   )
   assert child.bytes_in(child._REQUIRED, message) == int(21.13 * 2**30)
   assert child.bytes_in(child._AVAILABLE, message) == int(15.75 * 2**30)

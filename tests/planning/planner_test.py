@@ -157,10 +157,11 @@ def test_progress_names_programs_and_time_left(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     ('fields', 'word'),
-    [({'mesh__fsdp': 3}, 'does not cover'), ({'ppo__batch_size': 6}, 'multiple')],
+    [
+        ({'mesh__fsdp': 3}, 'does not cover'),
+        ({'ppo__batch_size': 6}, 'multiple'),
+    ],
 )
 def test_what_cannot_run_there_is_told(fields: dict, word: str) -> None:
   found = planner.problems(config(**fields), topology.parse('v5e:2x4'))
   assert any(word in line for line in found)
-
-

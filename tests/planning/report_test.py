@@ -19,7 +19,11 @@ def _text(hbm: float, price: float | None = None) -> str:
 def test_a_plan_that_fits_says_with_what() -> None:
   last = _text(15.75).splitlines()[-1]
   assert last.startswith('fits: 10.00 of 15.75 GiB a device, with mesh.data=8 ')
-  for word in ('ppo.micro_batch_size=0', 'rollout.batch_size=0', 'model.remat='):
+  for word in (
+      'ppo.micro_batch_size=0',
+      'rollout.batch_size=0',
+      'model.remat=',
+  ):
     assert word in last
 
 

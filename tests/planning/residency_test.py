@@ -10,7 +10,9 @@ from ma_rlhf_jax.planning import abstract, residency
 from tests import tiny
 
 
-def _residents(**fields: object) -> tuple[dict[str, int], config_lib.ConfigDict]:
+def _residents(
+    **fields: object,
+) -> tuple[dict[str, int], config_lib.ConfigDict]:
   config = tiny.config(
       mesh__data=1,
       mesh__fsdp=-1,
@@ -45,7 +47,9 @@ def test_trained_models_keep_moments_and_frozen_ones_are_half_as_wide() -> None:
       'reward_model',
   }
   # Parameters and two moments in float32 against bfloat16.
-  np.testing.assert_allclose(sizes['policy'] / sizes['ref_policy'], 6, rtol=0.05)
+  np.testing.assert_allclose(
+      sizes['policy'] / sizes['ref_policy'], 6, rtol=0.05
+  )
 
 
 def test_adapters_share_their_frozen_weights() -> None:

@@ -6,9 +6,7 @@ from ma_rlhf_jax.planning import roofline, topology
 from ma_rlhf_jax.planning.compiling import Compiled
 
 _SHARES = roofline.Shares(compute=0.5, hbm=0.25, wire=0.2)
-_PROGRAM = Compiled(
-    None, 0, 197 * 10**13, 0, 0, hbm_bytes=819e9, wire=30e9
-)
+_PROGRAM = Compiled(None, 0, 197 * 10**13, 0, 0, hbm_bytes=819e9, wire=30e9)
 
 
 def test_seconds_are_work_over_what_is_reached() -> None:

@@ -87,9 +87,9 @@ def test_a_recipe_that_cannot_run_as_it_is_gets_a_layout(
 ) -> None:
   # 24 rows do not split over 16 devices, but over 16 / 2.
   rows = {'ppo__batch_size': 24, 'sft__batch_size': 24}
-  found = _search(
-      config(reward_model__batch_size=24, **rows), 'v5e:4x4'
-  ).run(60)
+  found = _search(config(reward_model__batch_size=24, **rows), 'v5e:4x4').run(
+      60
+  )
   assert found.fits and found.config.mesh.tensor in (2, 4, 8)
   with pytest.raises(ValueError, match='no layout of the recipe'):
     _search(config(ppo__batch_size=3), 'v5e:16x16')

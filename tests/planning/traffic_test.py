@@ -12,31 +12,35 @@ _CONDITION = """
   ROOT %lt = pred[] compare(%t, %limit), direction=LT
 }
 """
-_SENT = (
-    _CONDITION
-    + """
+_SENT = _CONDITION + """
 %start.1 (q: bf16[1,10]) -> (bf16[1,10], bf16[4,10]) {
   %q = bf16[1,10]{1,0} parameter(0)
-  %ag.1 = bf16[4,10]{1,0} all-gather(%q), channel_id=5, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
-  ROOT %cc = (bf16[1,10], bf16[4,10]) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+  %ag.1 = bf16[4,10]{1,0} all-gather(%q), channel_id=5, \
+replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
+  ROOT %cc = (bf16[1,10], bf16[4,10]) custom-call(%ag.1), \
+custom_call_target="AsyncCollectiveStart"
 }
 
 %done.1 (q.1: bf16[4,10]) -> bf16[4,10] {
   %q.1 = bf16[4,10]{1,0} parameter(0)
-  ROOT %ag.2 = bf16[4,10]{1,0} all-gather(%q.1), channel_id=5, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
+  ROOT %ag.2 = bf16[4,10]{1,0} all-gather(%q.1), channel_id=5, \
+replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
 }
 
 %all-reduce-scatter.1 (q.2: f32[80]) -> f32[10] {
   %q.2 = f32[80]{0} parameter(0)
-  %ar.1 = f32[80]{0} all-reduce(%q.2), channel_id=6, replica_groups=[1,8]<=[8], to_apply=%add
+  %ar.1 = f32[80]{0} all-reduce(%q.2), channel_id=6, \
+replica_groups=[1,8]<=[8], to_apply=%add
   ROOT %ds = f32[10]{0} dynamic-slice(%ar.1), dynamic_slice_sizes={10}
 }
 
 %body (p.1: (s32[], f32[4])) -> (s32[], f32[4]) {
   %p.1 = (s32[], f32[4]) parameter(0)
   %a = bf16[1,10]{1,0} get-tuple-element(%p.1), index=1
-  %async-collective-start.1 = (bf16[1,10]{1,0}, bf16[4,10]{1,0}) fusion(%a), kind=kCustom, calls=%start.1
-  %async-collective-done.1 = bf16[4,10]{1,0} fusion(%async-collective-start.1), kind=kCustom, calls=%done.1
+  %async-collective-start.1 = (bf16[1,10]{1,0}, bf16[4,10]{1,0}) fusion(%a), \
+kind=kCustom, calls=%start.1
+  %async-collective-done.1 = bf16[4,10]{1,0} fusion(\
+%async-collective-start.1), kind=kCustom, calls=%done.1
   %rs = f32[10]{0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %r = (s32[], f32[4]) tuple(%x, %y)
 }
@@ -44,11 +48,13 @@ _SENT = (
 ENTRY %main (a.1: f32[80]) -> f32[80] {
   %a.1 = f32[80]{0} parameter(0)
   %w = (s32[], f32[4]) while(%a.1), condition=%cond, body=%body
-  %cp = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%z), channel_id=9, source_target_pairs={{0,1}}
-  ROOT %ar = (f32[5]{0}, bf16[4]{0}) all-reduce(%c, %d), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add, metadata={op_name="jit(f)/loss"}
+  %cp = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%z), \
+channel_id=9, source_target_pairs={{0,1}}
+  ROOT %ar = (f32[5]{0}, bf16[4]{0}) all-reduce(%c, %d), channel_id=7, \
+replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add, \
+metadata={op_name="jit(f)/loss"}
 }
 """
-)
 
 
 def test_every_kind_of_collective_is_weighed_and_counted() -> None:
@@ -65,13 +71,12 @@ def test_every_kind_of_collective_is_weighed_and_counted() -> None:
   assert reduce.op_name == 'jit(f)/loss'
 
 
-_MOVED = (
-    _CONDITION
-    + """
+_MOVED = _CONDITION + """
 %slice (s.0: bf16[28,100], s.1: s32[]) -> bf16[1,100] {
   %s.0 = bf16[28,100]{1,0} parameter(0)
   %s.1 = s32[] parameter(1)
-  ROOT %ds = bf16[1,100]{1,0} dynamic-slice(%s.0, %s.1), dynamic_slice_sizes={1,100}
+  ROOT %ds = bf16[1,100]{1,0} dynamic-slice(%s.0, %s.1), \
+dynamic_slice_sizes={1,100}
 }
 
 %put (u.0: bf16[28,100], u.1: bf16[1,100], u.2: s32[]) -> bf16[28,100] {
@@ -98,7 +103,6 @@ ENTRY %main (a: f32[10]) -> f32[10] {
   ROOT %b = f32[10]{0} add(%a, %a)
 }
 """
-)
 
 
 def test_slices_of_stacks_count_as_slices() -> None:
