@@ -77,10 +77,15 @@ class Sizes:
       count = s.num_layers * c.rank * width
     return count / (self.fsdp * self.tensor)
 
-  @property
-  def chunk(self) -> float:
-    """Bytes of the logits that exist at once: the array and two more."""
-    tokens = max(1, self.config.model.logprob_chunk / self.rows_over)
+  def chunk(self, rows: float) -> float:
+    """Bytes of the logits that exist at once: the array and two more.
+
+    Args:
+      rows: of a pass, on this device.
+    """
+    _, columns = config_lib.lengths(self.config)
+    most = self.config.model.logprob_chunk // (rows * self.rows_over)
+    tokens = rows * min(columns, max(1, most))
     return 3 * 4 * tokens * self.shape.vocab_size / self.tensor
 
   @property
@@ -160,7 +165,7 @@ def _update(name: str, z: Sizes) -> Load:
   full = not z.config.lora.rank
   grads = 4 * z.trained * (2 if passes > 1 else 1)
   copies = (z.table + z.layers) / z.fsdp if full and z.item == 2 else 0
-  head = z.chunk if name != 'ppo/update_critic' and 'reward' not in name else 0
+  head = z.chunk(rows) if name != 'ppo/update_critic' and 'reward' not in name else 0
   head += 3 * z.table * (head > 0) * (z.fsdp > 1)
   temp = saved + work + z.gathered() + grads + copies + head
   # Gathered weights are written and read; activations pass HBM ten times.
@@ -181,7 +186,7 @@ def _score(name: str, z: Sizes) -> Load:
   columns = sum(config_lib.lengths(z.config))
   work = z.working(rows, columns, columns)
   weights = 4 * (z.table + z.layers)
-  temp = max(work + z.gathered() / 2, z.table * (z.fsdp > 1) + z.chunk)
+  temp = max(work + z.gathered() / 2, z.table * (z.fsdp > 1) + z.chunk(rows))
   activations = (
       2 * rows * columns * z.shape.embed_dim * z.item * _ring(z.tensor)
   )

@@ -51,10 +51,17 @@ def _key(config: ConfigDict, left_out: Sequence[str]) -> str:
 def problems(config: ConfigDict, topology: Topology) -> list[str]:
   """What is wrong with a config on that many devices, one line each."""
   try:
-    data, fsdp, _ = mesh_shape(config.mesh, topology.num_devices)
+    data, fsdp, tensor = mesh_shape(config.mesh, topology.num_devices)
   except ValueError as error:
     return [str(error)]
-  return validation.problems(config, data * fsdp)
+  found = validation.problems(config, data * fsdp)
+  if not topology.can_be_split((data, fsdp, tensor)):
+    sizes = 'x'.join(map(str, topology.sizes))
+    found.append(
+        f'mesh (data, fsdp, tensor) = {(data, fsdp, tensor)} cannot be laid on '
+        f'{sizes} chips: each must be the product of some of those axes'
+    )
+  return found
 
 
 class Planner:

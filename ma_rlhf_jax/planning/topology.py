@@ -1,6 +1,7 @@
 """Slices of TPUs and boxes of GPUs by name, and what their chips can do."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -87,6 +88,16 @@ class Topology:
   def num_devices(self) -> int:
     return self.num_chips * self.chip.per_chip
 
+  def can_be_split(self, mesh: tuple[int, ...]) -> bool:
+    """Whether `jax.make_mesh` can lay axes of such sizes on the chips.
+
+    Each takes whole axes of the slice; only a v5e's may be taken apart.
+    """
+    if self.kind == 'v5e' or not self.chip.dims:
+      return True
+    axes = [s for s in (*self.sizes, self.chip.per_chip) if s > 1]
+    return _splits(tuple(axes), [size for size in mesh if size > 1])
+
   @property
   def wraps(self) -> tuple[bool, ...]:
     """Which axes are rings: 16 long ones in 2D, in 3D all from 4x4x4 on."""
@@ -107,6 +118,20 @@ class Topology:
         for size, wrap in zip(self.sizes, self.wraps, strict=True)
     )
     return self.chip.link * max(links, 1)
+
+
+def _splits(axes: tuple[int, ...], sizes: list[int]) -> bool:
+  """Whether each size is the product of axes of its own."""
+  if not sizes:
+    return not axes
+  first, *others = sizes
+  for count in range(1, len(axes) + 1):
+    for taken in itertools.combinations(range(len(axes)), count):
+      if math.prod(axes[i] for i in taken) == first:
+        left = (a for i, a in enumerate(axes) if i not in taken)
+        if _splits(tuple(left), others):
+          return True
+  return False
 
 
 def _known() -> str:

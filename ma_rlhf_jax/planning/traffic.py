@@ -130,22 +130,57 @@ def _hbm(arrays: tuple[hlo.Array, ...]) -> int:
   return sum(array.size for array in arrays if array.space == 0)
 
 
-def _read_by_fusion(
-    parameter: hlo.Instruction, fused: hlo.Computation, whole: int
+def _read_inside(
+    module: hlo.Module, lines: hlo.Computation, name: str, whole: int
 ) -> int:
-  """Bytes that a fusion reads of an operand of which it may want a slice."""
-  users = [i for i in fused.values() if parameter.name in i.operands]
+  """Bytes that a computation reads of one of its values, at most `whole`.
+
+  Of what it only slices, or updates in place, the slices; also where those
+  stand behind a bitcast or in a fusion inside of the fusion.
+  """
   size = 0
-  for user in users:
-    updates = user.opcode == 'dynamic-update-slice'
-    if user.opcode in _SLICES and user.operands[0] == parameter.name:
+  for user in (i for i in lines.values() if name in i.operands):
+    is_first = user.operands[0] == name
+    if user.opcode in _SLICES and is_first:
       size += sum(array.size for array in user.arrays)
-    elif not (updates and user.operands[0] == parameter.name):
+    elif user.opcode in ('bitcast', 'reshape'):
+      size += _read_inside(module, lines, user.name, whole)
+    elif user.opcode == 'fusion':
+      inner = module.computations[user.called['calls']]
+      for i, operand in enumerate(user.operands):
+        if operand == name:
+          size += _read_inside(module, inner, _parameter(inner, i), whole)
+    elif user.opcode != 'dynamic-update-slice' or not is_first:
       return whole
   return min(size, whole)
 
 
-def _written_by_fusion(made: hlo.Instruction, fused: hlo.Computation) -> int:
+def _parameter(lines: hlo.Computation, index: int) -> str:
+  """Name of a parameter; '' if there is no such."""
+  for made in lines.values():
+    if made.opcode == 'parameter' and made.rest.startswith(f'{index})'):
+      return made.name
+  return ''
+
+
+def _update(
+    module: hlo.Module, lines: hlo.Computation, made: hlo.Instruction
+) -> int | None:
+  """Bytes that a value writes into an array in place; None = all of it."""
+  if made.opcode in ('bitcast', 'reshape') and made.operands[0] in lines:
+    return _update(module, lines, lines[made.operands[0]])
+  if made.opcode == 'fusion':
+    inner = module.computations[made.called['calls']]
+    root = next((i for i in inner.values() if i.is_root), None)
+    return root and _update(module, inner, root)
+  if made.opcode != 'dynamic-update-slice' or made.operands[1] not in lines:
+    return None
+  return sum(a.size for a in lines[made.operands[1]].arrays)
+
+
+def _written(
+    module: hlo.Module, made: hlo.Instruction, fused: hlo.Computation
+) -> int:
   """Bytes that a fusion writes; in place where it updates a slice."""
   root = next((i for i in fused.values() if i.is_root), None)
   if root is None:
@@ -157,12 +192,9 @@ def _written_by_fusion(made: hlo.Instruction, fused: hlo.Computation) -> int:
     return _hbm(made.arrays)
   total = 0
   for part, array in zip(parts, made.arrays, strict=True):
-    if array.space:
-      continue
-    if part.opcode == 'dynamic-update-slice' and part.operands[1] in fused:
-      total += sum(a.size for a in fused[part.operands[1]].arrays)
-    else:
-      total += array.size
+    if array.space == 0:
+      update = _update(module, fused, part)
+      total += array.size if update is None else update
   return total
 
 
@@ -186,17 +218,12 @@ def _touched(
   fused = module.computations[made.called['calls']]
   if sent := [i for i in fused.values() if _kind(i.opcode)]:
     return _touched_beside(made, operands, sent)
-  by_index = {
-      int(p.rest.partition(')')[0]): p
-      for p in fused.values()
-      if p.opcode == 'parameter'
-  }
   read = sum(
-      _read_by_fusion(by_index[i], fused, _hbm(operand.arrays))
+      _read_inside(module, fused, name, _hbm(operand.arrays))
       for i, operand in enumerate(operands)
-      if i in by_index and _hbm(operand.arrays)
+      if _hbm(operand.arrays) and (name := _parameter(fused, i))
   )
-  return read + _written_by_fusion(made, fused)
+  return read + _written(module, made, fused)
 
 
 def _touched_beside(

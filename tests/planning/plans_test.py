@@ -25,6 +25,9 @@ def test_shared_arguments_are_no_reason_to_count_less() -> None:
 
 def test_what_the_compiler_refused_comes_on_top_of_the_others() -> None:
   assert plans.need(_compiled(required=250), 100) == 100 + 250 - 70
+  # Shared weights passed twice, for which it was refused.
+  refused = _compiled(required=250, resident_args=200)
+  assert plans.need(refused, 100) == 250
 
 
 def made_plan(

@@ -32,6 +32,26 @@ def test_links_of_lines_and_rings(name: str, gigabytes: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ('name', 'mesh', 'can'),
+    [
+        ('v6e:8x8', (1, 16, 4), False),
+        ('v6e:8x8', (1, 8, 8), True),
+        ('v6e:4x8', (1, 4, 8), True),
+        ('v5e:8x8', (1, 16, 4), True),
+        ('v5p:2x2x4', (1, 4, 4), True),
+        ('v5p:2x2x4', (2, 4, 2), True),
+        ('v5p:4x4x4', (1, 32, 2), False),
+        ('tpu7x:2x2x1', (1, 4, 2), True),
+        ('gpu:h100:8', (1, 2, 4), True),
+    ],
+)
+def test_a_mesh_takes_whole_axes_of_a_slice(
+    name: str, mesh: tuple[int, ...], can: bool
+) -> None:
+  assert topology.parse(name).can_be_split(mesh) == can
+
+
+@pytest.mark.parametrize(
     ('name', 'why'),
     [
         ('v5litepod-16', 'is unknown'),

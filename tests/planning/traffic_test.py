@@ -96,8 +96,20 @@ dynamic_slice_sizes={1,100}
   ROOT %r = (s32[], f32[4]) tuple(%i, %new)
 }
 
+%outside (o.0: bf16[28,100], o.1: s32[]) -> bf16[28,100] {
+  %o.0 = bf16[28,100]{1,0} parameter(0)
+  %o.1 = s32[] parameter(1)
+  %flat = bf16[28,100]{1,0} bitcast(%o.0)
+  %cut = bf16[1,100]{1,0} fusion(%flat, %o.1), kind=kLoop, calls=%slice
+  %into = bf16[28,100]{1,0} fusion(%o.0, %cut, %o.1), kind=kLoop, calls=%put
+  ROOT %back = bf16[28,100]{1,0} bitcast(%into)
+}
+
 ENTRY %main (a: f32[10]) -> f32[10] {
   %a = f32[10]{0} parameter(0)
+  %s = bf16[28,100]{1,0} bitcast(%other)
+  %one = s32[]{:S(6)} bitcast(%other)
+  %nested = bf16[28,100]{1,0} fusion(%s, %one), kind=kLoop, calls=%outside
   %w = (s32[], f32[4]) while(%a), condition=%cond, body=%body
   %fetch = (f32[10]{0:S(1)}, f32[10]{0}, u32[]) copy-start(%a)
   ROOT %b = f32[10]{0} add(%a, %a)
@@ -108,6 +120,7 @@ ENTRY %main (a: f32[10]) -> f32[10] {
 def test_slices_of_stacks_count_as_slices() -> None:
   # Three trips: 200 read + 200 written; 200 read into VMEM; 200 read and
   # written in place; the condition compares 4 with 4 bytes into 1. Then 40 are
-  # fetched, and the sum takes 3 x 40.
-  want = 3 * (400 + 200 + 400 + 9) + 40 + 120
+  # fetched, and the sum takes 3 x 40. The nested fusion reads 200 and writes
+  # 200.
+  want = 3 * (400 + 200 + 400 + 9) + 40 + 120 + 400
   assert traffic.hbm_bytes(hlo.parse(_MOVED)) == want
