@@ -244,12 +244,12 @@ class Planner:
     _, _, tensor = mesh_shape(config.mesh, self.topology.num_devices)
     passes, _ = estimate.passes_of(name, config)
     vocab = max((w[0] for w in compiled.weights), default=0)
+    found = traps.warnings(compiled, tensor=tensor, passes=passes, vocab=vocab)
+    found += traps.passed_twice(compiled, resident)
     return plans.ProgramPlan(
         name,
         compiled,
         plans.need(compiled, resident),
         roofline.seconds(compiled, self.topology, self.shares),
-        tuple(
-            traps.warnings(compiled, tensor=tensor, passes=passes, vocab=vocab)
-        ),
+        tuple(found),
     )
