@@ -165,7 +165,8 @@ def _update(name: str, z: Sizes) -> Load:
   full = not z.config.lora.rank
   grads = 4 * z.trained * (2 if passes > 1 else 1)
   copies = (z.table + z.layers) / z.fsdp if full and z.item == 2 else 0
-  head = z.chunk(rows) if name != 'ppo/update_critic' and 'reward' not in name else 0
+  has_head = name != 'ppo/update_critic' and 'reward' not in name
+  head = z.chunk(rows) if has_head else 0
   head += 3 * z.table * (head > 0) * (z.fsdp > 1)
   temp = saved + work + z.gathered() + grads + copies + head
   # Gathered weights are written and read; activations pass HBM ten times.
