@@ -23,6 +23,9 @@ _ASSIGNMENT = '*after_optimizations-buffer-assignment.txt'
 _SCHEDULED = '*after_optimizations_after_buffer_assignment.txt'
 _LAST = '*debug_options'  # written after both
 
+# Seconds without a write after which a dump is taken as whole.
+_SETTLED = 0.3
+
 # Each silences libtpu, or keeps it off devices, files and locks of others.
 _ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
@@ -124,10 +127,15 @@ class Child:
       return True
     if self._full or not self.program:
       return False
-    if not all(map(self._dumped, (_ASSIGNMENT, _SCHEDULED, _LAST))):
+    found = [self._dumped(p) for p in (_ASSIGNMENT, _SCHEDULED, _LAST)]
+    if None in found:
       return False
-    # XLA names a file before it has written all of it.
-    return '\nENTRY ' in self._dumped(_SCHEDULED).read_text()
+    # XLA may name the last file while it still writes the others.
+    written = max(path.stat().st_mtime for path in found)
+    if time.time() - written < _SETTLED:
+      return False
+    _, _, entry = found[1].read_text().rpartition('\nENTRY ')
+    return '\n}' in entry
 
   def close(self) -> None:
     """Ends the process and removes its files."""

@@ -77,6 +77,22 @@ def test_a_child_is_ended_once_buffers_are_assigned(make: Make) -> None:
   assert not child._path.exists()
 
 
+def test_a_dump_that_is_still_written_is_waited_for(make: Make) -> None:
+  cut = hlo_test.TEXT.rstrip().removesuffix('}')
+  half = _WRITE.replace(repr(hlo_test.TEXT), repr(cut))
+  assert half != _WRITE
+  child = make(half + 'import time; time.sleep(600)')
+  end = time.monotonic() + 60
+  last = child._path / 'dump' / 'm.debug_options'
+  while not last.is_file() and time.monotonic() < end:
+    time.sleep(0.02)
+  time.sleep(2 * compiling._SETTLED)
+  assert not child.done
+  with (last.parent / _DUMPS[1][0]).open('a') as file:
+    file.write('}\n')
+  _wait(child)
+
+
 def test_a_full_compile_is_waited_for(make: Make) -> None:
   answer = json.dumps({'args': 1, 'temp': 20, 'out': 300})
   end = f"(path / 'answer.json').write_text({answer!r})"
