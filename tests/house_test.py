@@ -24,8 +24,9 @@ _ROOMS = (
     ('training',),
     ('generation',),
     ('publishing',),
+    ('validation',),
+    ('planning',),
     (
-        'validation',
         'recipe_flag',
         'tools',
         'train',

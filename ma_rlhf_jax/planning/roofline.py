@@ -1,0 +1,85 @@
+"""Seconds of a program: the slowest of matmuls, HBM and wire.
+
+Lower bounds divided by what good programs reach; nothing here was measured on
+the machine that is planned.
+"""
+
+import dataclasses
+
+from ma_rlhf_jax.planning.compiling import Compiled
+from ma_rlhf_jax.planning.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+  """Which share of the datasheet a program reaches.
+
+  Attributes:
+    compute: of bfloat16 FLOP/s. Published training runs: 0.38 to 0.65.
+    hbm: of the bytes/s of HBM. Published decoding: 0.45 to 0.6; copies 0.9.
+    wire: of the bytes/s of all links that a collective can use.
+  """
+
+  compute: float = 0.45
+  hbm: float = 0.6
+  wire: float = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+  """The three terms of one execution, seconds."""
+
+  compute: float
+  hbm: float
+  wire: float
+
+  @property
+  def total(self) -> float:
+    """The slowest; the others are hidden behind it."""
+    return max(self.compute, self.hbm, self.wire)
+
+  @property
+  def bound(self) -> str:
+    """Name of the slowest term."""
+    terms = dataclasses.asdict(self)
+    return max(terms, key=terms.get)
+
+
+def seconds(program: Compiled, topology: Topology, shares: Shares) -> Seconds:
+  """The terms of a program on a topology.
+
+  Args:
+    program: FLOPs of all devices, bytes of one.
+    topology: where it runs.
+    shares: of the datasheet.
+  """
+  chip = topology.chip
+  wire = program.wire if topology.num_devices > 1 else 0
+  return Seconds(
+      program.flops / (topology.num_devices * chip.flops * shares.compute),
+      program.hbm_bytes / (chip.hbm * shares.hbm),
+      wire / (topology.wire * shares.wire),
+  )
+
+
+def assumptions(topology: Topology, shares: Shares) -> list[str]:
+  """What the seconds rest on, one line each."""
+  chip = topology.chip
+  per = ' (half a chip)' if chip.per_chip > 1 else ''
+  rings = 'a switch'
+  if chip.dims:
+    wraps = [
+        f'{size} {"ring" if wrap else "line"}'
+        for size, wrap in zip(topology.sizes, topology.wraps, strict=True)
+        if size > 1
+    ]
+    rings = ' x '.join(wraps) or 'no links'
+  return [
+      f'datasheet of a device{per}: {chip.flops / 1e12:g} bfloat16 TFLOP/s, '
+      f'HBM {chip.hbm / 1e9:g} GB/s, wire {topology.wire / 1e9:g} GB/s '
+      f'({rings})',
+      f'reached share: compute {shares.compute:g}, HBM {shares.hbm:g}, wire '
+      f'{shares.wire:g} (--shares); the slowest of the three hides the others',
+      'every response runs to its limit, no columns are dropped as padding; '
+      'evaluation, checkpoints, host work and start-up are left out',
+  ]

@@ -1,0 +1,115 @@
+"""Warnings about what makes a compiled program slow."""
+
+from collections.abc import Iterable, Iterator
+import itertools
+
+from ma_rlhf_jax.planning.compiling import Compiled
+from ma_rlhf_jax.planning.hlo import Array
+from ma_rlhf_jax.planning.topology import GIB
+from ma_rlhf_jax.planning.traffic import Collective
+
+# Below this share of what a program sends, a trap is not worth a line.
+_WORTH = 0.05
+
+
+def _forms(shape: tuple[int, ...], tensor: int) -> Iterator[tuple[int, ...]]:
+  """Sizes, sorted, that a matrix may have in the compiler's hands."""
+  merged = [shape]
+  for i in range(len(shape) - 1):
+    merged.append((*shape[:i], shape[i] * shape[i + 1], *shape[i + 2 :]))
+  for dims in merged:
+    yield tuple(sorted(dims))
+    for i, size in enumerate(dims):
+      if tensor > 1 and size % tensor == 0:
+        yield tuple(sorted((*dims[:i], size // tensor, *dims[i + 1 :])))
+
+
+def _matches(
+    arrays: Iterable[Array], shapes: Iterable[tuple[int, ...]], tensor: int
+) -> bool:
+  known = set(itertools.chain(*(_forms(shape, tensor) for shape in shapes)))
+  return any(
+      tuple(sorted(d for d in array.dims if d > 1)) in known for array in arrays
+  )
+
+
+def _gib(found: list[Collective]) -> str:
+  return f'{sum(c.total for c in found) / GIB:.3g} GiB'
+
+
+def warnings(
+    program: Compiled, *, tensor: int, passes: int, vocab: int
+) -> list[str]:
+  """Traps that a program fell into, one line each.
+
+  Args:
+    program: compiled.
+    tensor: devices along the tensor axis.
+    passes: micro-batches of a step; a loop of so many trips over them has to
+      gather what it uses.
+    vocab: rows of the table.
+  """
+  table = [w for w in program.weights if vocab in w]
+  layers = [w for w in program.weights if vocab not in w]
+  is_table = lambda c: _matches(c.arrays, table, tensor)
+  is_weight = lambda c: is_table(c) or _matches(c.arrays, layers, tensor)
+  early = lambda c: any(loop.may_end_early for loop in c.loops)
+  inner = lambda c: c.loops and c.loops[-1].trips != passes
+  gathers = [c for c in program.collectives if c.kind == 'all-gather']
+  decode = [c for c in program.collectives if early(c)]
+  rules = (
+      (
+          [c for c in gathers if early(c) and is_weight(c)],
+          'weights are gathered for every token of the decode loop; shard them '
+          'over tensor only there',
+      ),
+      (
+          [
+              c
+              for c in program.collectives
+              if c.kind == 'collective-permute' and early(c)
+          ],
+          'weights or activations are passed around for every token of the '
+          'decode loop',
+      ),
+      (
+          [c for c in gathers if is_table(c) and inner(c) and not early(c)],
+          'the embedding table is gathered in the loop over chunks of tokens; '
+          'gather it once before the loop',
+      ),
+      (
+          [
+              c
+              for c in program.collectives
+              if c.kind == 'all-reduce' and c.loops and is_weight(c)
+          ],
+          'gradients of weights are all-reduced in a loop; a reduce-scatter '
+          'sends half as much',
+      ),
+  )
+  lines = []
+  for found, words in rules:
+    if sum(c.total for c in found) > _WORTH * program.wire:
+      lines.append(f'{_gib(found)} of {program.wire / GIB:.3g} sent: {words}')
+  if decode and not lines:
+    lines += [f'the decode loop sends {_gib(decode)}'] * (
+        sum(c.total for c in decode) > 25 * GIB
+    )
+  return lines
+
+
+def passed_twice(program: Compiled, resident: int) -> list[str]:
+  """A line if a program is refused for weights that it is given twice.
+
+  Args:
+    program: compiled, or refused.
+    resident: bytes of what stays on a device.
+  """
+  again = program.resident_args - resident
+  if program.memory is not None or again <= 0:
+    return []
+  return [
+      f'the compiler refuses it for {program.required / GIB:.2f} GiB, of which '
+      f'at least {again / GIB:.2f} are weights shared by two models and passed '
+      'twice; it counts them each time'
+  ]

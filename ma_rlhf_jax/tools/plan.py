@@ -1,0 +1,144 @@
+"""Plans a run before a machine is rented: `python -m ma_rlhf_jax.tools.plan`.
+
+Compiles the programs of every stage of a recipe for a TPU slice that is not
+here, and says whether they fit, what they move, how long they take and what
+they cost; `--topology=gpu:h200:8` answers by formula. Needs no weights, rows,
+tokenizer or TPU; for slices `pip install -e '.[plan]'`.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+# No device is wanted here, wherever this runs. Read by jax when imported.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+from absl import app, flags  # noqa: E402
+
+from ma_rlhf_jax import (
+    recipe_flag,  # noqa: E402
+    validation,  # noqa: E402
+)
+from ma_rlhf_jax.planning import (  # noqa: E402  # noqa: E402
+    abstract,
+    compiling,
+    plans,
+    report,
+    roofline,
+    search,
+)
+from ma_rlhf_jax.planning import topology as topology_lib  # noqa: E402
+from ma_rlhf_jax.planning.planner import Planner, problems  # noqa: E402
+
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'v5e:4x8, v5p:2x2x4, gpu:h200:8, ...', required=True
+)
+_SEARCH = flags.DEFINE_bool(
+    'search', False, 'Find the cheapest set-up that fits.'
+)
+_FULL = flags.DEFINE_bool(
+    'full', False, 'Compile to machine code, which takes ten times as long.'
+)
+_PRICE = flags.DEFINE_float('price', None, 'Of one chip for one hour.')
+_ROWS = flags.DEFINE_integer(
+    'rows', None, 'Rows to train on, where the task does not tell.'
+)
+_JOBS = flags.DEFINE_integer(
+    'jobs', os.cpu_count() or 1, 'Compiling processes at once.', lower_bound=1
+)
+_SHARES = flags.DEFINE_list(
+    'shares',
+    ['0.45', '0.6', '0.7'],
+    'Share of the datasheet that is reached: compute, HBM, wire.',
+)
+_JSON = flags.DEFINE_string('json', None, 'Also write the plan to this file.')
+
+# Seconds after which a search begins with no other layout.
+_SEARCH_SECONDS = 60.0
+
+
+def _shares() -> roofline.Shares:
+  try:
+    made = [float(x) for x in _SHARES.value]
+  except ValueError:
+    made = []
+  if len(made) != 3 or not all(0 < x <= 1 for x in made):
+    raise ValueError(
+        f'--shares={",".join(_SHARES.value)} must be three numbers above 0 and '
+        'up to 1: compute, HBM, wire'
+    )
+  return roofline.Shares(*made)
+
+
+def _say(text: str) -> None:
+  print(f'[{time.strftime("%X")}] {text}', file=sys.stderr, flush=True)
+
+
+def _check_libtpu(topology: topology_lib.Topology) -> None:
+  if topology.platform == 'tpu' and not importlib.util.find_spec('libtpu'):
+    raise ValueError(
+        f'--topology={topology.name} is compiled by libtpu, which is not '
+        "installed; pip install -e '.[plan]' brings the release for this "
+        f'jaxlib ({report.versions()["jaxlib"]}; Linux on x86-64, no TPU)'
+    )
+
+
+def plan() -> plans.Plan:
+  """The plan that the flags ask for; prints it on the way."""
+  topology = topology_lib.parse(_TOPOLOGY.value)
+  _check_libtpu(topology)
+  shares, given = _shares(), recipe_flag.CONFIG.value
+  validation.validate(given)
+  config = abstract.with_preset(given)
+  planner = Planner(
+      topology,
+      shares=shares,
+      rows=_ROWS.value,
+      jobs=_JOBS.value,
+      full=_FULL.value,
+      say=_say,
+  )
+  told = problems(config, topology)
+  for line in told:
+    print(f'as it is, the recipe cannot run there: {line}')
+  found = None
+  if not told and not _SEARCH.value:
+    found = planner.plan(config)
+    print(report.text(found, shares, _PRICE.value))
+  if found is not None and found.fits:
+    return found
+  seeking = search.Search(planner, config, _say)
+  if found is not None:
+    seeking.learn(found)
+  found = seeking.run(_SEARCH_SECONDS)
+  heading = 'the cheapest set-up found' if found.fits else 'what comes closest'
+  print(f'{heading}:\n{report.text(found, shares, _PRICE.value)}')
+  print(f'flags: {report.changed(found.config, given) or "none needed"}')
+  return found
+
+
+def main(argv: list[str]) -> None:
+  """Prints the plan."""
+  # So that children are ended and their files removed then as well.
+  signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))
+  try:
+    if len(argv) > 1:
+      raise ValueError(f'unexpected arguments: {argv[1:]}')
+    start = time.monotonic()
+    found = plan()
+    if _JSON.value:
+      made = report.as_json(found, _PRICE.value)
+      pathlib.Path(_JSON.value).write_text(json.dumps(made, indent=1))
+    _say(f'answered in {time.monotonic() - start:.0f} s')
+  except (ValueError, OSError, compiling.CompileError) as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=recipe_flag.parse)

@@ -1,0 +1,84 @@
+"""Loops and instructions of HLO text."""
+
+import jax
+import jax.numpy as jnp
+
+from ma_rlhf_jax.planning import hlo
+
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(9)
+  %p = (s32[]{:T(128)}, f32[4]{0}) parameter(0)
+  %t = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%t, %limit), direction=LT
+}
+
+%body (p.1: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p.1 = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0:T(128)S(1)} get-tuple-element(%p.1), index=1
+  ROOT %made = (s32[], f32[4]{0}) tuple(%t.1, %x), metadata={op_name="a (b"}
+}
+
+%early (p.2: (s32[], pred[])) -> pred[] {
+  %limit.2 = s32[] constant(512)
+  %p.2 = (s32[], pred[]) parameter(0)
+  %t.2 = s32[] get-tuple-element(%p.2), index=0
+  %lt.2 = pred[] compare(%t.2, %limit.2), direction=LT
+  %all = pred[] get-tuple-element(%p.2), index=1
+  %not = pred[] not(%all)
+  ROOT %and = pred[] and(%lt.2, %not)
+}
+
+%outer (p.3: (s32[], pred[])) -> (s32[], pred[]) {
+  %p.3 = (s32[], pred[]) parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[4]{0}, /*index=2*/f32[]) tuple(%zero, %p.3)
+  %inner = (s32[], f32[4]{0}) while(%init), condition=%cond, body=%body
+  not an instruction at all
+  ROOT %r = (s32[], pred[]) tuple(%zero, %inner)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %one = s32[] constant(1)
+  %copied = s32[]{:S(6)} copy(%one)
+  %start = (s32[], pred[]) tuple(%copied, %a)
+  %decode = (s32[], pred[]) while(%start), condition=%early, body=%outer
+  ROOT %out = f32[4]{0} get-tuple-element(%decode), index=1
+}
+"""
+
+
+def test_loops_are_entered_with_their_trips() -> None:
+  found = {
+      made.name: [(loop.name, loop.trips, loop.may_end_early) for loop in loops]
+      for _, made, loops in hlo.walk(hlo.parse(TEXT))
+  }
+  # The counter starts from 1.
+  decode = ('decode', 511, True)
+  assert found['decode'] == []
+  assert found['r'] == [decode]
+  assert found['made'] == [decode, ('inner', 9, False)]
+  assert found['lt'] == [decode, ('inner', 9, False)]
+
+
+def test_shapes_have_types_sizes_and_spaces() -> None:
+  module = hlo.parse(TEXT)
+  x = module.computations['body']['x']
+  assert x.arrays == (hlo.Array('f32', (4,), 1),)
+  assert x.operands == ('p.1',)
+  init = module.computations['outer']['init']
+  assert [a.size for a in init.arrays] == [4, 16, 4]
+  assert module.computations['body']['made'].operands == ('t.1', 'x')
+
+
+def test_what_xla_writes_for_a_scan_is_read() -> None:
+  def f(x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, length=7)[0]
+
+  text = jax.jit(f).lower(jnp.zeros((8, 8))).compile().as_text()
+  trips = {
+      loop.trips for _, _, loops in hlo.walk(hlo.parse(text)) for loop in loops
+  }
+  assert trips == {7}

@@ -1,0 +1,120 @@
+"""The search, on a machine that needs what the tests say."""
+
+import pytest
+
+from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import validation
+from ma_rlhf_jax.planning import estimate, plans, search
+from tests.planning import planner_test
+from tests.planning.planner_test import GIB, Machine, config, make
+
+machine = planner_test.machine
+
+
+def _search(
+    made: config_lib.ConfigDict, name: str = 'v5e:2x4'
+) -> search.Search:
+  return search.Search(make(name), made, lambda text: None)
+
+
+def _by_rows(program: str, made: config_lib.ConfigDict) -> float:
+  """An eighth of a GiB for each row of a pass on a device."""
+  _, rows = estimate.passes_of(program, made)
+  tensor = made.mesh.tensor
+  return rows / (8 / tensor) / 8 * GIB / tensor
+
+
+def test_passes_shrink_until_they_fit(machine: Machine) -> None:
+  machine.temp = lambda program, made: 3 * _by_rows(program, made)
+  found = _search(config(mesh__tensor=1)).realise(config())
+  assert found.fits
+  # 11.7 GiB are free: 31 rows of 3/8 GiB a device, so 16 of 256 / 8 = 32.
+  assert found.config.ppo.micro_batch_size == 128
+  assert found.config.sft.micro_batch_size in (0, 64)
+
+
+def test_the_smallest_passes_are_the_end(machine: Machine) -> None:
+  machine.temp = lambda program, made: 100 * GIB
+  found = _search(config()).run(60)
+  assert not found.fits
+  assert found.peak == 103 * GIB
+  tensor = found.config.mesh.tensor
+  assert found.config.ppo.micro_batch_size == 8 // tensor
+
+
+def test_the_cheaper_of_the_layouts_that_fit_is_kept(machine: Machine) -> None:
+  # What the formulas rank first fits with the smallest passes only, and sends
+  # much.
+  first = _search(config()).ranked(search.LAYOUTS)[0].config.mesh.tensor
+  is_first = lambda made: made.mesh.tensor == first
+  machine.temp = lambda program, made: (
+      _by_rows(program, made) * (20 if is_first(made) else 1)
+  )
+  machine.wire = lambda program, made: 10**13 if is_first(made) else 10**9
+  found = _search(config()).run(60)
+  assert found.fits and found.config.mesh.tensor != first
+  assert any(is_first(made) for _, made in machine.compiled)
+
+
+def test_what_was_measured_corrects_the_formulas(machine: Machine) -> None:
+  seeking = _search(config())
+  before = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
+  machine.temp = lambda program, made: 10 * _by_rows(program, made)
+  seeking.learn(make().plan(config()))
+  ratio, _ = seeking.calibration['ppo/update_policy', True]
+  guess = estimate.load('ppo/update_policy', config(), 8).temp
+  assert ratio == pytest.approx(40 * GIB / guess)
+  after = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
+  assert after <= before
+
+
+def test_options_come_from_the_config_and_its_choices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  space = {'model.remat': (), 'mesh.tensor': (1, 2), 'model.nothing': (3,)}
+  found = list(search.layouts(config(), make(), space))
+  assert {(c.model.remat, c.mesh.tensor) for c in found} == {
+      (remat, tensor) for remat in (False, True) for tensor in (1, 2)
+  }
+  choices = validation.CHOICES | {'model.dtype': ('float32', 'bfloat16')}
+  monkeypatch.setattr(validation, 'CHOICES', choices)
+  found = list(search.layouts(config(), make(), {'model.dtype': ()}))
+  assert [c.model.dtype for c in found] == ['bfloat16', 'float32']
+
+
+def test_a_recipe_that_cannot_run_as_it_is_gets_a_layout(
+    machine: Machine,
+) -> None:
+  # 24 rows do not split over 16 devices, but over 16 / 2.
+  rows = {'ppo__batch_size': 24, 'sft__batch_size': 24}
+  found = _search(config(reward_model__batch_size=24, **rows), 'v5e:4x4').run(
+      60
+  )
+  assert found.fits and found.config.mesh.tensor in (2, 4, 8)
+  with pytest.raises(ValueError, match='no layout of the recipe'):
+    _search(config(ppo__batch_size=3), 'v5e:16x16')
+
+
+def test_knobs_of_programs() -> None:
+  assert search.knob('ppo/rollout') == 'rollout.batch_size'
+  assert search.knob('ppo/update_critic') == 'ppo.micro_batch_size'
+  assert search.knob('sft/update') == 'sft.micro_batch_size'
+
+
+def test_passes_are_halved_while_every_device_has_a_row() -> None:
+  made = config()
+  assert search.halve(made, 'ppo.micro_batch_size', 64)
+  assert search.halve(made, 'ppo.micro_batch_size', 64)
+  assert made.ppo.micro_batch_size == 64
+  assert not search.halve(made, 'ppo.micro_batch_size', 64)
+  assert made.ppo.micro_batch_size == 64
+
+
+def test_plans_that_fit_come_before_those_that_do_not(
+    machine: Machine,
+) -> None:
+  fits = make().plan(config())
+  machine.temp = lambda program, made: 50 * GIB
+  lacks = make().plan(config())
+  assert isinstance(fits, plans.Plan)
+  assert search._cost(fits) < search._cost(lacks)

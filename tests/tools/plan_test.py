@@ -1,0 +1,63 @@
+"""The command: errors at its edge, and one plan from flag to file."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_TINY = f'--config={_ROOT / "configs" / "tiny.py"}'
+
+
+def _run(*flags: str, **env: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+      [sys.executable, '-m', 'ma_rlhf_jax.tools.plan', *flags],
+      capture_output=True,
+      text=True,
+      cwd=_ROOT,
+      env={**os.environ, **env},
+      timeout=300,
+  )
+
+
+def test_an_unknown_topology_is_an_error_with_the_known_ones() -> None:
+  done = _run(_TINY, '--topology=v5litepod-16')
+  assert done.returncode == 1
+  assert "error: --topology='v5litepod-16' is unknown" in done.stderr
+  assert 'v5e:4x8' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is not None, reason='libtpu is there'
+)
+def test_without_libtpu_the_extra_is_named() -> None:
+  done = _run(_TINY, '--topology=v5e:2x2')
+  assert done.returncode == 1
+  assert "pip install -e '.[plan]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_gpus_are_answered_by_formula(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / 'plan.json'
+  done = _run(_TINY, '--topology=gpu:l4:1', '--price=0.5', f'--json={path}')
+  assert done.returncode == 0, done.stderr
+  assert 'by formula' in done.stdout
+  assert done.stdout.splitlines()[-1].startswith('fits: ')
+  assert json.loads(path.read_text())['by_formula']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason='needs libtpu'
+)
+def test_a_slice_is_answered_by_its_compiler(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / 'plan.json'
+  done = _run(_TINY, '--topology=v5e:2x2', f'--json={path}')
+  assert done.returncode == 0, done.stderr
+  made = json.loads(path.read_text())
+  assert made['fits'] and made['hbm_bytes'] == 16911433728
+  assert set(made['stages']) == {'sft', 'reward_model', 'ppo'}
