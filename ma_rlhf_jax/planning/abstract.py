@@ -100,6 +100,9 @@ def stages(
   shares = config.data.parts
   part = lambda i: _Rows(max(1, (rows or 10**6) * shares[i] // sum(shares)))
   prompt_len, response_len = config_lib.lengths(config)
+  # Lengths are not known here: every row counts as the longest.
+  config = config_lib.restore(config_lib.flatten(config))
+  config.ppo.length_buckets = 1
   run = _PlannedRun(
       config=config,
       workdir=epath.Path('unused'),
