@@ -147,6 +147,9 @@ def _check_host(cluster: Cluster) -> None:
 
 def _connect(cluster: Cluster, given: dict) -> None:
   """`jax.distributed.initialize`, watched."""
+  # On CPUs two programs that wait for other processes may else run in another
+  # order there, and wait for each other for good. No accelerator does that.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   watch = threading.Timer(cluster.initialization_timeout, _give_up, [cluster])
   watch.daemon = True
   watch.start()
