@@ -25,7 +25,7 @@ _ROOMS = (
     ('generation',),
     ('publishing',),
     ('validation',),
-    ('planning',),
+    ('planning', 'benching'),
     (
         'recipe_flag',
         'tools',
