@@ -12,7 +12,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.structs import Array, Params
+from ma_rlhf_jax.structs import Params
 from tests.models.drawn import (
     LENGTHS,
     ONE_KV_HEAD,
@@ -187,26 +187,3 @@ def test_head_logits_by_hand() -> None:
   np.testing.assert_allclose(logits, by_hand)
   capped = head(hidden, embedding, softcap=4.0)
   np.testing.assert_allclose(capped, 4 * np.tanh(by_hand / 4), rtol=1e-6)
-
-
-def test_cache_write_touches_one_layer_and_its_slots() -> None:
-  @jax.jit
-  def write(ones: Array) -> tuple[Cache, tuple[Array, Array]]:
-    cache = Cache.empty(TINY, batch=2, slots=4)
-    cache = cache.write(1, 1, ones, 2 * ones)
-    return cache, cache.layer(1)[:2]
-
-  cache, (keys, values) = write(np.ones((2, 2, 2, 10), np.float32))
-  np.testing.assert_array_equal(np.asarray(keys)[1, :, 0, 0], [0, 1, 1, 0])
-  np.testing.assert_array_equal(np.asarray(values)[0, :, 1, 9], [0, 2, 2, 0])
-  assert not np.asarray(cache.keys_XBSKH)[[0, 2]].any()
-
-
-def test_the_cache_is_written_where_plain_integers_are_wide() -> None:
-  with jax.enable_x64(True):
-    cache = Cache.empty(TINY, batch=1, slots=3)
-    shape = (1, 1, TINY.num_kv_heads, TINY.head_dim)
-    ones = jnp.ones(shape, cache.keys_XBSKH.dtype)
-    written = cache.write(jnp.int32(1), 2, ones, 2 * ones)
-  assert int(written.keys_XBSKH.sum()) == ones.size
-  assert bool((written.values_XBSKH[1, 0, 2] == 2).all())

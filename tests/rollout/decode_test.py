@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models import cache
 from ma_rlhf_jax.models.gemma import head_logits, hidden_states
-from ma_rlhf_jax.rollout import decode, layout, live_rows, sampling, scoring
+from ma_rlhf_jax.rollout import decode, layout, sampling, scoring
 from ma_rlhf_jax.structs import Array, PromptBatch, Rollout
 from tests import tiny
 
@@ -268,26 +267,6 @@ def test_stages_and_dropped_rows_change_no_token(
     np.testing.assert_allclose(one, two, atol=2e-5)
 
 
-def test_the_smallest_batch_that_holds_the_live_rows_goes_on() -> None:
-  state = jax.jit(decode.start, static_argnums=(0, 4))(
-      tiny.SHAPE, PARAMS, tiny.prompts(ROWS * 2), _keys(tiny.prompts(ROWS * 2)),
-      SAMPLED,
-  )  # fmt: skip
-  mark = lambda state: state.replace(
-      kept_mass_BT=jnp.full_like(state.kept_mass_BT, state.done_B.shape[0])
-  )
-  for live, size in ((8, 8), (5, 8), (4, 4), (3, 4), (2, 2), (1, 2), (0, 2)):
-    done_B = jnp.arange(8) % 8 >= live
-    order = np.random.default_rng(live).permutation(8)
-    given = state.replace(done_B=done_B[order])
-    ran = live_rows.run(mark, given, most=4)
-    found = live_rows.in_order(ran)
-    np.testing.assert_array_equal(found.tokens_BT, state.tokens_BT)
-    np.testing.assert_array_equal(found.done_B, given.done_B)
-    marked = np.asarray(found.kept_mass_BT[:, 0] == size)
-    assert marked[~np.asarray(given.done_B)].all() and marked.sum() == size
-
-
 def test_eight_bits_of_cache_are_nearly_the_same() -> None:
   prompts = tiny.prompts(ROWS)
   exact = _roll(prompts, GREEDY)
@@ -297,12 +276,3 @@ def test_eight_bits_of_cache_are_nearly_the_same() -> None:
   # it is attended to; most of the others are the same.
   width = prompts.tokens_BP.shape[1]
   assert (one == two)[:, width:].mean() > 0.5
-
-
-def test_quantised_numbers_are_within_half_a_step() -> None:
-  x = np.random.default_rng(0).normal(size=(3, 5, 2, 16)).astype(np.float32)
-  x[0, 0] = 0
-  small, scales = cache.quantise(x)
-  assert small.dtype == jnp.int8 and scales.shape == (3, 5, 2)
-  error = np.abs(np.asarray(small) * np.asarray(scales)[..., None] - x)
-  assert (error <= np.abs(x).max(-1, keepdims=True) / 127 * 0.5001).all()

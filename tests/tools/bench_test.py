@@ -1,0 +1,41 @@
+"""What the command refuses, and reports side by side."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_REPORT = {
+    'device': '1 x cpu',
+    'shape': {},
+    'versions': {},
+    'phases': {'learn': {'seconds': 2.0}},
+    'peak_gib': 1.0,
+}
+
+
+def _run(*args: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, '-m', 'ma_rlhf_jax.tools.bench', *args]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize('second', [4.0, None], ids=['whole', 'broken'])
+def test_reports_are_compared(
+    tmp_path: pathlib.Path, second: float | None
+) -> None:
+  one, two = tmp_path / 'one.json', tmp_path / 'two.json'
+  one.write_text(json.dumps(_REPORT))
+  two.write_text('[]')
+  if second:
+    two.write_text(
+        json.dumps(_REPORT | {'phases': {'learn': {'seconds': 4.0}}})
+    )
+  ran = _run(f'--compare={one},{two}')
+  if second:
+    assert ran.returncode == 0 and '2.00' in ran.stdout
+  else:
+    assert ran.returncode == 1
+    (line,) = [x for x in ran.stderr.splitlines() if x.startswith('error:')]
+    assert str(two) in line and '--json' in line
