@@ -31,17 +31,17 @@ def get_config(arguments=''):
       'model.remat': False, 'tokenizer.vocab_size': 512,
       'data.synthetic_rows': 300, 'data.eval_rows': 16,
       'data.max_prompt_len': 64, 'data.max_response_len': 48,
-      'sft.batch_size': 8, 'sft.steps': 6, 'sft.eval_every': 0,
+      'sft.batch_size': 8, 'sft.steps': 7, 'sft.eval_every': 0,
       'reward_model.batch_size': 8, 'reward_model.steps': 3,
-      'ppo.batch_size': 8, 'ppo.steps': 6, 'ppo.eval_every': 0,
+      'ppo.batch_size': 8, 'ppo.steps': 7, 'ppo.eval_every': 0,
       'sft.optim.lr': 1e-2, 'ppo.optim.lr': 1e-3,
-      'checkpoint.every': 2, 'evaluate.prompts': 16,
+      'checkpoint.every': 4, 'evaluate.prompts': 16,
       'log.sinks': ('jsonl',), 'log.samples': 0,
   })
   return apply_arguments(config, arguments)
 """
-# Once a run, process 1 gets a signal in the update after the checkpoint of step
-# 4, when the lines of the updates before it are written.
+# Once a run, process 1 gets a signal before update 7, after the checkpoint of
+# step 4. The line of update 5 is written by then.
 _STOPPED = """
 import os, time
 import jax
@@ -53,7 +53,7 @@ def stopped(step):
   def wrapped(self, states, index):
     folder = self.run.workdir
     mark = folder / 'stopped'
-    if index == 5 and jax.process_index() == 1 and not mark.exists():
+    if index == 6 and jax.process_index() == 1 and not mark.exists():
       while not (folder / self.name / 'checkpoints' / '4').exists():
         time.sleep(0.02)
       mark.write_text('')
@@ -220,19 +220,21 @@ def test_killed_two_processes_go_on_bit_for_bit_by_their_launcher(
   # One process speaks, of two starts.
   assert printed.count('workdir: ') == 2
   assert printed.count('sft: done in ') == 1
-  # Both have made update 5, from the same checkpoint or on the way.
+  # Both starts have made update 5, one of them from the checkpoint.
   first, second = _part(folder / 'sft', 1), _part(folder / 'sft', 2)
-  assert [row['step'] for row in first] == [0, 1, 2, 2, 3, 4, 4, 5]
-  assert [row['step'] for row in second] == [5, 6, 6]
+  assert [row['step'] for row in first] == [0, 1, 2, 3, 4, 4, 5]
+  assert [row['step'] for row in second] == [5, 6, 7, 7]
   assert second[0] == first[-1] and 'loss/sft' in first[-1]
-  assert _done(folder, 'sft')['step'] == 6
+  assert _done(folder, 'sft')['step'] == 7
   start = json.loads((folder / 'run-0002.json').read_text())
   assert start['devices']['processes'] == start['devices']['count'] == 2
   assert not (folder / 'run-0003.json').exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stop', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    'stop', [signal.SIGKILL, signal.SIGTERM], ids=lambda stop: stop.name
+)
 def test_stopped_in_ppo_it_ends_as_if_it_had_not_been(
     machine: _Machine, whole: pathlib.Path, stop: signal.Signals
 ) -> None:
@@ -256,7 +258,7 @@ def test_stopped_in_ppo_it_ends_as_if_it_had_not_been(
 
 
 # A signal is heard within seconds, by which an update of this size is not slow.
-_PPO = ('--config.ppo.steps=40', '--config.checkpoint.every=4')
+_PPO = ('--config.ppo.steps=40',)
 
 
 @pytest.fixture(scope='module')
