@@ -25,7 +25,7 @@ _FREE = set(
     ' data.subset ppo.critic_init ppo.from_run ppo.policy_init'
     ' ppo.reward_model ppo.whiten_advantages reward_model.init sft.init'
     ' tokenizer.path macro.parser macro.last_token_alone'
-    ' macro.empty_step'.split()
+    ' macro.empty_step rollout.int8_cache'.split()
 )
 # Checked together with other fields, or by `parallel.mesh`.
 _RULES = set(

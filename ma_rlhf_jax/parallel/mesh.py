@@ -91,8 +91,16 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
   Args:
     mesh: of training.
     tensor: divides fsdp * tensor of `mesh`.
+
+  Raises:
+    ValueError: if it does not.
   """
   data, fsdp, split = mesh.devices.shape
+  if tensor < 1 or fsdp * split % tensor:
+    raise ValueError(
+        f'rollout.tensor={tensor} must divide the {fsdp * split} devices of '
+        'mesh.fsdp * mesh.tensor; 0 chooses'
+    )
   shape = (data, fsdp * split // tensor, tensor)
   types = (AxisType.Auto,) * len(AXES)
   return Mesh(mesh.devices.reshape(shape), AXES, axis_types=types)

@@ -146,9 +146,9 @@ def _saved(z: Sizes, rows: float, columns: int) -> tuple[float, int]:
   """(bytes that layers keep for the backward pass, forward passes in all)."""
   s, remat = z.shape, z.config.model.remat
   inputs = rows * columns * s.embed_dim * z.item
-  if remat in (True, 'full'):
+  if remat in ('full', 'attention'):
     return s.num_layers * inputs, 2
-  if remat in (False, 'none', ''):
+  if remat == 'none':
     return 1.8 * s.num_layers * z.working(rows, columns, columns), 1
   # Policies between the two keep about the results of matrix products.
   heads = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim
@@ -197,6 +197,22 @@ def _score(name: str, z: Sizes) -> Load:
   return Load(temp, passes * moved, passes * sent, z.flops(tokens, 4))
 
 
+def _one_pass(name: str, z: Sizes) -> Load:
+  """Policy, perhaps critic, and the models that only score, in one pass."""
+  joint = z.config.ppo.one_pass == 'joint'
+  policy, score = _update(name, z), _score(name, z)
+  critic = _update('ppo/update_critic', z) if joint else Load(0, 0, 0, 0)
+  # Two or three of the four models are scored here.
+  scored = 1 / 2 if joint else 3 / 4
+  grads = 4 * z.trained * joint
+  return Load(
+      max(policy.temp, critic.temp, score.temp) + grads,
+      policy.hbm + critic.hbm + scored * score.hbm,
+      policy.wire + critic.wire + scored * score.wire,
+      policy.flops + critic.flops + scored * score.flops,
+  )
+
+
 def cache_bytes(z: Sizes, rows: float) -> float:
   """Keys and values of so many rows, prompt and response."""
   s = z.shape
@@ -231,6 +247,8 @@ def load(name: str, config: ConfigDict, num_devices: int) -> Load:
     num_devices: as many as the mesh has.
   """
   z = Sizes.of(config, num_devices)
+  if name.endswith('/one_pass'):
+    return _one_pass(name, z)
   if '/update' in name:
     return _update(name, z)
   if name.endswith('/score'):

@@ -34,7 +34,7 @@ PASSES = (
     'rollout.batch_size',
 )
 # Programs that need most are compiled first, so that a misfit shows early.
-_HEAVY = ('update_policy', 'update', 'score', 'rollout')
+_HEAVY = ('one_pass', 'update_policy', 'update', 'score', 'rollout')
 
 
 def _key(config: ConfigDict, left_out: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from ma_rlhf_jax.planning.planner import PASSES, Planner, problems
 # validation knows.
 LAYOUTS: dict[str, tuple[Any, ...]] = {
     'mesh.tensor': (1, 2, 4, 8),
-    'model.remat': (),
+    'model.remat': ('full', 'none'),
     'model.frozen_memory': (),
     'model.offload': (),
 }

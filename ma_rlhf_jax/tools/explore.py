@@ -241,7 +241,7 @@ def segment(
     with host.HostTermination(settings, tokenizer) as rule:
       starts_BT, numbers = rule(rows.tokens, rows.mask)
     given_BT = jnp.asarray(starts_BT)
-    note = _fallbacks(numbers, len(rows.ids), m.parse_fallback)
+    note = _fallbacks(numbers, m.parse_fallback)
   old = m.logprobs == 'old'
   inputs = termination.TerminationInputs(
       mask_BT=jnp.asarray(rows.mask),
@@ -253,12 +253,12 @@ def segment(
   return termination.segment(inputs, settings), note
 
 
-def _fallbacks(numbers: dict[str, float], rows: int, fallback: str) -> str:
+def _fallbacks(counts: dict[str, np.ndarray], fallback: str) -> str:
   """How many sentences had no usable tree; '' where all had, or none is."""
-  sentences = round(numbers.get('macro/sentences', 0) * rows)
-  count = round(numbers.get('macro/fallback', 0) * sentences)
+  count = int(np.sum(counts.get('fallbacks', 0)))
   if not count:
     return ''
+  sentences = int(np.sum(counts['sentences']))
   return (
       f'{count} of {sentences} sentences without a usable tree, segmented by '
       f'macro.parse_fallback={fallback}'

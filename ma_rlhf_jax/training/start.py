@@ -9,7 +9,7 @@ from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.data import parts, tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import huggingface
-from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.parallel.mesh import decode_mesh, make_mesh
 from ma_rlhf_jax.training import sources
 from ma_rlhf_jax.training.run import Run
 
@@ -48,10 +48,15 @@ def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
   if 'ppo' in to_train:
     _check_warmup(config, config_lib.num_steps(config.ppo, len(data.ppo)))
   prompt_len, response_len = parts.widths(config, data)
+  mesh = make_mesh(config.mesh)
+  if config.rollout.tensor:
+    decode_mesh(
+        mesh, config.rollout.tensor
+    )  # or an error, before anything runs
   return Run(
       config=config,
       workdir=workdir,
-      mesh=make_mesh(config.mesh),
+      mesh=mesh,
       data=data,
       tokenizer=tokenizer,
       prompt_len=prompt_len,

@@ -147,7 +147,7 @@ def test_no_text_stops_a_rule(rule: str) -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setitem(sys.modules, 'tensorflow_text', None)
   text_rules._tensorflow_text.cache_clear()
-  with pytest.raises(ImportError, match=r"pip install 'ma_rlhf_jax\[text\]'"):
+  with pytest.raises(ImportError, match=r"pip install -e '.\[text\]'"):
     text_rules.check('clauses')
   text_rules.check('python')
   monkeypatch.undo()

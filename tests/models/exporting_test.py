@@ -103,7 +103,9 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
   def fills_up(tensors: Any, path: pathlib.Path, **more: Any) -> None:
     if len(written) == 2:
-      raise safetensors.SafetensorError('I/O error: No space left on device')
+      raise safetensors.SafetensorError(
+          'I/O error: No space left on device (os error 28)'
+      )
     save_file(tensors, path, **more)
     written.append(path.stat().st_size)
 

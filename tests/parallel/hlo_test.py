@@ -39,7 +39,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
   }
   fields |= {'model__vocab_size': VOCAB, 'model__num_heads': 4}
   fields |= {'model__logprob_chunk': CHUNK, 'ppo__batch_size': ROWS}
-  config = tiny.config(ppo__micro_batch_size=MICRO, stages=('ppo',), **fields)
+  fields |= {'ppo__micro_batch_size': MICRO, 'stages': ('ppo',)}
+  config = tiny.config(ppo__one_pass='off', **fields)
   mesh = tiny.mesh(*SIZES)
   workdir: pathlib.Path = tmp_path_factory.mktemp('hlo')
   run = tiny.run(workdir, config, mesh=mesh, response_len=RESPONSE)

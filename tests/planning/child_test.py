@@ -31,7 +31,11 @@ def test_a_survey_tells_programs_sizes_and_operations(
     tmp_path: pathlib.Path,
 ) -> None:
   config = tiny.config(
-      mesh__data=1, mesh__fsdp=-1, ppo__batch_size=8, stages=('ppo',)
+      mesh__data=1,
+      mesh__fsdp=-1,
+      ppo__batch_size=8,
+      ppo__one_pass='off',
+      stages=('ppo',),
   )
   answer = tmp_path / 'answer.json'
   job = {

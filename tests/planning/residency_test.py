@@ -62,7 +62,7 @@ def test_adapters_share_their_frozen_weights() -> None:
 
 
 def test_arguments_that_stay_are_told_from_those_of_a_step() -> None:
-  _, stage = _residents()
+  _, stage = _residents(ppo__one_pass='off')
   with jax.set_mesh(stage.run.mesh):
     program = stage.programs()['ppo/update_policy']
   found = residency.residents(stage)

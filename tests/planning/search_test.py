@@ -4,6 +4,7 @@ import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
+from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.planning import estimate, plans, search
 from tests.planning import planner_test
 from tests.planning.planner_test import GIB, Machine, config, make
@@ -61,7 +62,7 @@ def test_what_was_measured_corrects_the_formulas(machine: Machine) -> None:
   before = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
   machine.temp = lambda program, made: 10 * _by_rows(program, made)
   seeking.learn(make().plan(config()))
-  ratio, _ = seeking.calibration['ppo/update_policy', True]
+  ratio, _ = seeking.calibration['ppo/update_policy', 'full']
   guess = estimate.load('ppo/update_policy', config(), 8).temp
   assert ratio == pytest.approx(40 * GIB / guess)
   after = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
@@ -74,7 +75,7 @@ def test_options_come_from_the_config_and_its_choices(
   space = {'model.remat': (), 'mesh.tensor': (1, 2), 'model.nothing': (3,)}
   found = list(search.layouts(config(), make(), space))
   assert {(c.model.remat, c.mesh.tensor) for c in found} == {
-      (remat, tensor) for remat in (False, True) for tensor in (1, 2)
+      (remat, tensor) for remat in gemma.REMAT for tensor in (1, 2)
   }
   choices = validation.CHOICES | {'model.dtype': ('float32', 'bfloat16')}
   monkeypatch.setattr(validation, 'CHOICES', choices)

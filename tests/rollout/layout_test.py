@@ -112,3 +112,8 @@ def test_no_weight_moves_while_tokens_are_drawn() -> None:
   want = layout.abstract_params(params, made)
   same = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)
   assert jax.tree.all(jax.tree.map(same, decoding, want))
+
+
+def test_a_copy_must_lie_on_devices_that_divide_the_mesh() -> None:
+  with pytest.raises(ValueError, match=r'rollout.tensor=3 must divide the 8'):
+    layout.make_layout(GROUPED, _mesh(1, 8, 1), 3)

@@ -26,17 +26,21 @@ def _run(workdir: pathlib.Path, **fields: object) -> Run:
 
 
 def test_the_stages_of_the_config_are_made(tmp_path: pathlib.Path) -> None:
-  run = _run(tmp_path, stages=('sft', 'ppo'))
+  run = _run(tmp_path, stages=('sft', 'ppo'), ppo__one_pass='off')
   stages = abstract_stages(run)
   assert list(stages) == ['sft', 'ppo']
   assert list(stages['sft'].programs()) == ['sft/update']
   assert list(stages['ppo'].programs()) == [
+      'ppo/reshard',
       'ppo/rollout',
       'ppo/score',
       'ppo/experience',
       'ppo/update_policy',
       'ppo/update_critic',
   ]
+  for one_pass, rest in (('joint', []), ('policy', ['ppo/update_critic'])):
+    stage = abstract_stages(_run(tmp_path, ppo__one_pass=one_pass))['ppo']
+    assert list(stage.programs())[2:] == ['ppo/one_pass', *rest]
   without = abstract_stages(
       _run(tmp_path, ppo__baseline='rloo', ppo__samples_per_prompt=2)
   )
@@ -47,7 +51,7 @@ def test_the_stages_of_the_config_are_made(tmp_path: pathlib.Path) -> None:
 def test_a_state_has_the_shapes_of_a_real_one(
     tmp_path: pathlib.Path, rank: int
 ) -> None:
-  run = _run(tmp_path, lora__rank=rank)
+  run = _run(tmp_path, lora__rank=rank, ppo__one_pass='off')
   with jax.set_mesh(run.mesh):
     abstract = abstract_stages(run)['ppo']
     learns = presets.trained(tiny.SHAPE, run.config)
@@ -65,7 +69,7 @@ def test_a_state_has_the_shapes_of_a_real_one(
 
 
 def test_frozen_models_may_wait_on_the_host(tmp_path: pathlib.Path) -> None:
-  run = _run(tmp_path, model__frozen_memory='host')
+  run = _run(tmp_path, model__frozen_memory='host', ppo__one_pass='off')
   with jax.set_mesh(run.mesh):
     score = abstract_stages(run)['ppo'].programs()['ppo/score']
     program = str(score.function.trace(*score.args).jaxpr)
