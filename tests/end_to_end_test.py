@@ -362,7 +362,7 @@ def test_installed_it_trains_a_recipe_of_a_foreign_folder(
       [
           sys.executable,
           '-c',
-          'from ma_rlhf_jax import train; print(train.default_recipe())',
+          'from ma_rlhf_jax import config; print(config.default_recipe())',
       ],
       cwd='/',
       env={**machine.env, 'PYTHONPATH': str(target)},
