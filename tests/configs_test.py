@@ -13,6 +13,7 @@ from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches, validation
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.rollout import decode
 from ma_rlhf_jax.training.abstract import abstract_stages
 from tests import tiny
 
@@ -156,19 +157,23 @@ def _stages_have_their_shapes(path: pathlib.Path, arguments: str) -> None:
       prompt_len=prompt_len,
       response_len=response_len,
   )
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+    # Stages of decoding have the same shapes, and are long to trace.
+    patch.setattr(decode, 'stage_limits', lambda tokens: (tokens,))
     stages = abstract_stages(run)
     assert list(stages) == [s for s in config.stages if s != 'evaluate']
     for stage in stages.values():
       for name, (function, args) in stage.programs().items():
         made = jax.eval_shape(function, *args)
-        if '/update' in name:  # of the same shapes, so that it can be donated
+        if (
+            '/update' in name or name == 'ppo/one_pass'
+        ):  # of the same shapes, so that it can be donated
           same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
           assert jax.tree.all(jax.tree.map(same, args[0], made[0])), name
 
 
 @pytest.mark.parametrize(
-    ('name', 'arguments'), [('tldr_27b', ''), ('hh_7b', 'lora')]
+    ('name', 'arguments'), [('tldr_2b', ''), ('hh_2b', 'lora')]
 )
 def test_all_stages_of_a_recipe_have_their_shapes(
     name: str, arguments: str

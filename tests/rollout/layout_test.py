@@ -48,7 +48,12 @@ def _drawn(
 @pytest.mark.parametrize('shape', [GROUPED, SINGLE], ids=['grouped', 'single'])
 @pytest.mark.parametrize(
     ('axes', 'tensor'),
-    [((8, 1, 1), 1), ((1, 8, 1), 2), ((1, 8, 1), 4), ((2, 2, 2), 4)],
+    [
+        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), 2, marks=pytest.mark.slow),
+        ((1, 8, 1), 4),
+        ((2, 2, 2), 4),
+    ],
 )
 def test_layouts_draw_the_same_tokens(
     shape: presets.GemmaConfig, axes: tuple[int, ...], tensor: int

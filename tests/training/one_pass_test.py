@@ -68,8 +68,14 @@ _EXACT = {
 }
 
 
-@pytest.mark.parametrize('how', ['joint', 'policy'])
-@pytest.mark.parametrize('name', _EXACT)
+@pytest.mark.parametrize(
+    ('name', 'how'),
+    [(name, 'joint') for name in _EXACT]
+    + [
+        pytest.param(name, 'policy', marks=() if i < 2 else pytest.mark.slow)
+        for i, name in enumerate(_EXACT)
+    ],
+)
 def test_one_pass_takes_the_step_of_two(
     tmp_path: Any, name: str, how: str
 ) -> None:
