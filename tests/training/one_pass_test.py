@@ -72,7 +72,7 @@ _EXACT = {
     ('name', 'how'),
     [(name, 'joint') for name in _EXACT]
     + [
-        pytest.param(name, 'policy', marks=() if i < 2 else pytest.mark.slow)
+        pytest.param(name, 'policy', marks=() if i < 1 else pytest.mark.slow)
         for i, name in enumerate(_EXACT)
     ],
 )
