@@ -21,8 +21,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Array
 
-# Widths, as parts of the longest; sorted HH rows then have 0.7 real tokens in
-# a column, where six equal parts have 0.6.
+# Widths, as parts of the longest: closer together where most rows are.
 _PARTS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
 # Shorter rows than this are not worth a program for each width.
 _WORTH = 512

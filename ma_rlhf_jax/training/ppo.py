@@ -45,7 +45,13 @@ _host_metrics = jax.jit(host.metrics)
 
 
 class PPO(Stage):
-  """The third stage: policy and critic against a reward model."""
+  """The third stage: policy and critic against a reward model.
+
+  Attributes:
+    split: the micro-batches of all rows of a step.
+    together: the models that learn in the pass that scores; () = none.
+    to_decode: parameters of the policy -> those that `layout.draw` takes.
+  """
 
   def __init__(self, run: Run, shapes: Models, params: Models):
     super().__init__(run, 'ppo', run.config.ppo, run.data.ppo)
@@ -86,9 +92,9 @@ class PPO(Stage):
   def _make_programs(self) -> None:
     run, c, shapes = self.run, self.config, self.shapes
     num_rows = run.rows
-    # The evaluation runs the same program.
     self._layout = layout = run.decode_layout(shapes.policy)
-    self._to_decode = functools.partial(layout_lib.to_decode, layout=layout)
+    self.to_decode = functools.partial(layout_lib.to_decode, layout=layout)
+    # The evaluation runs the same program.
     self._rollout = functools.partial(
         layout_lib.draw,
         layout=layout,
@@ -102,7 +108,7 @@ class PPO(Stage):
         count=c.length_buckets,
         groups=run.mesh.shape['data'] * run.mesh.shape['fsdp'],
     )
-    self._split = split(num_rows)
+    self.split = split(num_rows)
     self._minibatch_split = split(num_rows // c.minibatches)
     self._logprobs = {
         'temperature': run.logprob_temperature,
@@ -110,7 +116,7 @@ class PPO(Stage):
     }
     self._score = jax.jit(
         functools.partial(
-            score_sequences, shapes, split=self._split, **self._logprobs
+            score_sequences, shapes, split=self.split, **self._logprobs
         )
     )
     self._experience = jax.jit(
@@ -165,12 +171,12 @@ class PPO(Stage):
     # What one pass teaches; nothing where it would not be exact.
     reason = one_pass.why_not(config)
     together = {'joint': ('policy', 'critic'), 'policy': ('policy',)}
-    self._together = () if reason else together[c.one_pass]
+    self.together = () if reason else together[c.one_pass]
     _log.info(
         'ppo: %s',
         f'scored before it is learned from ({reason})'
         if reason
-        else f'{" and ".join(self._together)} scored and learned in one pass',
+        else f'{" and ".join(self.together)} scored and learned in one pass',
     )
     self._one_pass = jax.jit(
         functools.partial(
@@ -178,7 +184,7 @@ class PPO(Stage):
             shapes=shapes,
             config=config,
             optimizers=optimizers,
-            split=self._split,
+            split=self.split,
             **self._logprobs,
         ),
         donate_argnums=0,
@@ -200,13 +206,13 @@ class PPO(Stage):
     prompts = self.run.abstract_prompts(self.run.rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     split = lambda: jax.random.split(jax.random.key(0), self.run.rows)
-    programs['ppo/reshard'] = Program(self._to_decode, (models.policy,))
+    programs['ppo/reshard'] = Program(self.to_decode, (models.policy,))
     policy = layout_lib.abstract_params(models.policy, self._layout)
     rollout = add('ppo/rollout', self._rollout, policy, prompts, key, 0)
     given_BT = rollout.sequences.response_mask_BT if self._host else None
     keys_B = abstract(jax.eval_shape(split), self.run.mesh)
     told = keys_B, states['kl_coef'], given_BT
-    if self._together:
+    if self.together:
       args = self._one_pass_args(states, frozen, models, rollout, *told)
       programs['ppo/one_pass'] = Program(self._one_pass, args)
       made = jax.eval_shape(self._one_pass, *args)[1]
@@ -217,7 +223,7 @@ class PPO(Stage):
           'ppo/experience', self._experience, rollout, scored, *told
       )
     for name, function in self._updates.items():
-      if name not in self._together:
+      if name not in self.together:
         args = (states[name], frozen[name], experience, key)
         programs[f'ppo/update_{name}'] = Program(function, args)
     return programs
@@ -239,8 +245,8 @@ class PPO(Stage):
       self, states: dict, frozen: dict, models: Models, *rest: Any
   ) -> tuple[Any, ...]:
     """Arguments of `one_pass.step`."""
-    only = lambda tree: {name: tree[name] for name in self._together}
-    fixed = models._replace(**dict.fromkeys(self._together))
+    only = lambda tree: {name: tree[name] for name in self.together}
+    fixed = models._replace(**dict.fromkeys(self.together))
     return only(states), only(frozen), fixed, *rest
 
   def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, Array]]:
@@ -271,7 +277,7 @@ class PPO(Stage):
   def respond(self, states: dict, prompts: PromptBatch, index: int) -> Rollout:
     """Responses of the policy to the prompts of one step."""
     with jax.profiler.TraceAnnotation('rollout'):
-      policy = self._to_decode(self.params(states).policy)
+      policy = self.to_decode(self.params(states).policy)
       return self._rollout(policy, prompts, self.run.key('rollout'), index)
 
   def score(self, states: dict, rollout: Rollout) -> Scored:
@@ -287,7 +293,7 @@ class PPO(Stage):
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )
-    together = self._together
+    together = self.together
     if index < self.config.critic_warmup_updates:
       together = ()  # the policy does not learn
     new, learned = dict(states), {}

@@ -37,7 +37,7 @@ def _step(tmp: Any, **fields: Any) -> tuple[set[str], dict, dict]:
   stage = _stage(tmp, **fields)
   with jax.set_mesh(stage.run.mesh):
     states, metrics = stage.step(stage.states, 0)
-  return set(stage._together), *jax.device_get((states, metrics))
+  return set(stage.together), *jax.device_get((states, metrics))
 
 
 # Clauses of `why_not` that hold, with settings that reach every branch.
