@@ -247,6 +247,10 @@ class _Process:
     self._late = True
     return None
 
+  def _give_up(self, process: subprocess.Popen[str]) -> None:
+    self._late = True
+    _kill_group(process)
+
   def _send(self, process: subprocess.Popen[str], text: str) -> None:
     while not self._lines.empty():  # what it said after its last answer
       if self._lines.get() is None:
@@ -268,7 +272,7 @@ class _Process:
     seconds = ANSWER_SECONDS if self._answered else START_SECONDS
     self._late = False
     # One that reads nothing may fill its pipe: killed, it ends that too.
-    timer = threading.Timer(seconds, _kill_group, [process])
+    timer = threading.Timer(seconds, self._give_up, [process])
     timer.start()
     try:
       self._send(process, text)
