@@ -85,12 +85,14 @@ def run(
     The sums, in float32 or wider while they are summed, and the results [B,
     ...] in the order of the rows.
   """
+  num = lengths_B.shape[0] // buckets.sizes[0]
+  if len(buckets.widths) == 1 and num == 1:
+    return function(rows, width=None)
+  # Jitted, it is traced once for its shapes and for the loop.
+  function = jax.jit(function, static_argnames='width', inline=True)
   if len(buckets.widths) > 1:
     return _by_width(buckets, function, rows, lengths_B)
-  num = lengths_B.shape[0] // buckets.sizes[0]
   function = functools.partial(function, width=None)
-  if num == 1:
-    return function(rows)
   micro = partition.micro_batches(rows, num)
   sums, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro))
 
