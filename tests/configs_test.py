@@ -141,7 +141,12 @@ def test_a_recipe_says_where_its_rows_cannot_be_read(
     assert not says
 
 
-def _stages_have_their_shapes(path: pathlib.Path, arguments: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize('path', _PUBLISHED, ids=lambda path: path.stem)
+@pytest.mark.parametrize('arguments', ['', 'lora', 'authors', 'rloo'])
+def test_all_stages_of_every_recipe_have_their_shapes(
+    path: pathlib.Path, arguments: str
+) -> None:
   config = _load(path).get_config(arguments)
   prompt_len, response_len = config_lib.lengths(config)
   assert (prompt_len, response_len) == (
@@ -170,20 +175,3 @@ def _stages_have_their_shapes(path: pathlib.Path, arguments: str) -> None:
         ):  # of the same shapes, so that it can be donated
           same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
           assert jax.tree.all(jax.tree.map(same, args[0], made[0])), name
-
-
-@pytest.mark.parametrize(('name', 'arguments'), [('hh_2b', 'lora')])
-def test_all_stages_of_a_recipe_have_their_shapes(
-    name: str, arguments: str
-) -> None:
-  (path,) = (path for path in _PUBLISHED if path.stem == name)
-  _stages_have_their_shapes(path, arguments)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('path', _PUBLISHED, ids=lambda path: path.stem)
-@pytest.mark.parametrize('arguments', ['', 'lora', 'authors', 'rloo'])
-def test_all_stages_of_every_recipe_have_their_shapes(
-    path: pathlib.Path, arguments: str
-) -> None:
-  _stages_have_their_shapes(path, arguments)

@@ -274,6 +274,7 @@ def test_a_variant_shares_sft_and_reward_model_by_hash(
   assert (variant / 'evaluate' / 'comparison.json').is_file()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
     machine: _Machine, first: tuple[pathlib.Path, str]
 ) -> None:
@@ -308,6 +309,7 @@ def _anthropic_rows(count: int) -> list[dict[str, str]]:
   return rows
 
 
+@pytest.mark.slow
 def test_raw_anthropic_rows_run_through_all_stages(machine: _Machine) -> None:
   rows = _anthropic_rows(150)
   rows[3] = {'chosen': 'no turn at all', 'rejected': 'none'}

@@ -317,6 +317,7 @@ def test_without_a_token_nothing_is_made(
   assert 'needs a token that may write' in message
 
 
+@pytest.mark.slow
 def test_the_command_itself_ends_in_one_line(tmp_path: pathlib.Path) -> None:
   run = lambda *arguments: subprocess.run(
       [sys.executable, '-m', 'ma_rlhf_jax.export', *arguments],

@@ -55,7 +55,8 @@ def test_local_ends_with_an_error_that_would_come_again(
 ) -> None:
   outlived = tmp_path / 'outlived'
   worker = _worker(
-      tmp_path, f'((id == 0)) && exit {code}; sleep 30; touch {outlived}'
+      tmp_path,
+      f'((id == 0)) && exit {code}; sleep 30 >/dev/null 2>&1; touch {outlived}',
   )
   launch('local.sh', *_LOCAL, '--', BASH, str(worker), returncode=code)
   # The others are not waited for, beyond --grace.

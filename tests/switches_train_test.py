@@ -19,7 +19,7 @@ from ma_rlhf_jax.training.experience import Models
 from tests import pairs, tiny
 
 _CONFIGS, _FORBIDDEN = pairs.covering_set()
-_IN_CI = 6  # the rest is slow; the first hold the most pairs
+_IN_CI = 12  # the rest is slow; the first hold the most pairs
 _WORDS = [*switches.VARIANTS, *switches.CONTROLS]
 
 

@@ -203,6 +203,7 @@ def _stopped(stage: str, number: signal.Signals) -> str:
   return _STOPPED.replace('STAGE', stage).replace('SIGNAL', str(int(number)))
 
 
+@pytest.mark.slow
 def test_killed_two_processes_go_on_bit_for_bit_by_their_launcher(
     machine: _Machine,
 ) -> None:

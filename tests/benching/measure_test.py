@@ -9,6 +9,8 @@ from ma_rlhf_jax.benching import ceilings, measure
 from ma_rlhf_jax.parallel.mesh import make_mesh
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def report() -> dict:

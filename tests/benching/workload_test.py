@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from ma_rlhf_jax.benching import workload
 from ma_rlhf_jax.parallel.mesh import make_mesh
@@ -22,6 +23,7 @@ def test_hh_lengths_have_the_means_of_hh_rows() -> None:
   np.testing.assert_array_equal(prompts, again)
 
 
+@pytest.mark.slow
 def test_responses_have_the_lengths_that_are_asked_for() -> None:
   config = tiny.config(
       data__max_prompt_len=16, data__max_response_len=16, ppo__batch_size=8

@@ -124,6 +124,7 @@ def _texts(found: list[Response]) -> list[tuple]:
   return [(r.row, r.sample, tuple(r.ids)) for r in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [1, 6])
 def test_the_batch_size_changes_nothing(batch_size: int):
   base = _respond(PROMPTS, num_samples=2)

@@ -155,7 +155,13 @@ def _assert_row_is_its_own(alone: dict, batch: dict, row: int) -> None:
     np.testing.assert_allclose(one, scale * many, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(('rule', 'alone', 'how'), _cases())
+@pytest.mark.parametrize(
+    ('rule', 'alone', 'how'),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if i % 2 else ())
+        for i, case in enumerate(_cases())
+    ],
+)
 def test_padding_order_and_neighbours_change_nothing(
     rule: str, alone: bool, how: tuple
 ):

@@ -225,7 +225,9 @@ def test_stages_end_at_halves_of_the_response() -> None:
   assert decode.stage_limits(16) == (16,)
 
 
-@pytest.mark.parametrize('unrolled', [False, True])
+@pytest.mark.parametrize(
+    'unrolled', [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_stages_and_dropped_rows_change_no_token(
     monkeypatch: pytest.MonkeyPatch, unrolled: bool
 ) -> None:

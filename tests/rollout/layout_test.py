@@ -45,14 +45,22 @@ def _drawn(
     return layout.sample_responses(params, prompts, key, 3, **how)
 
 
-@pytest.mark.parametrize('shape', [GROUPED, SINGLE], ids=['grouped', 'single'])
+_MESHES = [((8, 1, 1), 1), ((1, 8, 1), 2), ((1, 8, 1), 4), ((2, 2, 2), 4)]
+_SHAPES = {'grouped': GROUPED, 'single': SINGLE}
+
+
 @pytest.mark.parametrize(
-    ('axes', 'tensor'),
+    ('shape', 'axes', 'tensor'),
     [
-        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), 2, marks=pytest.mark.slow),
-        ((1, 8, 1), 4),
-        ((2, 2, 2), 4),
+        pytest.param(
+            shape,
+            axes,
+            tensor,
+            id=f'{axes} {tensor} {name}',
+            marks=() if i == 3 and name == 'grouped' else pytest.mark.slow,
+        )
+        for i, (axes, tensor) in enumerate(_MESHES)
+        for name, shape in _SHAPES.items()
     ],
 )
 def test_layouts_draw_the_same_tokens(

@@ -52,6 +52,7 @@ def _run(*arguments: str) -> _Ran:
   return _Ran(0, out.getvalue(), '')
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_ends() -> None:
   command = [sys.executable, '-m', 'ma_rlhf_jax.tools.explore', '--text=a b']
   ran = subprocess.run(

@@ -47,6 +47,7 @@ def test_the_stages_of_the_config_are_made(tmp_path: pathlib.Path) -> None:
   assert 'ppo/update_critic' not in without['ppo'].programs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rank', [0, 2])
 def test_a_state_has_the_shapes_of_a_real_one(
     tmp_path: pathlib.Path, rank: int

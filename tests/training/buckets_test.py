@@ -101,7 +101,11 @@ def _scores(split: buckets.Buckets, rows: SequenceBatch) -> tuple:
   return buckets.run(split, function, rows, lengths_B)[1]
 
 
-@pytest.mark.parametrize('axes', [None, (1, 2, 4), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    'axes',
+    [None, pytest.param((1, 2, 4), marks=pytest.mark.slow), (2, 4, 1)],
+    ids=str,
+)
 def test_scores_are_those_of_whole_rows(axes: tuple | None) -> None:
   widths = (LENGTH // 2, LENGTH - 2, LENGTH)
   want = jax.jit(functools.partial(_scores, buckets.Buckets((0,), (8,))))(ROWS)

@@ -145,6 +145,7 @@ def test_a_best_checkpoint_must_be_near_the_reference(tmp_path: Any):
   assert stage.best_value(metrics | {'eval/kl': 4.5}) is None
 
 
+@pytest.mark.slow
 def test_the_kl_coefficient_adapts_and_is_part_of_the_state(tmp_path: Any):
   fields = {'ppo__kl_target': 1e-3, 'ppo__kl_horizon': 80}
   stage = _stage(tiny.mesh(1, 1, 1), tmp_path, **fields)
@@ -160,6 +161,7 @@ def test_the_kl_coefficient_adapts_and_is_part_of_the_state(tmp_path: Any):
   np.testing.assert_allclose(later['objective/kl_coef'], want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adapters_learn_beside_weights_shared_with_the_reference(tmp_path: Any):
   run = tiny.run(
       tmp_path,

@@ -56,6 +56,7 @@ def _scores(rows: SequenceBatch) -> Array:
   return _token_scores(tiny.SHAPE, params, rows.tokens_BL, rows.mask_BL)
 
 
+@pytest.mark.slow
 def test_a_pair_that_differs_in_one_word_is_learned(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -109,6 +109,7 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
   assert found == {'eval/loss': pytest.approx(_plain_loss(loss_on), rel=1e-5)}
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_rows_that_come_again(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -300,9 +300,7 @@ def _policy_after(**how: Any) -> Any:
     [
         ('ppo__clip_eps', 'clip_eps', 0.01),
         ('ppo__ratio', 'ratio', 'macro'),
-        ('ppo__ratio', 'ratio', 'geometric'),
         ('ppo__loss_reduction', 'reduction', 'constant'),
-        ('ppo__loss_reduction', 'reduction', 'macro'),
     ],
 )
 def test_a_field_of_the_policy_loss_reaches_its_argument(
