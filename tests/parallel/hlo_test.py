@@ -81,13 +81,29 @@ def test_logits_of_all_tokens_never_exist(name: str, programs: Programs):
   assert CHUNK * VOCAB <= largest < _TOKENS * _VOCAB / 2
 
 
+def _gathers_of_rows(text: str) -> list[str]:
+  """Gathers of more rows of the table than a device keeps."""
+  gathers = _moved(text.splitlines(), 'all-gather')
+  return [x for x in gathers for s in _shapes(x) if max(s) >= VOCAB // 4]
+
+
 @pytest.mark.parametrize('name', sorted({*_UPDATES, *_HEADS}))
 def test_no_device_gathers_the_table(name: str, programs: Programs):
-  lines = programs[name][1].as_text().splitlines()
-  gathers = _moved(lines, 'all-gather')
-  assert gathers  # of layers, by fsdp
-  rows = [x for x in gathers for s in _shapes(x) if max(s) >= VOCAB // 4]
-  assert rows == []
+  text = programs[name][1].as_text()
+  assert _moved(text.splitlines(), 'all-gather')  # of layers, by fsdp
+  assert _gathers_of_rows(text) == []
+
+
+@pytest.mark.parametrize('axes', [(), ('tensor',)])
+def test_a_gather_of_the_table_would_be_found(
+    axes: tuple[str, ...], programs: Programs
+):
+  """Of all its rows, and of the part that `tensor` leaves to a device."""
+  state = programs['ppo/update_policy'][0].args[0]
+  table, mesh = state.params['embedding'], tiny.mesh(*SIZES)
+  want = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(axes))
+  gather = jax.jit(lambda x: x * 2, out_shardings=want)
+  assert _gathers_of_rows(gather.lower(table).compile().as_text())
 
 
 def test_the_gradient_of_the_table_is_summed_after_the_loop(
