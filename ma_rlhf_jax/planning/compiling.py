@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     'TPU_LOG_DIR': 'disabled',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     'JAX_ENABLE_COMPILATION_CACHE': 'false',  # it cannot hold these
+    'XLA_FLAGS': '',  # one that libtpu does not know would end it
 }
 
 

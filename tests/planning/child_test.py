@@ -80,6 +80,7 @@ def _small(**fields: object) -> config_lib.ConfigDict:
       'data__max_response_len': 64,
       'ppo__batch_size': 16,
       'ppo__micro_batch_size': 8,
+      'ppo__one_pass': 'off',
   }
   return tiny.config(**{**defaults, **fields})
 
