@@ -10,6 +10,7 @@ After 75 or a crash the same command goes on.
 """
 
 from collections.abc import Callable
+import os
 import shlex
 import sys
 import time
@@ -313,8 +314,14 @@ def _run(recipe: str) -> None:
     except KeyboardInterrupt:
       if not processes.alone():
         raise
-      print('interrupted; the same command goes on from the newest checkpoint')
-      sys.exit(130)
+      print(
+          'interrupted; the same command goes on from the newest checkpoint, '
+          'or begins the stage anew',
+          flush=True,
+      )
+      # Threads that still compile or run would crash in a normal end.
+      sys.stderr.flush()
+      os._exit(130)
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 from absl import flags
@@ -305,3 +307,25 @@ def test_too_little_memory_is_one_line_with_the_step() -> None:
   said = train._out_of_memory(error)
   assert 'too little memory (ppo stopped at step 3); make micro_batch' in said
   assert said.endswith('RESOURCE_EXHAUSTED: 9 GB') and '\n' not in said
+
+
+def test_an_interrupt_ends_at_once_with_its_code(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+  """Threads that compile would crash in the end of the interpreter."""
+
+  def interrupted(run: Any) -> None:
+    raise KeyboardInterrupt
+
+  def ended(code: int) -> None:
+    raise SystemExit(code)
+
+  run = types.SimpleNamespace(mesh=tiny.mesh(1, 1, 1))
+  monkeypatch.setattr(train, 'set_up', lambda *_: run)
+  monkeypatch.setattr(train, 'train', interrupted)
+  monkeypatch.setattr(os, '_exit', ended)
+  _parsed(_TINY)
+  with pytest.raises(SystemExit) as caught:
+    train._run(_TINY)
+  assert caught.value.code == 130
+  assert 'interrupted; the same command goes on' in capfd.readouterr().out

@@ -261,7 +261,13 @@ class Search:
     for space in (LAYOUTS, LAYOUTS | ROUNDS):
       for _ in range(_TRIES[self._planner.topology.platform]):
         fresh = [r for r in self.ranked(space) if _name(r.config) not in tried]
-        if not fresh or best and time.monotonic() - start > seconds:
+        if not fresh:
+          break
+        if best and time.monotonic() - start > seconds:
+          self._say(
+              f'search ended after {seconds:.0f} s, {len(fresh)} layouts '
+              'untried; a machine with more time may find a cheaper one'
+          )
           break
         tried.add(_name(fresh[0].config))
         self._say(f'tries {_name(fresh[0].config, LAYOUTS | ROUNDS)}')

@@ -46,6 +46,7 @@ _FIELDS = {
 
 def plain(value: Any) -> str:
   """One line in which no character is Markdown, HTML or the end of a cell."""
+  value = f'{value:.6g}' if isinstance(value, float) else value
   line = ' '.join(str(value).split())
   line = ''.join(c if c.isprintable() else '?' for c in line)
   return re.sub(r'([\\`*_{}\[\]<>|~&$@])', r'\\\1', line)

@@ -19,6 +19,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
+from absl import logging as absl_logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -307,10 +308,20 @@ def abstract_of(state: State) -> State:
 def quiet_logging() -> None:
   """Hides what libraries log below WARNING; entry points call it once."""
   logging.getLogger('absl').addFilter(_is_no_chatter)
+  absl_logging.get_absl_handler().setFormatter(_Plain())
   for name in ('jax', 'datasets'):
     logging.getLogger(name).setLevel(logging.WARNING)
   # It says that PyTorch, which nothing here uses, is missing.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+
+
+class _Plain(absl_logging.PythonFormatter):
+  """What goes on, without the prefix that warnings have."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    if record.levelno == logging.INFO:
+      return record.getMessage()
+    return super().format(record)
 
 
 def _is_no_chatter(record: logging.LogRecord) -> bool:
