@@ -134,6 +134,7 @@ _LARGEST = {
     'ppo.batch_size': 2**20,
     'ppo.samples_per_prompt': 2**12,
     'ppo.ppo_epochs': 2**12,
+    'ppo.length_buckets': 64,
     'macro.random_repeats': 2**12,
     'macro.parse_workers': 2**12,
 }

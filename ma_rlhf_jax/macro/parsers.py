@@ -292,7 +292,7 @@ class _Process:
   def ask(self, text: str) -> dict[str, Any] | None:
     """The answer to one text, of a second process if the first one dies."""
     for _ in range(2):
-      if self._deaths >= MAX_DEATHS:
+      if self.given_up:
         return None
       if (answer := self._exchange(text)) is not None:
         self._deaths = 0
@@ -301,6 +301,11 @@ class _Process:
       if self._late:  # it would be late again
         return None
     return None
+
+  @property
+  def given_up(self) -> bool:
+    """Whether it is not started again."""
+    return self._deaths >= MAX_DEATHS
 
   def close(self) -> int | None:
     """Ends the process; its exit code."""
@@ -328,7 +333,8 @@ class _CommandParser:
   def __init__(
       self, name: str, command: Sequence[str], workers: int, **env: str
   ):
-    self._report = _Report(name)
+    self._name, self._report = name, _Report(name)
+    self._lock, self._left = threading.Lock(), workers
     if shutil.which(command[0]) is None:
       raise ValueError(
           f'macro.parser={name!r}: there is no program {command[0]!r}'
@@ -349,12 +355,30 @@ class _CommandParser:
           'its own messages stand above'
       )
 
+  def _back(self, process: _Process) -> None:
+    """Puts a process back, unless it is given up and others are left.
+
+    It would be idle at once, and take the texts that others could parse.
+    """
+    with self._lock:
+      if process.given_up and self._left > 1:
+        self._left -= 1
+        logging.warning(
+            'macro.parser=%r: of its processes, %d are left; one died or was '
+            'late %d times in a row',
+            self._name,
+            self._left,
+            MAX_DEATHS,
+        )
+        return
+    self._idle.put(process)
+
   def _parse(self, text: str) -> Trees:
     process = self._idle.get()
     try:
       answer = process.ask(text)
     finally:
-      self._idle.put(process)
+      self._back(process)
     if answer is None:
       self._report(process.reason)
     elif 'error' in answer or not _has_trees(answer):

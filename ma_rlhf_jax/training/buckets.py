@@ -53,13 +53,13 @@ def make_buckets(
     groups: devices that share a batch; divides all sizes.
   """
   count = count or (len(_PARTS) if length >= _WORTH else 1)
-  if count == 1:
-    return Buckets((length,), (micro_rows or rows,))
-  micro_rows = micro_rows or max(groups, rows // 16)
   parts = _PARTS if count == len(_PARTS) else [
       (i + 1) / count for i in range(count)
   ]  # fmt: skip
   widths = sorted({min(length, 8 * math.ceil(length * p / 8)) for p in parts})
+  if len(widths) == 1:
+    return Buckets((length,), (micro_rows or rows,))
+  micro_rows = micro_rows or max(groups, rows // 16)
   most = lambda width: min(rows, micro_rows * length // width)
   size = lambda width: max(groups, most(width) // groups * groups)
   return Buckets(tuple(widths), tuple(map(size, widths)))

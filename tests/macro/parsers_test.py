@@ -105,7 +105,7 @@ def test_a_process_that_fails_does_not_stop_a_call(
 
 # Parsers that talk; MODE says what is printed for each text.
 _TALKER = """
-import json, subprocess, sys
+import json, os, subprocess, sys, time
 print(json.dumps({'event': 'loaded'}), flush=True)
 for line in sys.stdin:
   text = json.loads(line)['text']
@@ -173,6 +173,27 @@ def test_a_process_that_keeps_dying_is_given_up(toy: pathlib.Path) -> None:
     _, counts = termination(*batch(*rows))
     assert told(counts)['macro/fallback'] == 1.0
     assert termination._parser._processes[0]._deaths == parsers.MAX_DEATHS
+
+
+def test_one_that_keeps_dying_takes_no_text_from_another(
+    toy: pathlib.Path,
+) -> None:
+  # The first one holds the file; whoever else is asked a text dies.
+  held = toy.with_name('held')
+  mode = (
+      f"os.path.exists({str(held)!r}) and text != 'A test.' "
+      "and str(os.getpid()) != open('HELD').read() and os._exit(3); "
+      'time.sleep(0.02); print(answer, flush=True)'
+  ).replace('HELD', str(held))
+  parser = _talker(toy, mode)
+  with termination_of(parser=parser, parse_workers=2) as termination:
+    first, second = termination._parser._processes
+    held.write_text(str(first._process.pid))
+    rows = [[3 + i % 17, 3 + i // 17, 4] for i in range(60)]
+    _, counts = termination(*batch(*rows))
+    assert second.given_up and not first.given_up
+  # Two texts of the one that died twice for each.
+  assert told(counts)['macro/fallback'] == pytest.approx(2 / 60)
 
 
 def test_long_lines_do_not_block(toy: pathlib.Path) -> None:

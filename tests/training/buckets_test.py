@@ -101,6 +101,11 @@ def _scores(split: buckets.Buckets, rows: SequenceBatch) -> tuple:
   return buckets.run(split, function, rows, lengths_B)[1]
 
 
+def test_rows_too_short_for_two_widths_are_one_micro_batch() -> None:
+  made = buckets.make_buckets(8, 56, 0, count=2, groups=1)
+  assert made == buckets.Buckets((8,), (56,))
+
+
 @pytest.mark.parametrize(
     'axes',
     [None, pytest.param((1, 2, 4), marks=pytest.mark.slow), (2, 4, 1)],
