@@ -126,10 +126,30 @@ def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
     flat = _unstacked(flat, config.num_layers)
   if layout.mesh is not None:
     flat = {
-        path: jax.lax.with_sharding_constraint(flat[path], sharding)
+        path: _moved(layout, path, flat[path], sharding)
         for path, sharding in _shardings(layout, flat).items()
     }
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _moved(
+    layout: DecodeLayout, path: str, x: Array, to: NamedSharding
+) -> Array:
+  """`x` laid out anew; a stack layer by layer.
+
+  XLA moves between meshes by way of a whole copy on every device, for which a
+  stack of all layers is too large.
+  """
+  constrain = jax.lax.with_sharding_constraint
+  if not path.startswith('layers/'):
+    return constrain(x, to)
+  spec = partition.param_spec(path, x.shape, layout.train_mesh)
+  of_layer = lambda mesh, whole: NamedSharding(mesh, PartitionSpec(*whole[1:]))
+  source = of_layer(layout.train_mesh, spec)
+  target = of_layer(to.mesh, to.spec)
+  # The first constraint keeps the second from reaching the whole stack.
+  move = lambda layer: constrain(constrain(layer, source), target)
+  return constrain(jax.lax.map(move, x), to)
 
 
 def abstract_params(params: Params, layout: DecodeLayout) -> Params:

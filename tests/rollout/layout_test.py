@@ -73,6 +73,21 @@ def test_layouts_draw_the_same_tokens(
   )
 
 
+def test_a_stack_of_layers_moves_as_it_is() -> None:
+  mesh = _mesh(2, 2, 2)
+  made = layout.make_layout(GROUPED, mesh, 4)
+  stacked = dataclasses.replace(made.config, unrolled=False)
+  made = dataclasses.replace(made, config=stacked)
+  with jax.set_mesh(mesh):
+    params = heads.init_params('policy', GROUPED, jax.random.key(7))
+    found = layout.to_decode(params, layout=made)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  kernel = found['layers']['mlp']['up']
+  spec = jax.sharding.PartitionSpec(None, None, 'tensor')
+  want = jax.sharding.NamedSharding(made.mesh, spec)
+  assert kernel.sharding.is_equivalent_to(want, kernel.ndim)
+
+
 def test_the_weights_of_a_layer_are_its_own_and_cast() -> None:
   shape = dataclasses.replace(tiny.SHAPE, dtype='bfloat16')
   params = heads.init_params('policy', shape, jax.random.key(7))
