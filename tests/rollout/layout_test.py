@@ -82,7 +82,7 @@ def test_a_stack_of_layers_moves_as_it_is() -> None:
     params = heads.init_params('policy', GROUPED, jax.random.key(7))
     found = layout.to_decode(params, layout=made)
   jax.tree.map(np.testing.assert_array_equal, found, params)
-  kernel = found['layers']['mlp']['up']
+  kernel = found['layers']['attention']['query']
   spec = jax.sharding.PartitionSpec(None, None, 'tensor')
   want = jax.sharding.NamedSharding(made.mesh, spec)
   assert kernel.sharding.is_equivalent_to(want, kernel.ndim)
