@@ -45,7 +45,10 @@ _FIELDS = {
 
 
 def plain(value: Any) -> str:
-  """One line in which no character is Markdown, HTML or the end of a cell."""
+  """One line in which no character is Markdown, HTML or the end of a cell.
+
+  Floats have six digits.
+  """
   value = f'{value:.6g}' if isinstance(value, float) else value
   line = ' '.join(str(value).split())
   line = ''.join(c if c.isprintable() else '?' for c in line)

@@ -49,10 +49,8 @@ def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
     _check_warmup(config, config_lib.num_steps(config.ppo, len(data.ppo)))
   prompt_len, response_len = parts.widths(config, data)
   mesh = make_mesh(config.mesh)
-  if config.rollout.tensor:
-    decode_mesh(
-        mesh, config.rollout.tensor
-    )  # or an error, before anything runs
+  if config.rollout.tensor:  # an error of it ends the run before it begins
+    decode_mesh(mesh, config.rollout.tensor)
   return Run(
       config=config,
       workdir=workdir,
