@@ -88,17 +88,18 @@ def _draw(
     s: SamplingSettings,
 ) -> DecodeState:
   """Draws response token t; ended rows get pads."""
-  banned_V, embedding_VD = None, params['embedding']
+  banned_id = None
   if s.min_new_tokens:
-    is_eos_V = jnp.arange(embedding_VD.shape[0], dtype=jnp.int32) == s.eos_id
-    banned_V = is_eos_V & (state.t < s.min_new_tokens)
+    banned_id = jnp.where(state.t < s.min_new_tokens, s.eos_id, -1)
   tokens_B, logprobs_B, kept_B = sample(
-      head_logits(state.hidden_BD, embedding_VD, softcap=config.final_softcap),
+      head_logits(
+          state.hidden_BD, params['embedding'], softcap=config.final_softcap
+      ),
       jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.t),
       temperature=s.temperature,
       top_k=s.top_k,
       top_p=s.top_p,
-      banned_V=banned_V,
+      banned_id=banned_id,
   )
   live_B, ends_B = ~state.done_B, tokens_B == s.eos_id
   if state.limits_B is not None:

@@ -76,21 +76,28 @@ def nucleus(logits_BC: Array, top_p: float) -> Array:
   return jnp.cumsum(p_BC, axis=-1) - p_BC < top_p
 
 
-def _draw_any(logits_BV: Array, keys_B: Array) -> Array:
+def _in_blocks(logits_BV: Array) -> Array:
+  """[B, N, b]: a large vocabulary in blocks, a small one as a single block."""
+  batch, vocab = logits_BV.shape
+  if vocab % _BLOCK or vocab <= 2 * _BLOCK:
+    return logits_BV[:, None]
+  return logits_BV.reshape(batch, -1, _BLOCK)
+
+
+def _draw_any(logits_BNb: Array, log_masses_BN: Array, keys_B: Array) -> Array:
   """int32 [B]: a draw from softmax(logits): a block first, then inside it.
 
   One random number for each block and each of its entries, not for each of V.
   """
-  batch, vocab = logits_BV.shape
   draw = jax.vmap(jax.random.categorical)
-  if vocab % _BLOCK or vocab <= 2 * _BLOCK:
-    return draw(keys_B, logits_BV).astype(jnp.int32)
+  blocks, size = logits_BNb.shape[1:]
+  if blocks == 1:
+    return draw(keys_B, logits_BNb[:, 0]).astype(jnp.int32)
   keys_B2 = jax.vmap(jax.random.split)(keys_B)
-  logits_BNb = logits_BV.reshape(batch, -1, _BLOCK)
-  block_B = draw(keys_B2[:, 0], jax.nn.logsumexp(logits_BNb, axis=-1))
+  block_B = draw(keys_B2[:, 0], log_masses_BN)
   inside_Bb = jnp.take_along_axis(logits_BNb, block_B[:, None, None], axis=1)
   place_B = draw(keys_B2[:, 1], inside_Bb[:, 0])
-  return (block_B * _BLOCK + place_B).astype(jnp.int32)
+  return (block_B * size + place_B).astype(jnp.int32)
 
 
 def _draw_filtered(
@@ -114,7 +121,7 @@ def sample(
     temperature: float,
     top_k: int,
     top_p: float,
-    banned_V: Array | None = None,
+    banned_id: Array | int | None = None,
 ) -> tuple[Array, Array, Array]:
   """Draws a token a row from softmax(logits / temperature), filtered.
 
@@ -128,7 +135,7 @@ def sample(
     temperature: >= 0; 0 takes the most probable token.
     top_k: 0 = off.
     top_p: 1 = off.
-    banned_V: bool, tokens that must not be drawn.
+    banned_id: int, a token that must not be drawn; negative or None = none.
 
   Returns:
     tokens_B: int32.
@@ -137,22 +144,28 @@ def sample(
       left (1 at temperature 0).
   """
   chex.assert_rank([logits_BV, keys_B], [2, 1])
-  allowed_BV = logits_BV
-  if banned_V is not None:
-    allowed_BV = jnp.where(banned_V[None], -jnp.inf, logits_BV)
+  vocab = logits_BV.shape[-1]
+  banned = jnp.asarray(-1 if banned_id is None else banned_id, jnp.int32)
+  is_banned_V = jnp.arange(vocab, dtype=jnp.int32) == banned
+  allowed_BV = jnp.where(is_banned_V[None], -jnp.inf, logits_BV)
   if temperature == 0.0:
     tokens_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
     zeros_B = jnp.zeros(tokens_B.shape, logits_BV.dtype)
     return tokens_B, zeros_B, zeros_B + 1
   tempered_BV = allowed_BV / temperature
-  log_z_B = jax.nn.logsumexp(logits_BV / temperature, axis=-1)
-  if 0 < top_k < logits_BV.shape[-1] or top_p < 1.0:
+  # One look at the vocabulary: what else is wanted follows from the blocks.
+  blocks_BNb = _in_blocks(tempered_BV)
+  log_masses_BN = jax.nn.logsumexp(blocks_BNb, axis=-1)
+  log_allowed_B = jax.nn.logsumexp(log_masses_BN, axis=-1)
+  lost_B = jnp.where(banned >= 0, logits_BV[:, banned] / temperature, -jnp.inf)
+  if 0 < top_k < vocab or top_p < 1.0:
     tokens_B, log_mass_B = _draw_filtered(
         tempered_BV, keys_B, top_k=top_k, top_p=top_p
     )
   else:
-    tokens_B = _draw_any(tempered_BV, keys_B)
-    log_mass_B = jax.nn.logsumexp(tempered_BV, axis=-1)
+    tokens_B = _draw_any(blocks_BNb, log_masses_BN, keys_B)
+    log_mass_B = log_allowed_B
   drawn_B = jnp.take_along_axis(tempered_BV, tokens_B[:, None], axis=-1)[:, 0]
+  log_z_B = jnp.logaddexp(log_allowed_B, lost_B)
   kept_mass_B = jnp.minimum(jnp.exp(log_mass_B - log_z_B), 1)
   return tokens_B, drawn_B - log_mass_B, kept_mass_B

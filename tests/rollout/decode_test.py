@@ -61,15 +61,13 @@ def _plain(
   logprobs, mass = np.zeros((2, len(tokens), T)) + [[[0]], [[1]]]
   for t in range(T):
     states = _states(PARAMS, tokens, mask)[:, width + t - 1]
-    banned = np.zeros(tiny.SHAPE.vocab_size, bool)
-    banned[s.eos_id] = t < s.min_new_tokens
     drawn = sampling.sample(
         head_logits(states, PARAMS['embedding'], softcap=0.0),
         jnp.stack([jax.random.fold_in(key, t) for key in keys]),
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
-        banned_V=jnp.asarray(banned),
+        banned_id=s.eos_id if t < s.min_new_tokens else -1,
     )
     for row, response in enumerate(responses):
       if s.eos_id in response:
@@ -225,9 +223,8 @@ def test_stages_end_at_halves_of_the_response() -> None:
   assert decode.stage_limits(16) == (16,)
 
 
-@pytest.mark.parametrize(
-    'unrolled', [pytest.param(False, marks=pytest.mark.slow), True]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('unrolled', [False, True])
 def test_stages_and_dropped_rows_change_no_token(
     monkeypatch: pytest.MonkeyPatch, unrolled: bool
 ) -> None:

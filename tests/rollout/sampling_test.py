@@ -24,14 +24,13 @@ def _keys(count: int, seed: int = 0) -> Array:
 
 
 def _sample(
-    logits: np.ndarray, count: int, banned: tuple[int, ...] = (), **how
+    logits: np.ndarray, count: int, banned: int = -1, **how
 ) -> tuple[np.ndarray, ...]:
   """`count` draws from one row of logits."""
   how = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0} | how
-  banned_V = np.isin(np.arange(len(logits)), banned)
   rows = np.tile(logits, (count, 1))
   return tuple(
-      map(np.asarray, _draw(rows, _keys(count), banned_V=banned_V, **how))
+      map(np.asarray, _draw(rows, _keys(count), banned_id=banned, **how))
   )
 
 
@@ -111,7 +110,7 @@ def test_kept_sets_are_those_of_each_row():
 
 
 def test_temperature_zero_is_greedy():
-  for banned, want in (((), 2), ((2,), 0)):
+  for banned, want in ((-1, 2), (2, 0)):
     tokens, logprobs, mass = _sample(LOGITS, 3, banned, temperature=0.0)
     assert tokens.tolist() == [want] * 3 and tokens.dtype == np.int32
     assert logprobs.tolist() == [0, 0, 0] and mass.tolist() == [1, 1, 1]
@@ -121,14 +120,14 @@ def test_temperature_zero_is_greedy():
 @pytest.mark.parametrize(
     'how, banned, kept',
     [
-        ({}, (), [0, 1, 2, 3, 4]),
-        ({'top_k': 3}, (), [0, 2, 4]),
-        ({'top_p': 0.7}, (), [0, 2]),  # 36/66 = .55, 52/66 = .79
-        ({}, (2,), [0, 1, 3, 4]),
+        ({}, -1, [0, 1, 2, 3, 4]),
+        ({'top_k': 3}, -1, [0, 2, 4]),
+        ({'top_p': 0.7}, -1, [0, 2]),  # 36/66 = .55, 52/66 = .79
+        ({}, 2, [0, 1, 3, 4]),
         # Of the 30 parts left: 16/30 = .53, 25/30 = .83.
-        ({'top_p': 0.7}, (2,), [0, 4]),
-        ({'top_k': 2}, (2,), [0, 4]),
-        ({'top_k': 3, 'top_p': 0.6}, (), [0, 2]),  # 36/61 = .59, 52/61
+        ({'top_p': 0.7}, 2, [0, 4]),
+        ({'top_k': 2}, 2, [0, 4]),
+        ({'top_k': 3, 'top_p': 0.6}, -1, [0, 2]),  # 36/61 = .59, 52/61
     ],
 )
 def test_logprob_and_kept_mass_by_hand(how, banned, kept):
@@ -138,6 +137,18 @@ def test_logprob_and_kept_mass_by_hand(how, banned, kept):
   left = parts[kept].sum()
   np.testing.assert_allclose(logprobs, np.log(parts / left)[tokens], rtol=1e-5)
   np.testing.assert_allclose(mass, left / 66, rtol=1e-5)
+
+
+def test_masses_of_blocks_add_up_where_a_token_is_banned():
+  logits = np.random.default_rng(3).normal(0, 3, 640).astype(np.float32)
+  banned = int(np.argmax(logits))
+  p = np.exp(logits.astype(np.float64))
+  for how, kept in (({}, 639), ({'top_k': 4}, 4)):
+    tokens, logprobs, mass = _sample(logits, 50, banned, **how)
+    left = np.sort(np.delete(p, banned))[-kept:].sum()
+    assert banned not in tokens
+    np.testing.assert_allclose(logprobs, np.log(p[tokens] / left), rtol=1e-4)
+    np.testing.assert_allclose(mass, left / p.sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize('how', [{}, {'top_p': 0.9}], ids=str)
