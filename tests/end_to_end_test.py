@@ -68,14 +68,13 @@ class _Machine:
     self.folder = folder
     self.recipe = folder / 'recipe.py'
     self.recipe.write_text(_RECIPE)
-    flags = ' --xla_force_host_platform_device_count=1'
+    flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
     self.env = {
         **os.environ,
         'PYTHONPATH': str(_ROOT),
         'HF_HUB_OFFLINE': '1',
         'JAX_PLATFORMS': 'cpu',
-        # Compiling takes most of the time; the code may be slow.
-        'XLA_FLAGS': flags + ' --xla_backend_optimization_level=0',
+        'XLA_FLAGS': flags,
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',

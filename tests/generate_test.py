@@ -160,6 +160,7 @@ def test_the_best_of_n_by_the_reward_model_is_written(
   )
 
 
+@pytest.mark.slow
 def test_weights_may_be_split_over_devices(
     place: Place, tmp_path: pathlib.Path
 ):

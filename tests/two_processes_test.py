@@ -150,7 +150,9 @@ class _Machine:
     """
     recipe = self.folder / f'{workdir}_recipe.py'
     recipe.write_text(_RECIPE + code)
-    flags = f'--xla_force_host_platform_device_count={devices}'
+    flags = os.environ['XLA_FLAGS'].replace(
+        'device_count=8', f'device_count={devices}'
+    )
     command = [sys.executable, '-m', 'ma_rlhf_jax.train']
     command += [f'--config={recipe}', f'--workdir={self.folder / workdir}']
     if processes > 1:
@@ -161,8 +163,7 @@ class _Machine:
     done = subprocess.run(
         [*command, *arguments],
         cwd=self.folder,
-        env=self.env
-        | {'XLA_FLAGS': f'{flags} --xla_backend_optimization_level=0'},
+        env=self.env | {'XLA_FLAGS': flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -84,6 +84,7 @@ def _plain(prompt: list[int], sample: int, key: int) -> list[int]:
   return ids
 
 
+@pytest.mark.slow
 def test_equals_a_plain_loop():
   found = _respond(PROMPTS, num_samples=2)
   assert [(r.row, r.sample) for r in found] == [
@@ -158,6 +159,7 @@ def test_the_seed_changes_the_text():
   assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.slow
 def test_greedy_text_does_not_depend_on_the_seed():
   greedy = dataclasses.replace(SETTINGS, temperature=0.0)
   found = [_respond(PROMPTS, settings=greedy, seed=s) for s in (1, 2)]

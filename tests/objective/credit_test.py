@@ -59,7 +59,9 @@ def _policy_gradient(
   return pi * (token_values - pi @ token_values)
 
 
-@pytest.mark.parametrize('advantage', ['shared', 'own'])
+@pytest.mark.parametrize(
+    'advantage', ['shared', pytest.param('own', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('value', VALUES)
 def test_the_expected_gradient_is_the_true_one_times_sigma_so_far(
     value: str, advantage: str

@@ -158,7 +158,11 @@ def test_parameters_are_split_as_named(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize(
-    'config', [CONFIG, TINY_2], ids=['one key head', 'two key heads']
+    'config',
+    [
+        pytest.param(CONFIG, id='one key head', marks=pytest.mark.slow),
+        pytest.param(TINY_2, id='two key heads'),
+    ],
 )
 def test_eight_devices_agree_with_one(config: GemmaConfig, mesh: Mesh) -> None:
   params = draw('policy', config, seed=3)

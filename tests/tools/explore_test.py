@@ -184,6 +184,7 @@ def test_a_recipe_that_is_no_python_is_named():
   assert ran.returncode == 1 and 'a recipe must be Python' in ran.stderr
 
 
+@pytest.mark.slow
 def test_the_fields_of_rule_a_hold_for_rule_b_too():
   fields = ['--config.ppo.gae_lambda=0.5', '--text=a b c d e f g']
   ran = _run('--config', f'{_TINY}:authors', *fields)

@@ -25,6 +25,7 @@ def _run(workdir: pathlib.Path, **fields: object) -> Run:
   return tiny.run(workdir, tiny.config(**_FIELDS, **fields))
 
 
+@pytest.mark.slow
 def test_the_stages_of_the_config_are_made(tmp_path: pathlib.Path) -> None:
   run = _run(tmp_path, stages=('sft', 'ppo'), ppo__one_pass='off')
   stages = abstract_stages(run)

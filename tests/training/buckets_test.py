@@ -108,7 +108,11 @@ def test_rows_too_short_for_two_widths_are_one_micro_batch() -> None:
 
 @pytest.mark.parametrize(
     'axes',
-    [None, pytest.param((1, 2, 4), marks=pytest.mark.slow), (2, 4, 1)],
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param((1, 2, 4), marks=pytest.mark.slow),
+        (2, 4, 1),
+    ],
     ids=str,
 )
 def test_scores_are_those_of_whole_rows(axes: tuple | None) -> None:

@@ -69,6 +69,7 @@ def test_samples_of_a_prompt_are_numbered_in_the_batch(run: Run):
   np.testing.assert_array_equal(made.mask_BP, want.mask_BP)
 
 
+@pytest.mark.slow
 def test_batches_of_rollouts_change_no_token(run: Run):
   whole = _sample(run)
   parts = _sample(run, num_rollouts=4)

@@ -108,6 +108,7 @@ def test_padding_with_eos_takes_the_same_step(stepped: tuple, tmp_path: Any):
     )
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_step_of_one(stepped: tuple, tmp_path: Any):
   stage = _stage(tiny.mesh(8, 1, 1), tmp_path)
   with jax.set_mesh(stage.run.mesh):

@@ -152,7 +152,14 @@ def _sgd_step(loss: str, num_micro: int) -> tuple[Params, dict[str, float]]:
   return state.params, {name: float(x) for name, x in metrics.items()}
 
 
-@pytest.mark.parametrize('loss', ['per_token', 'last_token', 'authors'])
+@pytest.mark.parametrize(
+    'loss',
+    [
+        'per_token',
+        pytest.param('last_token', marks=pytest.mark.slow),
+        pytest.param('authors', marks=pytest.mark.slow),
+    ],
+)
 def test_each_loss_of_micro_batches_is_that_of_the_batch(loss: str) -> None:
   _, metrics = _sgd_step(loss, 2)
   pairs = jax.tree.map(jnp.asarray, _pairs([6, 1, 4, 3]))

@@ -295,21 +295,15 @@ def _policy_after(**how: Any) -> Any:
   return _updated('policy', loss_fn, mask, reduction=reduction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('field', 'argument', 'value'),
     [
         ('ppo__clip_eps', 'clip_eps', 0.01),
         ('ppo__ratio', 'ratio', 'macro'),
+        ('ppo__ratio', 'ratio', 'geometric'),
         ('ppo__loss_reduction', 'reduction', 'constant'),
-        pytest.param(
-            'ppo__ratio', 'ratio', 'geometric', marks=pytest.mark.slow
-        ),
-        pytest.param(
-            'ppo__loss_reduction',
-            'reduction',
-            'macro',
-            marks=pytest.mark.slow,
-        ),
+        ('ppo__loss_reduction', 'reduction', 'macro'),
     ],
 )
 def test_a_field_of_the_policy_loss_reaches_its_argument(
