@@ -101,19 +101,11 @@ class Workload:
     )
 
 
-def make(config: ConfigDict, spread: str = 'full') -> Workload:
-  """A stage on random weights; call it, and use it, under `jax.set_mesh`.
-
-  Args:
-    config: a recipe; its preset, lengths, batch sizes and dtypes count.
-    spread: see `lengths`.
-  """
-  vocab = presets.from_fields(config.model, config.tokenizer.vocab_size)
-  vocab = vocab.vocab_size
+def make_run(config: ConfigDict) -> tuple[Run, presets.GemmaConfig]:
+  """A run without rows worth reading, and the shape of its models."""
+  shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
   prompt_len, response_len = config_lib.lengths(config)
   rows = config.ppo.batch_size * config.ppo.samples_per_prompt
-  # Ids that cannot be drawn, so that lengths are those that are asked for.
-  ids = Ids(vocab, vocab, vocab + 1)
   empty = Ragged.of([[3]] * rows)
   none = np.zeros(rows, bool)
   data = EncodedSet(empty, empty, empty, none, none)
@@ -122,12 +114,23 @@ def make(config: ConfigDict, spread: str = 'full') -> Workload:
       workdir=epath.Path('unused'),
       mesh=make_mesh(config.mesh),
       data=Datasets(data, data, data, data, counts={}),
-      tokenizer=ids,
+      # Ids that cannot be drawn, so that lengths are those that are asked for.
+      tokenizer=Ids(shape.vocab_size, shape.vocab_size, shape.vocab_size + 1),
       prompt_len=prompt_len,
       response_len=response_len,
       gold=None,
   )
-  shape = presets.from_fields(config.model, vocab)
+  return run, shape
+
+
+def make(config: ConfigDict, spread: str = 'full') -> Workload:
+  """A stage on random weights; call it, and use it, under `jax.set_mesh`.
+
+  Args:
+    config: a recipe; its preset, lengths, batch sizes and dtypes count.
+    spread: see `lengths`.
+  """
+  run, shape = make_run(config)
   learns, fixed = presets.trained(shape, config), presets.frozen(
       shape, config.model
   )
@@ -143,5 +146,7 @@ def make(config: ConfigDict, spread: str = 'full') -> Workload:
   del params
   states, stage.states = stage.states, {}  # steps donate them
   return Workload(
-      stage, states, *lengths(spread, rows, prompt_len, response_len)
+      stage,
+      states,
+      *lengths(spread, run.rows, run.prompt_len, run.response_len)
   )
