@@ -36,7 +36,15 @@ def test_loaded_modules_are_seen() -> None:
   assert _loaded('import csv, wave', ('csv', 'wave', 'gzip')) == ['csv', 'wave']
 
 
-@pytest.mark.parametrize('verb', ['train', 'evaluate', 'generate', 'export'])
+@pytest.mark.parametrize(
+    'verb',
+    [
+        'train',
+        'generate',
+        pytest.param('evaluate', marks=pytest.mark.slow),
+        pytest.param('export', marks=pytest.mark.slow),
+    ],
+)
 def test_verbs_start_without_heavy_modules(verb: str) -> None:
   assert _loaded(f'import ma_rlhf_jax.{verb}', _HEAVY) == []
 

@@ -95,6 +95,7 @@ def _streamed(prompt: list[int], seed: int) -> list[list[int]]:
     return list(streaming.stream(models, prompt, SETTINGS, seed=seed))
 
 
+@pytest.mark.slow
 def test_the_stream_is_the_response_in_parts():
   models = Models(tiny.mesh(2, 1, 1), (tiny.SHAPE, PARAMS))
   prompt, lengths = [2, 5, 6, 3], set()

@@ -71,7 +71,13 @@ def _case(seed: int) -> dict:
   return dict(mask=mask, logprobs=logprobs, ref=ref, values=values, score=score)
 
 
-@pytest.mark.parametrize('ratio', losses.RATIOS)
+@pytest.mark.parametrize(
+    'ratio',
+    [
+        pytest.param(x, marks=() if x == 'macro' else pytest.mark.slow)
+        for x in losses.RATIOS
+    ],
+)
 def test_one_macro_action_is_reinforce_with_a_learned_baseline(ratio: str):
   """-(R - V(prompt)) / (B T), or over the row's tokens and the rows."""
   with jax.enable_x64(True):

@@ -84,6 +84,7 @@ def test_an_export_is_what_was_trained(
   assert 'NOTICE' not in names  # random weights are no Gemma
 
 
+@pytest.mark.slow
 def test_rounding_is_told_apart_from_what_is_read_back(
     whole: products.Made, tmp_path: pathlib.Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_the_command_prints_and_ends() -> None:
   assert ran.returncode == 0 and 'decisions' in ran.stdout, ran.stderr
 
 
+@pytest.mark.slow
 def test_advantages_under_two_rules_stand_side_by_side(tmp_path: pathlib.Path):
   page = tmp_path / 'page.html'
   ran = _run(
@@ -214,6 +215,7 @@ def test_sentences_without_a_tree_are_counted(tmp_path: pathlib.Path):
   assert 'sentences without a usable tree, segmented by' in ran.stdout
 
 
+@pytest.mark.slow
 def test_a_workdir_stands_for_its_policy(tmp_path: pathlib.Path):
   made = products.make(tmp_path)
   ran = _run(

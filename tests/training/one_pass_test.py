@@ -163,6 +163,7 @@ def test_each_clause_is_needed(
   assert max(jax.tree.leaves(apart)) > 1e-5
 
 
+@pytest.mark.slow
 def test_the_critic_alone_learns_in_its_warm_up(tmp_path: Any) -> None:
   stage = _stage(
       tmp_path, ppo__critic_warmup_updates=1, ppo__steps=4, macro__ngram=3
