@@ -117,7 +117,8 @@ def stream(
     told = len(ids)
     if told == settings.max_new_tokens or ids[-1] == settings.eos_id:
       return
-    state = _extend(shape, params, state, settings, told + _STEP)
+    more = min(_STEP, settings.max_new_tokens - told)
+    state = _extend(shape, params, state, settings, more)
 
 
 def speak(

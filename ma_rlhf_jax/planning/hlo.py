@@ -225,8 +225,8 @@ def walk(
 ) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
   """(computation, instruction, loops around it) of all that runs.
 
-  Fusions are one instruction each; bodies of loops, calls and branches are
-  entered.
+  Fusions are one instruction each; bodies of loops and calls are entered, and
+  of the branches of a conditional the one that makes the most.
   """
   computation = computation or module.entry
   lines = module.computations[computation]
@@ -239,8 +239,17 @@ def walk(
     elif made.opcode == 'call':
       yield from walk(module, made.called['to_apply'], loops)
     elif made.opcode == 'conditional':
-      for branch in made.branches:
-        yield from walk(module, branch, loops)
+      most = max(made.branches, key=lambda branch: _made_in(module, branch))
+      yield from walk(module, most, loops)
+
+
+def _made_in(module: Module, computation: str) -> int:
+  """Bytes of all values that a computation makes, loops counted."""
+  return sum(
+      array.size * trips(loops)
+      for _, made, loops in walk(module, computation)
+      for array in made.arrays
+  )
 
 
 def trips(loops: tuple[Loop, ...]) -> int:

@@ -167,27 +167,29 @@ def extend(
     params: Params,
     state: DecodeState,
     settings: SamplingSettings,
-    limit: Array | int,
+    more: Array | int,
 ) -> DecodeState:
-  """`state` once `limit` tokens have been drawn, or all rows have ended.
+  """`state` after `more` tokens of each row, or once all rows have ended.
 
   Args:
     config: shape of the policy.
     params: its parameters.
     state: what `start` or `extend` gave.
     settings: how to sample.
-    limit: tokens of a row, at most those the cache has room for.
+    more: tokens, at most those that the cache has room for.
   """
-  limit = jnp.minimum(limit, settings.max_new_tokens)
 
-  def unfinished(state: DecodeState) -> Array:
-    return (state.t < limit) & ~jnp.all(state.done_B)
+  def unfinished(carry: tuple[Array, DecodeState]) -> Array:
+    # A count from 0, so that who reads the program can tell how often it runs.
+    drawn, state = carry
+    return (drawn < more) & ~jnp.all(state.done_B)
 
-  def body(state: DecodeState) -> DecodeState:
+  def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+    drawn, state = carry
     state = _advance(config, params, state)
-    return _draw(config, params, state, settings)
+    return drawn + 1, _draw(config, params, state, settings)
 
-  return jax.lax.while_loop(unfinished, body, state)
+  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
 def stage_limits(max_new_tokens: int) -> tuple[int, ...]:
@@ -223,13 +225,15 @@ def generate(
   width = prompts.tokens_BP.shape[1]
   limits = stage_limits(settings.max_new_tokens)
   state = start(config, params, prompts, keys_B, settings, limits[0])
+  drawn = 1
   for number, limit in enumerate(limits):
     # A slice of a larger cache would be copied for every token.
     state = state.replace(cache=state.cache.grown(width + limit))
-    run = lambda state, limit=limit: extend(
-        config, params, state, settings, limit
+    run = lambda state, more=limit - drawn: extend(
+        config, params, state, settings, more
     )
     state = live_rows.run(run, state, most=2**number)
+    drawn = limit
   state = live_rows.in_order(state)
   return Rollout(
       sequences=masking.join(
