@@ -68,6 +68,11 @@ class Compiled:
   collectives: tuple[traffic.Collective, ...] = ()
   weights: tuple[tuple[int, ...], ...] = ()
 
+  @property
+  def decode_wire(self) -> float:
+    """Bytes that pass the wire while tokens are drawn."""
+    return sum(c.total for c in self.collectives if c.in_decode_loop)
+
 
 def _environment(topology: Topology) -> dict[str, str]:
   made = {**os.environ, **_ENVIRONMENT}

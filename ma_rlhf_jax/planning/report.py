@@ -88,6 +88,16 @@ def _programs(plan: plans.Plan) -> str:
   return _table(rows)
 
 
+def _sent_by_token(plan: plans.Plan) -> list[str]:
+  programs = [p for stage in plan.stages for p in stage.programs]
+  return [
+      f'  {p.name}: {_gib(p.compiled.decode_wire)} of '
+      f'{_gib(p.compiled.wire)} GiB are sent while tokens are drawn'
+      for p in programs
+      if p.compiled.decode_wire
+  ]
+
+
 def _set(stage: plans.StagePlan) -> str:
   """What stays and what comes on top, one line."""
   parts = ' + '.join(
@@ -183,6 +193,7 @@ def text(plan: plans.Plan, shares: roofline.Shares, price: float | None) -> str:
       f'{plan.topology.name}: {plan.topology.num_chips} chip(s), '
       f'{plan.topology.num_devices} device(s) of {_gib(plan.hbm)} GiB; {how}',
       _programs(plan),
+      *_sent_by_token(plan),
       'what stays on a device, and the most that a program adds, GiB:',
       *(f'  {_set(stage)}' for stage in plan.stages),
       *(['largest temporaries, GiB:'] if any(_buffers(plan)) else []),
@@ -204,6 +215,7 @@ def _json_program(p: plans.ProgramPlan) -> dict[str, Any]:
       'flops': c.flops,
       'hbm_bytes': c.hbm_bytes,
       'wire_bytes': c.wire,
+      'decode_loop_wire_bytes': c.decode_wire,
       'seconds': dataclasses.asdict(p.seconds) | {'total': p.seconds.total},
       'warnings': list(p.warnings),
       'collectives': [

@@ -47,6 +47,11 @@ class Collective:
     return hlo.trips(self.loops)
 
   @property
+  def in_decode_loop(self) -> bool:
+    """Whether a loop around it may end early, as that over tokens does."""
+    return any(loop.may_end_early for loop in self.loops)
+
+  @property
   def total(self) -> float:
     """Bytes that pass a device in all."""
     return self.wire * self.count

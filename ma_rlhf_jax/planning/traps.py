@@ -53,7 +53,7 @@ def warnings(
   layers = [w for w in program.weights if vocab not in w]
   is_table = lambda c: _matches(c.arrays, table, tensor)
   is_weight = lambda c: is_table(c) or _matches(c.arrays, layers, tensor)
-  early = lambda c: any(loop.may_end_early for loop in c.loops)
+  early = lambda c: c.in_decode_loop
   inner = lambda c: c.loops and c.loops[-1].trips != passes
   gathers = [c for c in program.collectives if c.kind == 'all-gather']
   decode = [c for c in program.collectives if early(c)]

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 import pytest
 
 from ma_rlhf_jax.planning import flops
+from ma_rlhf_jax.rollout import decode
 from tests import tiny
 
 _X = jnp.ones((3, 5))
@@ -82,3 +83,25 @@ def test_shards_count_for_every_device() -> None:
   )
   x = jnp.ones((12, 5))
   assert _count(f, x, _W) == 2 * 12 * 5 * 5
+
+
+def test_stages_of_decoding_count_their_own_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  found, trips = [], flops.while_trips
+
+  def noted(*args: object) -> int:
+    found.append(trips(*args))
+    return found[-1]
+
+  monkeypatch.setattr(flops, 'while_trips', noted)
+  settings = decode.SamplingSettings(64, tiny.EOS, tiny.PAD)
+  params = tiny.params('policy', 0)
+  draw = lambda prompts, keys_B: decode.generate(
+      tiny.SHAPE, params, prompts, keys_B, settings
+  )
+  keys_B = jax.random.split(jax.random.key(0), 4)
+  flops.count(jax.make_jaxpr(draw)(tiny.prompts([0, 1, 2, 3]), keys_B))
+  # Up to token 32, the first of which comes with the prompts, and up to 64 for
+  # all rows or for a half of them.
+  assert found == [31, 32, 32]

@@ -82,3 +82,23 @@ def test_what_xla_writes_for_a_scan_is_read() -> None:
       loop.trips for _, _, loops in hlo.walk(hlo.parse(text)) for loop in loops
   }
   assert trips == {7}
+
+
+def test_of_branches_that_exclude_each_other_the_largest_counts() -> None:
+  def function(x: jax.Array, choose: jax.Array) -> jax.Array:
+    of = lambda rows: lambda _, x: x.at[:rows].set(x[:rows] @ w)
+    loop = lambda rows, trips: jax.lax.fori_loop(0, trips, of(rows), x)
+    return jax.lax.cond(choose, lambda: loop(32, 9), lambda: loop(3, 2))
+
+  x, w = jnp.ones((32, 64)), jnp.ones((64, 64))
+  compiled = jax.jit(function).lower(x, jnp.bool(True)).compile()
+  module = hlo.parse(compiled.as_text())
+  dots = lambda lines: [i.arrays[0].dims for i in lines if i.opcode == 'dot']
+  every = [lines.values() for lines in module.computations.values()]
+  assert sorted(sum(map(dots, every), [])) == [(3, 64), (32, 64)]
+  # Products stand alone or in fusions.
+  entered = []
+  for _, made, _ in hlo.walk(module):
+    inside = module.computations.get(made.called.get('calls', ''), {})
+    entered += dots([made, *inside.values()])
+  assert entered == [(32, 64)]

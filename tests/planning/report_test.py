@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from ma_rlhf_jax.planning import report, roofline
+from ma_rlhf_jax.planning import hlo, report, roofline, traffic
 from ma_rlhf_jax.planning.topology import GIB
 from tests import tiny
 from tests.planning.plans_test import made_plan
@@ -69,3 +69,25 @@ def test_json_holds_bytes_and_seconds() -> None:
 def test_flags_make_one_config_of_another() -> None:
   flags = report.changed(tiny.config(ppo__micro_batch_size=2), tiny.config())
   assert flags == '--config.ppo.micro_batch_size=2'
+
+
+def test_what_is_sent_while_tokens_are_drawn_is_told_apart() -> None:
+  def sent(trips: int, early: bool) -> traffic.Collective:
+    loops = (hlo.Loop('loop', trips, early),)
+    return traffic.Collective('all-reduce', (), 8, GIB / 4, loops, '')
+
+  plan = made_plan(16 * GIB, {'ppo/rollout': 5 * GIB})
+  (stage,) = plan.stages
+  (program,) = stage.programs
+  compiled = dataclasses.replace(
+      program.compiled,
+      wire=4.0 * GIB,
+      collectives=(sent(6, True), sent(10, False)),
+  )
+  program = dataclasses.replace(program, compiled=compiled)
+  stage = dataclasses.replace(stage, programs=(program,))
+  plan = dataclasses.replace(plan, stages=(stage,))
+  words = 'ppo/rollout: 1.50 of 4.00 GiB are sent while tokens are drawn'
+  assert words in report.text(plan, roofline.Shares(), None)
+  made = report.as_json(plan, None)['stages']['ppo']['programs']['ppo/rollout']
+  assert made['decode_loop_wire_bytes'] == 1.5 * GIB

@@ -66,7 +66,7 @@ def _gathered(program: compiling.Compiled, *, early: bool) -> list[int]:
       for c in program.collectives
       for array in c.arrays
       if c.kind == 'all-gather' and c.loops
-      if any(loop.may_end_early for loop in c.loops) == early
+      if c.in_decode_loop == early
   ]
 
 
