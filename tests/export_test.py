@@ -136,6 +136,7 @@ def test_shards_dtype_and_prompts_are_chosen(
   assert config['architectures'] == ['GemmaForSequenceClassification']
 
 
+@pytest.mark.slow
 def test_adapters_come_out_alone(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

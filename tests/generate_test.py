@@ -113,6 +113,7 @@ def test_rows_come_in_order_with_their_fields(
   assert told.out == '' and 'rows 9/9' in told.err and 'written: ' in told.err
 
 
+@pytest.mark.slow
 def test_text_depends_on_the_prompt_alone(place: Place, tmp_path: pathlib.Path):
   base = [row['response_ids'] for row in _run(place, tmp_path)]
   other = [PROMPTS[i] for i in (8, 5, 4, 2, 0)]

@@ -102,6 +102,7 @@ def test_adapters_and_heads_learn_and_nothing_else() -> None:
   assert total == TINY.num_params + learns
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_kernel() -> None:
   params = draw('policy', CONFIG, seed=3)
   frozen, learning = lora.split(CONFIG, params)
@@ -145,6 +146,7 @@ def test_a_merge_of_bfloat16_is_rounded_once() -> None:
   assert float(merged.astype(jnp.bfloat16)[0, 0]) == 1 + 1 / 128
 
 
+@pytest.mark.slow
 def test_decoding_through_adapters_equals_a_whole_pass() -> None:
   config = dataclasses.replace(CONFIG, remat='none')
   params = draw('policy', config, seed=3)

@@ -170,9 +170,9 @@ def test_files_that_differ_from_their_source_are_refused(
     # PPO's policy is written as that of SFT is.
     [
         'sft',
-        'reward_model',
+        pytest.param('reward_model', marks=pytest.mark.slow),
         pytest.param('ppo', marks=pytest.mark.slow),
-        'critic',
+        pytest.param('critic', marks=pytest.mark.slow),
     ],
 )
 def test_base_and_adapters_are_the_merged_model(

@@ -223,7 +223,13 @@ def _temporaries(compiled: jax.stages.Compiled) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize('function', [None, jax.grad], ids=['pass', 'grad'])
+@pytest.mark.parametrize(
+    'function',
+    [
+        pytest.param(None, id='pass'),
+        pytest.param(jax.grad, id='grad', marks=pytest.mark.slow),
+    ],
+)
 def test_temporaries_do_not_grow_with_tokens_times_vocabulary(
     function: Callable | None,
 ):

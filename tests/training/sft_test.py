@@ -136,6 +136,7 @@ def test_the_loss_falls_on_rows_that_come_again(
   assert found[0]['tokens'] == lengths[stage.rows(0)].sum()
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
   logprobs = functools.partial(
       sft.learned_logprobs,

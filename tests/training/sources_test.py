@@ -322,6 +322,7 @@ def test_a_model_is_read_in_the_dtype_of_the_run(
   assert {x.dtype.name for x in jax.tree.leaves(params)} == {'float32'}
 
 
+@pytest.mark.slow
 def test_adapters_share_the_weights_of_the_model_they_start_from(
     store: _Store, tmp_path: pathlib.Path
 ) -> None:
