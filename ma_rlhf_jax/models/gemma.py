@@ -145,6 +145,8 @@ class Attention(_Kernels):
     mixed = masks.attend(c, slides, queries, keys, values, **scales)
     if cache is not None:
       mixed = beside_cache(mixed, c.num_kv_heads)
+      # To the heads of `out`, or that would be gathered to where the rows are.
+      mixed = constrain(mixed, ('batch', 'length', 'heads', 'head'))
     return self.project('out', mixed, (c.embed_dim,), count=2), cache
 
 

@@ -222,7 +222,7 @@ def _touched(
     return _hbm(made.arrays) + sum(_hbm(o.arrays) for o in operands)
   fused = module.computations[made.called['calls']]
   if sent := [i for i in fused.values() if _kind(i.opcode)]:
-    return _touched_beside(made, operands, sent)
+    return _touched_beside(module, made, operands, fused, sent)
   read = sum(
       _read_inside(module, fused, name, _hbm(operand.arrays))
       for i, operand in enumerate(operands)
@@ -232,8 +232,10 @@ def _touched(
 
 
 def _touched_beside(
+    module: hlo.Module,
     made: hlo.Instruction,
     operands: list[hlo.Instruction],
+    fused: hlo.Computation,
     sent: list[hlo.Instruction],
 ) -> int:
   """Bytes of a fusion that works while a collective goes on.
@@ -243,14 +245,19 @@ def _touched_beside(
   once, by the one that starts it.
   """
   kept = lambda arrays: {(a.dtype, a.dims) for a in arrays}
-  read = [a for o in operands for a in o.arrays]
   through = kept(a for op in sent for a in op.arrays)
-  through |= kept(read) & kept(made.arrays)
-  beside = [
-      a for a in (*read, *made.arrays) if (a.dtype, a.dims) not in through
-  ]
-  started = sum(_hbm(op.arrays) for op in sent) if 'start' in made.name else 0
-  return _hbm(tuple(beside)) + started
+  through |= kept(a for o in operands for a in o.arrays) & kept(made.arrays)
+  beside = lambda arrays: _hbm(
+      tuple(a for a in arrays if (a.dtype, a.dims) not in through)
+  )
+  total = beside(made.arrays)
+  for i, operand in enumerate(operands):
+    whole = beside(operand.arrays)
+    if whole and (name := _parameter(fused, i)):
+      total += _read_inside(module, fused, name, whole)
+  return total + (
+      sum(_hbm(op.arrays) for op in sent) if 'start' in made.name else 0
+  )
 
 
 def _each_touched(module: hlo.Module) -> Iterator[int]:

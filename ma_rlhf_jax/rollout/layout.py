@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import traverse_util
@@ -112,9 +113,7 @@ def _unstacked(flat: dict[str, Any], num_layers: int) -> dict[str, Any]:
   return made
 
 
-@functools.partial(jax.jit, static_argnames='layout')
-def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
-  """The parameters of a policy in training, in the layout of a decoding one."""
+def _laid_out(params: Params, layout: DecodeLayout) -> Params:
   config = layout.config
   flat = traverse_util.flatten_dict(params, sep='/')
   # Norms multiply in float32 and are small.
@@ -132,6 +131,48 @@ def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
+def _is_even(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+  parts = lambda names: math.prod(
+      sharding.mesh.shape[name]
+      for name in ((names,) if isinstance(names, str) else names or ())
+  )
+  sizes = zip(shape, map(parts, sharding.spec), strict=False)
+  return all(size % part == 0 for size, part in sizes)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    layout: DecodeLayout, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> jax.stages.Wrapped:
+  lay_out = functools.partial(_laid_out, layout=layout)
+  if layout.mesh is None:
+    return jax.jit(lay_out)
+  given = {path: jax.ShapeDtypeStruct(x, jnp.float32) for path, x in shapes}
+  made = jax.eval_shape(lay_out, traverse_util.unflatten_dict(given, sep='/'))
+  flat = traverse_util.flatten_dict(made, sep='/')
+  # Without them XLA may give whole copies, where the layout of a result is not
+  # one of whole axes of the mesh in training. It decides where parts are of
+  # unequal size, which a result cannot have.
+  to = {
+      path: sharding if _is_even(sharding, flat[path].shape) else None
+      for path, sharding in _shardings(layout, flat).items()
+  }
+  return jax.jit(
+      lay_out, out_shardings=traverse_util.unflatten_dict(to, sep='/')
+  )
+
+
+def decode_program(params: Params, layout: DecodeLayout) -> jax.stages.Wrapped:
+  """The jitted function that `to_decode` calls for parameters like these."""
+  flat = traverse_util.flatten_dict(params, sep='/')
+  return _program(layout, tuple((path, x.shape) for path, x in flat.items()))
+
+
+def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
+  """The parameters of a policy in training, in the layout of a decoding one."""
+  return decode_program(params, layout)(params)
+
+
 def _moved(
     layout: DecodeLayout, path: str, x: Array, to: NamedSharding
 ) -> Array:
@@ -141,15 +182,23 @@ def _moved(
   stack of all layers is too large.
   """
   constrain = jax.lax.with_sharding_constraint
+  train_mesh, whole = layout.train_mesh, PartitionSpec(*[None] * x.ndim)
+  source = partition.param_spec(path, x.shape, train_mesh)
+  # Parts of other sizes lie on other devices: then every device has it all
+  # before it keeps its part. Equal ones need to be gathered over `fsdp` only.
+  same = to.mesh.shape['tensor'] == train_mesh.shape['tensor']
+  gathered = to.spec if same else whole
+  # The first keeps the others from reaching the whole stack.
+  steps = (train_mesh, source), (train_mesh, gathered), (to.mesh, to.spec)
+
+  def move(x: Array, skipped: int = 0) -> Array:
+    for mesh, axes in steps:
+      x = constrain(x, NamedSharding(mesh, PartitionSpec(*axes[skipped:])))
+    return x
+
   if not path.startswith('layers/'):
-    return constrain(x, to)
-  spec = partition.param_spec(path, x.shape, layout.train_mesh)
-  of_layer = lambda mesh, whole: NamedSharding(mesh, PartitionSpec(*whole[1:]))
-  source = of_layer(layout.train_mesh, spec)
-  target = of_layer(to.mesh, to.spec)
-  # The first constraint keeps the second from reaching the whole stack.
-  move = lambda layer: constrain(constrain(layer, source), target)
-  return constrain(jax.lax.map(move, x), to)
+    return move(x)
+  return constrain(jax.lax.map(functools.partial(move, skipped=1), x), to)
 
 
 def abstract_params(params: Params, layout: DecodeLayout) -> Params:

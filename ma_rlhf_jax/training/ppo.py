@@ -206,7 +206,8 @@ class PPO(Stage):
     prompts = self.run.abstract_prompts(self.run.rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     split = lambda: jax.random.split(jax.random.key(0), self.run.rows)
-    programs['ppo/reshard'] = Program(self.to_decode, (models.policy,))
+    lay_out = layout_lib.decode_program(models.policy, self._layout)
+    programs['ppo/reshard'] = Program(lay_out, (models.policy,))
     policy = layout_lib.abstract_params(models.policy, self._layout)
     rollout = add('ppo/rollout', self._rollout, policy, prompts, key, 0)
     given_BT = rollout.sequences.response_mask_BT if self._host else None
