@@ -153,7 +153,7 @@ def sample(
     zeros_B = jnp.zeros(tokens_B.shape, logits_BV.dtype)
     return tokens_B, zeros_B, zeros_B + 1
   tempered_BV = allowed_BV / temperature
-  # One look at the vocabulary: what else is wanted follows from the blocks.
+  # Masses of blocks are summed once; those of the whole follow from them.
   blocks_BNb = _in_blocks(tempered_BV)
   log_masses_BN = jax.nn.logsumexp(blocks_BNb, axis=-1)
   log_allowed_B = jax.nn.logsumexp(log_masses_BN, axis=-1)

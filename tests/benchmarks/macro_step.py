@@ -38,18 +38,18 @@ def main() -> None:
   flags = recipes.parser(__doc__).parse_args()
   configs = {name: recipes.read(flags, w) for name, w in _STAGES.items()}
   with jax.set_mesh(make_mesh(configs['token PPO'].mesh)):
-    work = workload.make(configs['token PPO'])
-    states, stages = work.states, {}
+    work = workload.make(configs.pop('token PPO'))
+    first, states = work.stage, work.states
+    stages = {'token PPO': first}
     for name, config in configs.items():
       run, _ = workload.make_run(config)
-      first = work.stage
       stages[name] = PPO(run, first.shapes, first.params(states))
       stages[name].states = {}  # all of them train the same ones
     times: dict[str, list[tuple[float, float]]] = {}
     for round_number in range(flags.runs + 1):  # the first compiles
       prompts = work.prompts(round_number)
       taken, rollout = _clocks(
-          lambda: work.stage.respond(states, prompts, round_number)  # noqa: B023
+          lambda: first.respond(states, prompts, round_number)  # noqa: B023
       )
       times.setdefault('rollout', []).append(taken)
       names = list(stages)
@@ -61,7 +61,7 @@ def main() -> None:
         times.setdefault(name, []).append(taken)
       print(f'round {round_number}', flush=True)
   device = jax.devices()[0].device_kind
-  run = work.stage.run
+  run = first.run
   print(
       f'{flags.recipe} on {jax.device_count()} x {device}, jax '
       f'{jax.__version__}, {run.rows} x ({run.prompt_len} + '
