@@ -33,8 +33,19 @@ PASSES = (
     'ppo.micro_batch_size',
     'rollout.batch_size',
 )
-# Programs that need most are compiled first, so that a misfit shows early.
-_HEAVY = ('one_pass', 'update_policy', 'update', 'score', 'rollout')
+# Programs that take longest to compile, or need most, come first: no process
+# waits for one at the end, and a misfit shows early.
+_HEAVY = ('one_pass', 'update_policy', 'rollout', 'update', 'score')
+
+
+def whole(config: ConfigDict, field: str) -> int:
+  """Rows that one of `PASSES` splits."""
+  rows = config.ppo.batch_size * config.ppo.samples_per_prompt
+  if field == 'rollout.batch_size':
+    return rows
+  if field == 'ppo.micro_batch_size':
+    return rows // config.ppo.minibatches
+  return config[field.partition('.')[0]].batch_size
 
 
 def _key(config: ConfigDict, left_out: Sequence[str]) -> str:
@@ -45,6 +56,9 @@ def _key(config: ConfigDict, left_out: Sequence[str]) -> str:
       for name, value in flat.items()
       if name not in left_out and name.partition('.')[0] not in left_out
   }
+  for name in PASSES:
+    if name in kept:
+      kept[name] = kept[name] or whole(config, name)
   return json.dumps(kept)
 
 
@@ -107,8 +121,7 @@ class Planner:
 
   def survey(self, config: ConfigDict) -> dict[str, Any]:
     """What a config compiles and keeps on a device, see `planning.child`."""
-    exact = self.topology.platform == 'gpu'  # operations depend on all of it
-    key = _key(config, () if exact else PASSES)
+    key = _key(config, PASSES)
     if key not in self._surveys:
       child = functools.partial(
           Child,
@@ -116,7 +129,7 @@ class Planner:
           self.topology,
           rows=self.rows(config),
           ask_hbm=self.hbm is None,
-          count=exact,
+          count=self.topology.platform == 'gpu',
       )
       self._say(f'{self.topology.name}: what there is to plan')
       found = []
@@ -129,7 +142,7 @@ class Planner:
     stage = name.partition('/')[0]
     others = [s for s in _STAGES if s != stage] + ['stages']
     others += () if stage == 'ppo' else _ONLY_PPO
-    if stage == 'ppo' and not estimate.is_decode(name):
+    if name == 'ppo/reshard' or not estimate.is_decode(name):
       others.append('rollout.batch_size')
     if estimate.is_decode(name):
       others.append('ppo.micro_batch_size')

@@ -20,7 +20,7 @@ from ma_rlhf_jax import validation
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.planning import estimate, plans, roofline
 from ma_rlhf_jax.planning.compiling import Compiled
-from ma_rlhf_jax.planning.planner import PASSES, Planner, problems
+from ma_rlhf_jax.planning.planner import PASSES, Planner, problems, whole
 
 # What may change without changing what is learned, then what rounds more; of
 # options that the config does not have nothing is tried. () = all choices that
@@ -104,36 +104,30 @@ def layouts(
 
 
 def knob(program: str) -> str:
-  """The field that decides on a program's passes."""
+  """The field that decides on a program's passes; '' = it has none."""
+  if program == 'ppo/reshard':
+    return ''
   if estimate.is_decode(program):
     return 'rollout.batch_size'
   return _KNOBS[program.partition('/')[0]]
-
-
-def _whole(config: ConfigDict, field: str) -> int:
-  """Rows that the passes of a field split."""
-  rows = config.ppo.batch_size * config.ppo.samples_per_prompt
-  if field == 'rollout.batch_size':
-    return rows
-  if field == 'ppo.micro_batch_size':
-    return rows // config.ppo.minibatches
-  return config[field.partition('.')[0]].batch_size
 
 
 def with_rows(config: ConfigDict, devices: int, rows: int) -> ConfigDict:
   """`config` with passes of so many rows a device, where there are as many."""
   values = {}
   for field in (*_KNOBS.values(), 'rollout.batch_size'):
-    size = min(_whole(config, field), devices * rows)
+    size = min(whole(config, field), devices * rows)
     values[field] = size
   return _with(config, values)
 
 
 def halve(config: ConfigDict, field: str, devices: int) -> bool:
   """Halves the rows of a pass in place, if that can be; whether it could."""
+  if not field:
+    return False
   block, name = field.split('.')
-  size = (config[block][name] or _whole(config, field)) // 2
-  if size < devices or size % devices or _whole(config, field) % size:
+  size = (config[block][name] or whole(config, field)) // 2
+  if size < devices or size % devices or whole(config, field) % size:
     return False
   config[block][name] = size
   return True
@@ -244,36 +238,65 @@ class Search:
       plan = self._planner.plan(config, stop_at_misfit=True)
       self.learn(plan)
       misfits, config = plan.misfits(), _with(config, {})
-      if not misfits or not halve(
-          config, knob(misfits[0]), self._rows_over(config)
-      ):
+      fields = {knob(program): program for program in misfits}
+      devices = self._rows_over(config)
+      if not misfits or not all(halve(config, f, devices) for f in fields):
         return plan
-      self._shrink(config, misfits[0])
-      self._say(f'{misfits[0]} does not fit; smaller passes are tried')
+      for program in misfits:
+        self._shrink(config, program)
+      self._say(f'{", ".join(misfits)} too large; smaller passes are tried')
 
-  def run(self, seconds: float) -> plans.Plan:
+  def _untried(self, tried: set[str], fits: bool) -> list[ConfigDict]:
+    """Layouts that may be planned next, best first.
+
+    Those that round more come after those that change nothing that is learned,
+    and only while none `fits`.
+    """
+    most = _TRIES[self._planner.topology.platform]
+    for space in (LAYOUTS,) if fits else (LAYOUTS, LAYOUTS | ROUNDS):
+      ranked = [r.config for r in self.ranked(space)]
+      fresh = [made for made in ranked if _name(made) not in tried]
+      if fresh and len(tried) < most:
+        return fresh
+      most *= 2
+    return []
+
+  def run(
+      self,
+      seconds: float,
+      *,
+      cheapest: bool = True,
+      start: plans.Plan | None = None,
+      slowest: float = 0.0,
+  ) -> plans.Plan:
     """The cheapest plan that fits; the one that lacks least where none does.
 
     Args:
-      seconds: after which no other layout is begun.
+      seconds: no layout is begun that is likely to take longer.
+      cheapest: look for a cheaper one when one fits.
+      start: what was planned already, whole; it does not fit.
+      slowest: seconds that the plan of a layout may take.
     """
-    start, best, tried = time.monotonic(), None, set()
-    for space in (LAYOUTS, LAYOUTS | ROUNDS):
-      for _ in range(_TRIES[self._planner.topology.platform]):
-        fresh = [r for r in self.ranked(space) if _name(r.config) not in tried]
-        if not fresh:
-          break
-        if best and time.monotonic() - start > seconds:
-          self._say(
-              f'search ended after {seconds:.0f} s, {len(fresh)} layouts '
-              'untried; a machine with more time may find a cheaper one'
-          )
-          break
-        tried.add(_name(fresh[0].config))
-        self._say(f'tries {_name(fresh[0].config, LAYOUTS | ROUNDS)}')
-        plan = self.realise(fresh[0].config)
-        best = min(filter(None, (best, plan)), key=_cost)
-      if best is not None and best.fits:
+    begin = before = time.monotonic()
+    best, tried = start, set()
+    fresh = [start.config] if start else self._untried(tried, fits=False)
+    while fresh:
+      tried.add(_name(fresh[0]))
+      self._say(f'tries {_name(fresh[0], LAYOUTS | ROUNDS)}')
+      plan = self.realise(fresh[0])
+      best = min(filter(None, (best, plan)), key=_cost)
+      now = time.monotonic()
+      slowest, before = max(slowest, now - before), now
+      if best.fits and not cheapest:
+        break
+      fresh = self._untried(tried, best.fits)
+      # What does not fit was left before the end, and is completed.
+      ends = now + (1 if best.fits else 2) * slowest
+      if fresh and ends > begin + seconds:
+        self._say(
+            f'the search ends with {len(fresh)} layouts untried; a larger '
+            '--seconds may find one that is cheaper or fits'
+        )
         break
     return best if best.fits else self._planner.plan(best.config)
 

@@ -57,8 +57,9 @@ _SHARES = flags.DEFINE_list(
 )
 _JSON = flags.DEFINE_string('json', None, 'Also write the plan to this file.')
 
-# Seconds after which a search begins with no other layout.
-_SEARCH_SECONDS = 60.0
+_SECONDS = flags.DEFINE_float(
+    'seconds', 110.0, 'Begin no layout that would be planned later.'
+)
 
 
 def _shares() -> roofline.Shares:
@@ -87,6 +88,14 @@ def _check_libtpu(topology: topology_lib.Topology) -> None:
     )
 
 
+def _heading(found: plans.Plan) -> str:
+  if not found.fits:
+    return 'what comes closest'
+  if _SEARCH.value:
+    return 'the cheapest set-up found'
+  return 'a set-up that fits (--search looks for the cheapest)'
+
+
 def plan() -> plans.Plan:
   """The plan that the flags ask for; prints it on the way."""
   topology = topology_lib.parse(_TOPOLOGY.value)
@@ -105,7 +114,7 @@ def plan() -> plans.Plan:
   told = problems(config, topology)
   for line in told:
     print(f'as it is, the recipe cannot run there: {line}')
-  found = None
+  begin, found = time.monotonic(), None
   if not told and not _SEARCH.value:
     found = planner.plan(config)
     print(report.text(found, shares, _PRICE.value))
@@ -114,9 +123,14 @@ def plan() -> plans.Plan:
   seeking = search.Search(planner, config, _say)
   if found is not None:
     seeking.learn(found)
-  found = seeking.run(_SEARCH_SECONDS)
-  heading = 'the cheapest set-up found' if found.fits else 'what comes closest'
-  print(f'{heading}:\n{report.text(found, shares, _PRICE.value)}')
+  spent = time.monotonic() - begin
+  found = seeking.run(
+      _SECONDS.value - spent,
+      cheapest=_SEARCH.value,
+      start=found,
+      slowest=spent if found else 0.0,
+  )
+  print(f'{_heading(found)}:\n{report.text(found, shares, _PRICE.value)}')
   print(f'flags: {report.changed(found.config, given) or "none needed"}')
   return found
 

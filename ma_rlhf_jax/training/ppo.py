@@ -1,6 +1,5 @@
 """MA-PPO: rollouts, experience, and the updates of policy and critic."""
 
-from collections.abc import Callable
 import functools
 import logging
 from typing import Any
@@ -194,35 +193,30 @@ class PPO(Stage):
     states, frozen, models = checkpoint.abstract_of(
         (self.states, self.frozen, self.params(self.states))
     )
-    programs = {}
-
-    def add(name: str, function: Callable[..., Any], *args: Any) -> Any:
-      """Shapes of what the program gives, a batch over the devices."""
-      programs[name] = Program(function, args)
-      made = jax.eval_shape(function, *args)
-      batch = made[0] if isinstance(made, tuple) else made
-      return abstract(batch, self.run.mesh)
-
-    prompts = self.run.abstract_prompts(self.run.rows)
+    rows, mesh = self.run.rows, self.run.mesh
     key = jax.eval_shape(lambda: jax.random.key(0))
-    split = lambda: jax.random.split(jax.random.key(0), self.run.rows)
+    split = lambda: jax.random.split(jax.random.key(0), rows)
     lay_out = layout_lib.decode_program(models.policy, self._layout)
-    programs['ppo/reshard'] = Program(lay_out, (models.policy,))
     policy = layout_lib.abstract_params(models.policy, self._layout)
-    rollout = add('ppo/rollout', self._rollout, policy, prompts, key, 0)
+    prompts = self.run.abstract_prompts(rows)
+    programs = {
+        'ppo/reshard': Program(lay_out, (models.policy,)),
+        'ppo/rollout': Program(self._rollout, (policy, prompts, key, 0)),
+    }
+    rollout, scored = self.run.abstract_rollout(rows)
     given_BT = rollout.sequences.response_mask_BT if self._host else None
-    keys_B = abstract(jax.eval_shape(split), self.run.mesh)
+    keys_B = abstract(jax.eval_shape(split), mesh)
     told = keys_B, states['kl_coef'], given_BT
+    args = (rollout, scored, *told)
+    made, _ = jax.eval_shape(self._experience, *args)
+    experience = abstract(made, mesh)
     if self.together:
-      args = self._one_pass_args(states, frozen, models, rollout, *told)
-      programs['ppo/one_pass'] = Program(self._one_pass, args)
-      made = jax.eval_shape(self._one_pass, *args)[1]
-      experience = abstract(made, self.run.mesh)
+      one = self._one_pass_args(states, frozen, models, rollout, *told)
+      programs['ppo/one_pass'] = Program(self._one_pass, one)
     else:
-      scored = add('ppo/score', self._score, models, rollout.sequences)
-      experience = add(
-          'ppo/experience', self._experience, rollout, scored, *told
-      )
+      read = (models, rollout.sequences)
+      programs['ppo/score'] = Program(self._score, read)
+      programs['ppo/experience'] = Program(self._experience, args)
     for name, function in self._updates.items():
       if name not in self.together:
         args = (states[name], frozen[name], experience, key)

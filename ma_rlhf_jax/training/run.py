@@ -18,7 +18,13 @@ from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import abstract, own_rows, place
 from ma_rlhf_jax.rollout.decode import SamplingSettings
 from ma_rlhf_jax.rollout.layout import DecodeLayout, make_layout
-from ma_rlhf_jax.structs import Array, PromptBatch, SequenceBatch
+from ma_rlhf_jax.structs import (
+    Array,
+    PromptBatch,
+    Rollout,
+    Scored,
+    SequenceBatch,
+)
 
 if TYPE_CHECKING:  # transformers takes seconds to import
   from transformers import PreTrainedTokenizerBase
@@ -129,6 +135,16 @@ class Run:
     ids = array()
     batch = PromptBatch(array(self.prompt_len), mask, ids, ids)
     return abstract(batch, self.mesh)
+
+  def abstract_rollout(self, rows: int) -> tuple[Rollout, Scored]:
+    """Shapes of so many responses and of their scores, on the devices."""
+    floats = lambda *shape: jax.ShapeDtypeStruct(
+        (rows, *shape), jax.dtypes.canonicalize_dtype(float)
+    )
+    made = floats(self.response_len)
+    scored = abstract(Scored(made, made, made, made, floats()), self.mesh)
+    drawn = abstract((made, made), self.mesh)
+    return Rollout(self.abstract_sequences(rows), *drawn), scored
 
   def held_out(self, make: Callable[..., Any], size: int) -> Iterator[Any]:
     """The held-out rows in batches of `size`, the last one filled up."""

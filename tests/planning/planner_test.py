@@ -152,7 +152,7 @@ def test_progress_names_programs_and_time_left(machine: Machine) -> None:
   make(say=told.append).plan(config())
   assert told[0] == 'v5e:2x4: what there is to plan'
   assert told[1].startswith('ppo/update_policy compiled, 1 of 4, about ')
-  assert told[-1] == 'ppo/rollout compiled, 4 of 4'
+  assert told[-1] == 'ppo/score compiled, 4 of 4'
 
 
 @pytest.mark.parametrize(

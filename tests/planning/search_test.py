@@ -100,6 +100,7 @@ def test_knobs_of_programs() -> None:
   assert search.knob('ppo/rollout') == 'rollout.batch_size'
   assert search.knob('ppo/update_critic') == 'ppo.micro_batch_size'
   assert search.knob('sft/update') == 'sft.micro_batch_size'
+  assert not search.halve(config(), search.knob('ppo/reshard'), 8)
 
 
 def test_passes_are_halved_while_every_device_has_a_row() -> None:
@@ -119,3 +120,33 @@ def test_plans_that_fit_come_before_those_that_do_not(
   lacks = make().plan(config())
   assert isinstance(fits, plans.Plan)
   assert search._cost(fits) < search._cost(lacks)
+
+
+def test_smaller_passes_come_before_other_layouts(machine: Machine) -> None:
+  by_rows = lambda program, made: (
+      _by_rows(program, made) * 3 * (program != 'sft/update')
+  )
+  machine.temp = by_rows
+  planner, made = make(), config()
+  given = planner.plan(made)
+  assert not given.fits
+  before = [name for name, _ in machine.compiled]
+  seeking = search.Search(planner, made, lambda text: None)
+  seeking.learn(given)
+  found = seeking.run(60, cheapest=False, start=given)
+  assert found.fits
+  assert found.config.mesh == made.mesh
+  # What fits as it is was not compiled again, nor for another layout.
+  after = [name for name, _ in machine.compiled[len(before) :]]
+  assert 'sft/update' not in after and 'ppo/update_policy' in after
+  assert len(machine.surveys) == 1
+
+
+@pytest.mark.parametrize(('seconds', 'tried'), [(0, 1), (60, 3)])
+def test_a_layout_is_not_begun_when_time_is_short(
+    machine: Machine, seconds: float, tried: int
+) -> None:
+  told: list[str] = []
+  search.Search(make(), config(), told.append).run(seconds)
+  assert sum(line.startswith('tries ') for line in told) == tried
+  assert any('untried' in line for line in told) == (seconds == 0)

@@ -70,6 +70,29 @@ def test_a_state_has_the_shapes_of_a_real_one(
     assert abstract.programs()['ppo/score'].args[0] == want
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('one_pass', ['off', 'policy'])
+def test_each_program_is_given_what_the_one_before_makes(
+    tmp_path: pathlib.Path, one_pass: str
+) -> None:
+  run = _run(tmp_path, ppo__one_pass=one_pass)
+  with jax.set_mesh(run.mesh):
+    programs = abstract_stages(run)['ppo'].programs()
+    made = {n: jax.eval_shape(p.function, *p.args) for n, p in programs.items()}
+  looks = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  rollout = looks(made['ppo/rollout'])
+  if one_pass == 'off':
+    assert looks(programs['ppo/score'].args[1]) == rollout.sequences
+    told = looks(programs['ppo/experience'].args[:2])
+    assert told == (rollout, looks(made['ppo/score']))
+    experience = looks(made['ppo/experience'][0])
+    assert looks(programs['ppo/update_policy'].args[2]) == experience
+  else:
+    assert looks(programs['ppo/one_pass'].args[3]) == rollout
+    experience = looks(made['ppo/one_pass'][1])
+  assert looks(programs['ppo/update_critic'].args[2]) == experience
+
+
 def test_frozen_models_may_wait_on_the_host(tmp_path: pathlib.Path) -> None:
   run = _run(tmp_path, model__frozen_memory='host', ppo__one_pass='off')
   with jax.set_mesh(run.mesh):
