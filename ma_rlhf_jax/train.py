@@ -27,7 +27,7 @@ from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.parallel import host_memory, processes
 from ma_rlhf_jax.parallel.mesh import shape_here
 from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.training import checkpoint, metrics, origins, sources
@@ -284,6 +284,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   checkpoint.quiet_logging()
+  host_memory.keep_freed()
   try:
     cluster_flags.initialize()
   except ValueError as error:

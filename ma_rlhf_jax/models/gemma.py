@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.attention import Masks, rotate, soft_capped
 from ma_rlhf_jax.models.cache import Cache
+from ma_rlhf_jax.models.contraction import PRODUCT, contract
 from ma_rlhf_jax.models.kernels import SAVED
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.partition import (
@@ -69,7 +70,7 @@ class _Kernels(nn.Module):
     init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', **fans)
     dtype = c.kernel_dtype or c.param_dtype
     kernel = self._weight(name, init, inputs + outputs, dtype)
-    y = jnp.tensordot(x, kernel, axes=count)
+    y = contract(x, kernel, count)
     if c.lora is None or name not in c.lora.targets:
       return y
     # B of zeros: an adapter changes nothing before it has learned.
@@ -88,7 +89,7 @@ class _Kernels(nn.Module):
         (c.lora.rank, *outputs),
         c.param_dtype,
     )
-    added = jnp.tensordot(jnp.tensordot(x, a, axes=count), b, axes=1)
+    added = contract(contract(x, a, count), b, 1)
     return y + added * jnp.asarray(c.lora.scale, added.dtype)
 
 
@@ -165,7 +166,7 @@ class MLP(_Kernels):
 # What the backward pass finds of each layer, beside what went into it.
 REMAT: dict[str, Callable[..., bool] | None] = {
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
     'attention': jax.checkpoint_policies.save_only_these_names(SAVED),
     'none': None,
 }

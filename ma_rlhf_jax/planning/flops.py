@@ -144,9 +144,20 @@ def _inner(eqn: Any, known: Known, default: int) -> int:
   return total
 
 
+def _used(jaxpr: Any) -> list[Any]:
+  """Its equations without those that XLA drops: nobody reads what they give."""
+  is_var = lambda atom: not isinstance(atom, core.Literal)
+  read, kept = set(filter(is_var, jaxpr.outvars)), []
+  for eqn in reversed(jaxpr.eqns):
+    if eqn.effects or read.intersection(eqn.outvars):
+      read.update(filter(is_var, eqn.invars))
+      kept.append(eqn)
+  return kept[::-1]
+
+
 def _walk(jaxpr: Any, known: Known, default: int) -> int:
   total = 0
-  for eqn in jaxpr.eqns:
+  for eqn in _used(jaxpr):
     name = eqn.primitive.name
     if name == 'dot_general':
       total += _dot(eqn)

@@ -26,6 +26,8 @@ def _config(wl):
   c.model.num_heads, c.model.num_kv_heads = wl.heads, wl.kv_heads
   c.model.head_dim = wl.head_dim
   c.model.remat = 'none'
+  # Small enough for the caches of a CPU, and to hold one gradient at a time.
+  c.model.logprob_chunk, c.ppo.one_pass = 128, 'policy'
   c.ppo.batch_size, c.ppo.steps = wl.batch, 100
   c.ppo.optim.lr = c.critic.optim.lr = 1e-6
   c.rollout.temperature, c.rollout.top_k = wl.temperature, wl.top_k
@@ -41,6 +43,9 @@ def main() -> None:
   peer_common.limit_threads(args.threads)
   import jax
 
+  from ma_rlhf_jax.parallel import host_memory
+
+  host_memory.keep_freed()  # as `train` does
   jax.devices()  # its threads exist now
   peer_common.release_affinity()
   from ma_rlhf_jax.benching import workload
