@@ -19,7 +19,7 @@ PRODUCT = 'product'
 
 
 def contract(x: Array, kernel: Array, count: int) -> Array:
-  """`jnp.tensordot(x, kernel, axes=count)`.
+  """`jnp.tensordot(x, kernel, axes=count)`, for reverse mode only.
 
   Args:
     x: [..., *inputs].
@@ -54,7 +54,7 @@ def _backward(
       cpu=functools.partial(_transposed, batch=batch),
       default=lambda x, dy: jnp.tensordot(x, dy, axes=(rows, rows)),
   )
-  return dx, kernel_grad
+  return dx.astype(x.dtype), kernel_grad.astype(kernel.dtype)
 
 
 def _transposed(x: Array, dy: Array, batch: int) -> Array:

@@ -23,7 +23,8 @@ def keep_freed() -> bool:
 
   XLA asks for the temporaries of a program each time it runs. glibc maps such
   large blocks anew, and the kernel fills every page with zeros: a fifth of a
-  step. Where devices have memory of their own, nothing changes.
+  step. The process then never gives memory back: it stays as large as it has
+  been. Where devices have memory of their own, nothing changes.
 
   Call it before jax starts threads: those that allocated before go on as they
   did.
@@ -36,7 +37,7 @@ def keep_freed() -> bool:
     return False
   settings = {
       _M_MMAP_MAX: 0,
-      _M_TRIM_THRESHOLD: 2**31 - 1,
+      _M_TRIM_THRESHOLD: -1,  # never
       # Other arenas than the first hold no large blocks.
       _M_ARENA_MAX: 1,
   }

@@ -57,7 +57,8 @@ def _key(config: ConfigDict, left_out: Sequence[str]) -> str:
       if name not in left_out and name.partition('.')[0] not in left_out
   }
   for name in PASSES:
-    if name in kept:
+    # Of several minibatches, scoring passes all rows and updates those of one.
+    if name in kept and config.ppo.minibatches == 1:
       kept[name] = kept[name] or whole(config, name)
   return json.dumps(kept)
 

@@ -22,17 +22,12 @@ from ma_rlhf_jax.planning import estimate, plans, roofline
 from ma_rlhf_jax.planning.compiling import Compiled
 from ma_rlhf_jax.planning.planner import PASSES, Planner, problems, whole
 
-# What may change without changing what is learned, then what rounds more; of
-# options that the config does not have nothing is tried. () = all choices that
-# validation knows.
+# What may change without changing what is learned; of options that the config
+# does not have nothing is tried. () = all choices that validation knows.
 LAYOUTS: dict[str, tuple[Any, ...]] = {
     'mesh.tensor': (1, 2, 4, 8),
     'model.remat': ('full', 'none'),
     'model.frozen_memory': (),
-    'model.offload': (),
-}
-ROUNDS: dict[str, tuple[Any, ...]] = {
-    'model.moment_dtype': (),
 }
 # Field that decides on the passes of a program.
 _KNOBS = {
@@ -41,7 +36,7 @@ _KNOBS = {
     'ppo': 'ppo.micro_batch_size',
 }
 # Layouts that are compiled, best first by the formulas.
-_TRIES = {'tpu': 3, 'gpu': 1}
+_TRIES = {'tpu': 3, 'gpu': 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,28 +233,20 @@ class Search:
       plan = self._planner.plan(config, stop_at_misfit=True)
       self.learn(plan)
       misfits, config = plan.misfits(), _with(config, {})
-      fields = {knob(program): program for program in misfits}
+      fields = {knob(program) for program in misfits}
       devices = self._rows_over(config)
-      if not misfits or not all(halve(config, f, devices) for f in fields):
+      if not any([halve(config, field, devices) for field in fields]):
         return plan
       for program in misfits:
         self._shrink(config, program)
       self._say(f'{", ".join(misfits)} too large; smaller passes are tried')
 
-  def _untried(self, tried: set[str], fits: bool) -> list[ConfigDict]:
-    """Layouts that may be planned next, best first.
-
-    Those that round more come after those that change nothing that is learned,
-    and only while none `fits`.
-    """
-    most = _TRIES[self._planner.topology.platform]
-    for space in (LAYOUTS,) if fits else (LAYOUTS, LAYOUTS | ROUNDS):
-      ranked = [r.config for r in self.ranked(space)]
-      fresh = [made for made in ranked if _name(made) not in tried]
-      if fresh and len(tried) < most:
-        return fresh
-      most *= 2
-    return []
+  def _untried(self, tried: set[str]) -> list[ConfigDict]:
+    """Layouts that may be planned next, best first."""
+    if len(tried) >= _TRIES[self._planner.topology.platform]:
+      return []
+    ranked = [r.config for r in self.ranked(LAYOUTS)]
+    return [made for made in ranked if _name(made) not in tried]
 
   def run(
       self,
@@ -272,27 +259,27 @@ class Search:
     """The cheapest plan that fits; the one that lacks least where none does.
 
     Args:
-      seconds: no layout is begun that is likely to take longer.
+      seconds: no layout is begun that is likely to take longer, but for the
+        second one where the first does not fit.
       cheapest: look for a cheaper one when one fits.
       start: what was planned already, whole; it does not fit.
       slowest: seconds that the plan of a layout may take.
     """
     begin = before = time.monotonic()
     best, tried = start, set()
-    fresh = [start.config] if start else self._untried(tried, fits=False)
+    fresh = [start.config] if start else self._untried(tried)
     while fresh:
       tried.add(_name(fresh[0]))
-      self._say(f'tries {_name(fresh[0], LAYOUTS | ROUNDS)}')
+      self._say(f'tries {_name(fresh[0], LAYOUTS)}')
       plan = self.realise(fresh[0])
       best = min(filter(None, (best, plan)), key=_cost)
       now = time.monotonic()
       slowest, before = max(slowest, now - before), now
       if best.fits and not cheapest:
         break
-      fresh = self._untried(tried, best.fits)
-      # What does not fit was left before the end, and is completed.
-      ends = now + (1 if best.fits else 2) * slowest
-      if fresh and ends > begin + seconds:
+      fresh = self._untried(tried)
+      is_late = now + slowest > begin + seconds
+      if fresh and is_late and (best.fits or len(tried) > 1):
         self._say(
             f'the search ends with {len(fresh)} layouts untried; a larger '
             '--seconds may find one that is cheaper or fits'

@@ -58,7 +58,7 @@ _SHARES = flags.DEFINE_list(
 _JSON = flags.DEFINE_string('json', None, 'Also write the plan to this file.')
 
 _SECONDS = flags.DEFINE_float(
-    'seconds', 110.0, 'Begin no layout that would be planned later.'
+    'seconds', 110.0, 'In which to answer: no layout is begun that ends later.'
 )
 
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
+from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.data.parts import Datasets
@@ -138,9 +140,8 @@ class Run:
 
   def abstract_rollout(self, rows: int) -> tuple[Rollout, Scored]:
     """Shapes of so many responses and of their scores, on the devices."""
-    floats = lambda *shape: jax.ShapeDtypeStruct(
-        (rows, *shape), jax.dtypes.canonicalize_dtype(float)
-    )
+    dtype = masking.wide(jnp.dtype(self.config.model.dtype))
+    floats = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), dtype)
     made = floats(self.response_len)
     scored = abstract(Scored(made, made, made, made, floats()), self.mesh)
     drawn = abstract((made, made), self.mesh)

@@ -39,6 +39,13 @@ def test_product_and_gradients_are_those_of_tensordot(
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_have_the_dtypes_of_what_they_belong_to() -> None:
+  x, kernel = _drawn((2, 7, 4), (4, 9))
+  loss = lambda x, kernel: jnp.sum(contract(x, kernel, 1) ** 2)
+  grads = jax.grad(loss, (0, 1))(x, kernel.astype(jnp.bfloat16))
+  assert [g.dtype for g in grads] == [jnp.float32, jnp.bfloat16]
+
+
 @pytest.mark.parametrize(('platform', 'count'), [('cpu', 1), ('tpu', 0)])
 def test_only_cpus_are_given_a_transposed_copy(
     platform: str, count: int

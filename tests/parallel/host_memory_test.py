@@ -13,7 +13,7 @@ _PROGRAM = textwrap.dedent("""
 
     def faults():
       before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-      np.ones(2**24).sum()  # 128 MiB
+      np.ones(2**28 + 2**27).sum()  # 3 GiB: the largest threshold is 2
       return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults()

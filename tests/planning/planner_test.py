@@ -131,6 +131,17 @@ def test_nothing_is_compiled_twice(machine: Machine) -> None:
   assert len(machine.surveys) == 1
 
 
+def test_whole_batches_have_one_name(machine: Machine) -> None:
+  plans_of = make()
+  plans_of.plan(config())
+  plans_of.plan(config(ppo__micro_batch_size=256))
+  assert [n for n, _ in machine.compiled].count('ppo/score') == 1
+  # Scoring takes all 256 rows at once, an update those of a minibatch.
+  plans_of.plan(config(ppo__minibatches=2))
+  plans_of.plan(config(ppo__minibatches=2, ppo__micro_batch_size=128))
+  assert [n for n, _ in machine.compiled].count('ppo/score') == 3
+
+
 def test_a_misfit_may_end_it(machine: Machine) -> None:
   machine.temp = lambda program, config: 20 * GIB
   plan = make().plan(config(), stop_at_misfit=True)

@@ -150,3 +150,34 @@ def test_a_layout_is_not_begun_when_time_is_short(
   search.Search(make(), config(), told.append).run(seconds)
   assert sum(line.startswith('tries ') for line in told) == tried
   assert any('untried' in line for line in told) == (seconds == 0)
+
+
+def test_another_layout_is_tried_where_the_first_does_not_fit(
+    machine: Machine,
+) -> None:
+  machine.temp = lambda program, made: (
+      50 * GIB if made.mesh.tensor == 1 else GIB
+  )
+  planner, made = make(), config()
+  given = planner.plan(made)
+  seeking = search.Search(planner, made, lambda text: None)
+  seeking.learn(given)
+  found = seeking.run(0, cheapest=False, start=given, slowest=100)
+  assert found.fits and found.config.mesh.tensor > 1
+
+
+def test_a_program_that_cannot_shrink_does_not_keep_others_large(
+    machine: Machine,
+) -> None:
+  planner, made = make(), config(rollout__batch_size=256)
+  large = lambda program, made: 4 * _by_rows(program, made)
+  machine.temp = lambda program, made: (
+      100 * GIB if program == 'sft/update' else large(program, made)
+  )
+  seeking = search.Search(planner, made, lambda text: None)
+  given = planner.plan(made)
+  seeking.learn(given)
+  found = seeking.realise(made)
+  assert not found.fits
+  assert found.config.rollout.batch_size < 256
+  assert found.config.ppo.micro_batch_size not in (0, 256)
