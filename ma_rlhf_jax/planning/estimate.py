@@ -149,7 +149,7 @@ def passes_of(name: str, config: ConfigDict) -> tuple[int, int]:
 
 
 def is_decode(name: str) -> bool:
-  """Whether a program's size follows from `rollout.batch_size`."""
+  """Whether a program belongs to drawing responses."""
   return any(w in name for w in ('rollout', 'prefill', 'decode', 'reshard'))
 
 
@@ -252,13 +252,12 @@ def _rollout(name: str, z: Sizes) -> Load:
   return Load(temp, steps * moved, passes * sent, z.flops(tokens, 1))
 
 
-def _reshard(name: str, z: Sizes) -> Load:
+def _reshard(z: Sizes) -> Load:
   """The policy from its layout in training to that of decoding."""
-  rows = passes_of(name, z.config)[1] / z.rows_over
-  small = rows * sum(config_lib.lengths(z.config)) * 4 * 40
   copy, share = z.decode_copy
   # Each layer is gathered whole on its way.
-  return Load(small, 2 * share, copy * share * _ring(z.fsdp), 0.0)
+  layer = copy * share / z.shape.num_layers
+  return Load(layer, 2 * share, copy * share * _ring(z.fsdp), 0.0)
 
 
 def load(name: str, config: ConfigDict, num_devices: int) -> Load:
@@ -277,7 +276,7 @@ def load(name: str, config: ConfigDict, num_devices: int) -> Load:
   if name.endswith('/score'):
     return _score(name, z)
   if 'reshard' in name:
-    return _reshard(name, z)
+    return _reshard(z)
   if is_decode(name):
     return _rollout(name, z)
   rows = passes_of(name, config)[1] / z.rows_over

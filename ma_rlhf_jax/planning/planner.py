@@ -58,7 +58,8 @@ def _key(config: ConfigDict, left_out: Sequence[str]) -> str:
   }
   for name in PASSES:
     # Of several minibatches, scoring passes all rows and updates those of one.
-    if name in kept and config.ppo.minibatches == 1:
+    differs = name == 'ppo.micro_batch_size' and config.ppo.minibatches > 1
+    if name in kept and not differs:
       kept[name] = kept[name] or whole(config, name)
   return json.dumps(kept)
 

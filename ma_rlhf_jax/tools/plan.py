@@ -65,7 +65,7 @@ _JSON = flags.DEFINE_string('json', None, 'Also write the plan to this file.')
 _SECONDS = flags.DEFINE_float(
     'seconds',
     110.0,
-    'In which to answer: no layout is begun that ends later.',
+    'To answer in: after the second one no layout is begun that ends later.',
     lower_bound=0,
 )
 
