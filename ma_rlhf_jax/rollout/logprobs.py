@@ -1,13 +1,17 @@
 """Log-probs of given tokens without an array of all logits.
 
 Gemma's vocabulary has 256,000 entries: float32 logits of one 1,024-token row
-take 1 GB. Logits exist for one chunk of tokens at a time, in the forward and
+take 1 GB. So only a part of them exists at a time, in the forward and
 (recomputed) in the backward pass.
 
-On a mesh no device ever holds the whole table of embeddings either. Its rows
-are split over `tensor` and `fsdp` before the loop over chunks (an all-to-all
-of one device's share), and the devices of an `fsdp` group work on the same
-chunk, each on its own part of the vocabulary:
+One device takes all tokens against one block of the vocabulary after the other;
+the gradient of each block of the table is then written once, where it belongs.
+
+On a mesh, chunks of tokens come one after the other, and no device ever holds
+the whole table of embeddings. Its rows are split over `tensor` and `fsdp`
+before the loop over chunks (an all-to-all of one device's share), and the
+devices of an `fsdp` group work on the same chunk, each on its own part of the
+vocabulary:
 
   device       tokens of a chunk    rows of the table
   fsdp 0       own | others'        [0, V / 2)          each logit is computed
@@ -28,6 +32,7 @@ from jax.sharding import PartitionSpec
 
 from ma_rlhf_jax.models.gemma import head_logits
 from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.rollout.logprob_blocks import Settings, block_logprobs
 from ma_rlhf_jax.structs import Array
 
 # The mesh axes that tokens, and rows of the table, are spread over.
@@ -108,31 +113,27 @@ def _statistics(
     *,
     table_vD: Array,
     ids_v: Array,
-    spread: bool,
     softcap: float,
     temperature: float,
     with_entropy: bool,
 ) -> tuple[Array, Array]:
-  """Log-probs and entropies [C] of one chunk; `spread` over a mesh or not."""
-  if spread:
-    gather = functools.partial(jax.lax.all_gather, axis_name=_GROUP, tiled=True)
-    hidden_CD, tokens_C = gather(hidden_CD), gather(tokens_C)
-    hidden_CD = jax.lax.pcast(hidden_CD, 'tensor', to='varying')
+  """Log-probs and entropies [C] of one chunk of this device's tokens."""
+  gather = functools.partial(jax.lax.all_gather, axis_name=_GROUP, tiled=True)
+  hidden_CD, tokens_C = gather(hidden_CD), gather(tokens_C)
+  hidden_CD = jax.lax.pcast(hidden_CD, 'tensor', to='varying')
   logits_Cv = head_logits(hidden_CD, table_vD, softcap=softcap) / temperature
-  if spread:
-    floor = jnp.finfo(logits_Cv.dtype).min / 2
-    logits_Cv = jnp.where(ids_v[None] >= 0, logits_Cv, floor)
+  floor = jnp.finfo(logits_Cv.dtype).min / 2
+  logits_Cv = jnp.where(ids_v[None] >= 0, logits_Cv, floor)
   top_C = jax.lax.stop_gradient(jnp.max(logits_Cv, axis=-1))
-  if spread:
-    top_C = jax.lax.pmax(top_C, _ROWS)
-  sums_xC = _log_sums(logits_Cv, tokens_C, ids_v, top_C, with_entropy)
-  if spread:
-    sums_xC = jax.lax.psum_scatter(
-        jax.lax.psum(sums_xC, 'tensor'),
-        _GROUP,
-        scatter_dimension=1,
-        tiled=True,
-    )
+  top_C = jax.lax.pmax(top_C, _ROWS)
+  sums_xC = jax.lax.psum_scatter(
+      jax.lax.psum(
+          _log_sums(logits_Cv, tokens_C, ids_v, top_C, with_entropy), 'tensor'
+      ),
+      _GROUP,
+      scatter_dimension=1,
+      tiled=True,
+  )
   log_z_C = jnp.log(sums_xC[0])
   logprobs_C = sums_xC[1] - log_z_C
   if not with_entropy:
@@ -192,25 +193,31 @@ def token_logprobs(
   """
   chex.assert_rank([hidden_BTD, embedding_VD, tokens_BT], [3, 2, 2])
   chex.assert_equal_shape_prefix([hidden_BTD, tokens_BT], 2)
-  how = {
-      'softcap': softcap,
-      'temperature': temperature,
-      'with_entropy': with_entropy,
-  }
   mesh = partition.current_mesh()
   if mesh is None:
-    ids_V = jnp.arange(embedding_VD.shape[0], dtype=jnp.int32)
-    one = functools.partial(
-        _statistics, table_vD=embedding_VD, ids_v=ids_V, spread=False, **how
+    settings = Settings(softcap, temperature, with_entropy, chunk_tokens)
+    logprobs_N, entropy_N = block_logprobs(
+        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+        embedding_VD,
+        tokens_BT.reshape(-1),
+        settings,
     )
-    return _in_chunks(one, hidden_BTD, tokens_BT, chunk_tokens)
+    return (
+        logprobs_N.reshape(tokens_BT.shape),
+        entropy_N.reshape(tokens_BT.shape),
+    )
 
   def spread(
       hidden_bTD: Array, embedding_Vd: Array, tokens_bT: Array
   ) -> tuple[Array, Array]:
     table_vD, ids_v = _split_table(embedding_Vd)
     one = functools.partial(
-        _statistics, table_vD=table_vD, ids_v=ids_v, spread=True, **how
+        _statistics,
+        table_vD=table_vD,
+        ids_v=ids_v,
+        softcap=softcap,
+        temperature=temperature,
+        with_entropy=with_entropy,
     )
     # A device holds 1 / (tensor * fsdp) of the logits of fsdp such chunks.
     own = chunk_tokens * mesh.shape['tensor']

@@ -79,7 +79,7 @@ def test_by_hand():
     np.testing.assert_allclose(entropy[0], [-(p @ np.log(p))] * 3, rtol=1e-6)
 
 
-# 21 tokens: chunks of 1, 8 (8 + 8 + 5), 15 (15 + 6), 21 and 21.
+# 21 tokens against blocks of 1, 4 (4 + 4 + 3), 6 (6 + 5), 11 and 11 rows.
 @pytest.mark.parametrize(
     ('chunk_tokens', 'softcap'),
     [(1, 0.0), (8, 0.0), (8, 1.5), (15, 0.0), (21, 1.5), (1000, 0.0)],
