@@ -260,7 +260,6 @@ class Planner:
     passes, _ = estimate.passes_of(name, config)
     vocab = max((w[0] for w in compiled.weights), default=0)
     found = traps.warnings(compiled, tensor=tensor, passes=passes, vocab=vocab)
-    found += traps.passed_twice(compiled, resident)
     return plans.ProgramPlan(
         name,
         compiled,

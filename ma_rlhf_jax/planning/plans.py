@@ -104,17 +104,15 @@ class Plan:
 def need(compiled: Compiled, resident: int) -> int:
   """Bytes of a device while a program runs and all that stays, stays.
 
-  Arguments that stay count once, however often they are passed, unless the
-  compiler, which counts them each time, refuses the program for that. What
-  their tiles pad is what the compiler counts beyond their sizes.
+  What their tiles pad is what the compiler counts of arguments beyond their
+  sizes.
 
   Args:
     compiled: the program.
     resident: bytes of what stays.
   """
   if compiled.memory is None:
-    beside = resident + max(0, compiled.required - compiled.resident_args)
-    return max(beside, compiled.required)
+    return resident + max(0, compiled.required - compiled.resident_args)
   m = compiled.memory
   padding = max(0, m.args - compiled.resident_args - compiled.other_args)
   return resident + padding + compiled.other_args + m.temp + m.out

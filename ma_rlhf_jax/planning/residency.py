@@ -30,8 +30,7 @@ def _abstract(tree: Any) -> Leaves:
 def residents(stage: Stage) -> dict[str, Leaves]:
   """Arrays that a stage holds from its first to its last update, by model.
 
-  With adapters, policy and reference share frozen weights, and so do critic
-  and reward model unless `ppo.critic_init` names another start.
+  What models share is counted with one that only scores, if there is one.
   """
   found: dict[str, Leaves] = {}
   seen: set[int] = set()
@@ -49,14 +48,10 @@ def residents(stage: Stage) -> dict[str, Leaves]:
   if stage.name != 'ppo':
     add(next(iter(found)), frozen)
     return found
-  shared = {'policy'}
-  if not stage.run.config.ppo.critic_init:
-    shared.add('critic')
-  for name, tree in frozen.items():
-    if name not in shared:
-      add(name, tree)
   for name, value in attributes.items():
     add(name, value)
+  for name, tree in frozen.items():
+    add(name, tree)
   return found
 
 

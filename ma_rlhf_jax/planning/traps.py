@@ -96,20 +96,3 @@ def warnings(
         sum(c.total for c in decode) > 25 * GIB
     )
   return lines
-
-
-def passed_twice(program: Compiled, resident: int) -> list[str]:
-  """A line if a program is refused for weights that it is given twice.
-
-  Args:
-    program: compiled, or refused.
-    resident: bytes of what stays on a device.
-  """
-  again = program.resident_args - resident
-  if program.memory is not None or again <= 0:
-    return []
-  return [
-      f'the compiler refuses it for {program.required / GIB:.2f} GiB, of which '
-      f'at least {again / GIB:.2f} are weights shared by two models and passed '
-      'twice; it counts them each time'
-  ]

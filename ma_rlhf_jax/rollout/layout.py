@@ -43,6 +43,11 @@ class DecodeLayout:
   mesh: Mesh | None
   train_mesh: Mesh | None
 
+  @property
+  def moves(self) -> bool:
+    """Whether weights go to other devices than those that train them."""
+    return self.mesh is not None and self.mesh.size > 1
+
 
 def make_layout(
     config: GemmaConfig, mesh: Mesh | None, tensor: int = 0
@@ -129,7 +134,7 @@ def _laid_out(params: Params, layout: DecodeLayout) -> Params:
   flat = {path: cast(path, x) for path, x in flat.items()}
   if config.unrolled:
     flat = _unstacked(flat, config.num_layers)
-  if layout.mesh is not None:
+  if layout.moves:
     flat = {
         path: _moved(layout, path, flat[path], sharding)
         for path, sharding in _shardings(layout, flat).items()
@@ -151,7 +156,7 @@ def _program(
     layout: DecodeLayout, shapes: tuple[tuple[str, tuple[int, ...]], ...]
 ) -> jax.stages.Wrapped:
   lay_out = functools.partial(_laid_out, layout=layout)
-  if layout.mesh is None:
+  if not layout.moves:
     return jax.jit(lay_out)
   given = {path: jax.ShapeDtypeStruct(x, jnp.float32) for path, x in shapes}
   made = jax.eval_shape(lay_out, traverse_util.unflatten_dict(given, sep='/'))
@@ -168,15 +173,43 @@ def _program(
   )
 
 
-def decode_program(params: Params, layout: DecodeLayout) -> jax.stages.Wrapped:
-  """The jitted function that `to_decode` calls for parameters like these."""
+def _stays(layout: DecodeLayout, path: str, x: Any) -> bool:
+  """Whether a parameter decodes as it trains, where it trains."""
+  if layout.moves or (layout.config.unrolled and path.startswith('layers/')):
+    return False
+  return path.endswith('scale') or x.dtype == layout.config.compute_dtype
+
+
+def decode_program(
+    params: Params, layout: DecodeLayout
+) -> tuple[jax.stages.Wrapped, Params]:
+  """The jitted function that `to_decode` calls, and what it is given.
+
+  Args:
+    params: of a policy in training.
+    layout: to decode in.
+
+  Returns:
+    The function, and those of the parameters that need a copy; {} = none.
+  """
   flat = traverse_util.flatten_dict(params, sep='/')
-  return _program(layout, tuple((path, x.shape) for path, x in flat.items()))
+  flat = {k: x for k, x in flat.items() if not _stays(layout, k, x)}
+  shapes = tuple((path, x.shape) for path, x in flat.items())
+  return _program(layout, shapes), traverse_util.unflatten_dict(flat, sep='/')
 
 
 def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
-  """The parameters of a policy in training, in the layout of a decoding one."""
-  return decode_program(params, layout)(params)
+  """The parameters of a policy in training, in the layout of a decoding one.
+
+  What decodes as it trains is the array itself, not a copy, so it is gone when
+  an update has consumed the policy.
+  """
+  flat = traverse_util.flatten_dict(params, sep='/')
+  flat = {k: x for k, x in flat.items() if _stays(layout, k, x)}
+  function, copied = decode_program(params, layout)
+  if copied:
+    flat |= traverse_util.flatten_dict(function(copied), sep='/')
+  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def _moved(
@@ -209,6 +242,7 @@ def _moved(
 
 def abstract_params(params: Params, layout: DecodeLayout) -> Params:
   """Shapes, dtypes and shardings of what `to_decode` gives."""
+  given = traverse_util.flatten_dict(params, sep='/')
   flat = traverse_util.flatten_dict(
       jax.eval_shape(functools.partial(to_decode, layout=layout), params),
       sep='/',
@@ -220,6 +254,7 @@ def abstract_params(params: Params, layout: DecodeLayout) -> Params:
         )
         for path, sharding in _shardings(layout, flat).items()
     }
+  flat |= {k: x for k, x in given.items() if _stays(layout, k, x)}
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

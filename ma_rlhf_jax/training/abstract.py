@@ -1,6 +1,6 @@
 """The stages of a run without weights: for tracing, compiling and planning."""
 
-from ma_rlhf_jax.models import heads, presets
+from ma_rlhf_jax.models import heads, lora, presets
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import Stage
@@ -16,17 +16,32 @@ def _model(
   return shape, heads.abstract_params(kind, shape)
 
 
+def _learning(
+    kind: str, shape: presets.GemmaConfig, frozen: Params | None
+) -> tuple[presets.GemmaConfig, Params]:
+  """A model that learns; its adapters share the weights of `frozen`."""
+  _, params = _model(kind, shape)
+  if shape.lora is not None and frozen is not None:
+    _, adapters = lora.split(shape, params)
+    params = lora.join(frozen, adapters)
+  return shape, params
+
+
 def _ppo(
     run: Run, learns: presets.GemmaConfig, frozen: presets.GemmaConfig
 ) -> PPO:
+  ref_policy, reward_model = (
+      _model(kind, frozen) for kind in ('policy', 'scalar')
+  )
   critic = (None, None)
   if run.config.ppo.baseline == 'critic':
-    critic = _model('scalar', learns)
+    apart = run.config.ppo.critic_init
+    critic = _learning('scalar', learns, None if apart else reward_model[1])
   models = Models(
-      policy=_model('policy', learns),
-      ref_policy=_model('policy', frozen),
+      policy=_learning('policy', learns, ref_policy[1]),
+      ref_policy=ref_policy,
       critic=critic,
-      reward_model=_model('scalar', frozen),
+      reward_model=reward_model,
   )
   shapes, params = zip(*models, strict=True)
   return PPO(run, Models(*shapes), Models(*params))

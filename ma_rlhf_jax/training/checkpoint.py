@@ -298,11 +298,18 @@ class _NewestAndBest:
 
 
 def abstract_of(state: State) -> State:
-  """Shapes, dtypes and shardings of `state`, to restore onto."""
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state,
-  )
+  """Shapes, dtypes and shardings of `state`, to restore onto.
+
+  What stands in it several times is described by one object.
+  """
+  made: dict[int, jax.ShapeDtypeStruct] = {}
+
+  def describe(x: Any) -> jax.ShapeDtypeStruct:
+    if id(x) not in made:
+      made[id(x)] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return made[id(x)]
+
+  return jax.tree.map(describe, state)
 
 
 def quiet_logging() -> None:

@@ -21,6 +21,8 @@ from ma_rlhf_jax.structs import (
     PromptBatch,
     Rollout,
     Scored,
+    SequenceBatch,
+    TrainState,
 )
 from ma_rlhf_jax.training import (
     buckets,
@@ -38,6 +40,7 @@ from ma_rlhf_jax.training.experience import (
 )
 from ma_rlhf_jax.training.loop import Program, Stage
 from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.shared import Shared
 
 _log = logging.getLogger(__name__)
 _host_metrics = jax.jit(host.metrics)
@@ -113,11 +116,12 @@ class PPO(Stage):
         'temperature': run.logprob_temperature,
         'chunk_tokens': run.config.model.logprob_chunk,
     }
-    self._score = jax.jit(
-        functools.partial(
-            score_sequences, shapes, split=self.split, **self._logprobs
-        )
-    )
+
+    def score(models: Shared, sequences: SequenceBatch) -> Scored:
+      how = {'split': self.split, **self._logprobs}
+      return score_sequences(shapes, models.tree, sequences, **how)
+
+    self._score = jax.jit(score)
     self._experience = jax.jit(
         functools.partial(make_experience, config=run.config)
     )
@@ -177,17 +181,22 @@ class PPO(Stage):
         if reason
         else f'{" and ".join(self.together)} scored and learned in one pass',
     )
-    self._one_pass = jax.jit(
-        functools.partial(
-            one_pass.step,
-            shapes=shapes,
-            config=config,
-            optimizers=optimizers,
-            split=self.split,
-            **self._logprobs,
-        ),
-        donate_argnums=0,
-    )
+
+    def learn_together(
+        states: dict[str, TrainState], others: Shared, *rest: Any
+    ) -> tuple[Any, ...]:
+      return one_pass.step(
+          states,
+          *others.tree,
+          *rest,
+          shapes=shapes,
+          config=config,
+          optimizers=optimizers,
+          split=self.split,
+          **self._logprobs,
+      )
+
+    self._one_pass = jax.jit(learn_together, donate_argnums=0)
 
   def programs(self) -> dict[str, Program]:
     states, frozen, models = checkpoint.abstract_of(
@@ -196,13 +205,14 @@ class PPO(Stage):
     rows, mesh = self.run.rows, self.run.mesh
     key = jax.eval_shape(lambda: jax.random.key(0))
     split = lambda: jax.random.split(jax.random.key(0), rows)
-    lay_out = layout_lib.decode_program(models.policy, self._layout)
+    lay_out, copied = layout_lib.decode_program(models.policy, self._layout)
     policy = layout_lib.abstract_params(models.policy, self._layout)
     prompts = self.run.abstract_prompts(rows)
-    programs = {
-        'ppo/reshard': Program(lay_out, (models.policy,)),
-        'ppo/rollout': Program(self._rollout, (policy, prompts, key, 0)),
-    }
+    programs = {}
+    if copied:
+      programs['ppo/reshard'] = Program(lay_out, (copied,))
+    draw = policy, prompts, key, 0
+    programs['ppo/rollout'] = Program(self._rollout, draw)
     rollout, scored = self.run.abstract_rollout(rows)
     given_BT = rollout.sequences.response_mask_BT if self._host else None
     keys_B = abstract(jax.eval_shape(split), mesh)
@@ -214,7 +224,7 @@ class PPO(Stage):
       one = self._one_pass_args(states, frozen, models, rollout, *told)
       programs['ppo/one_pass'] = Program(self._one_pass, one)
     else:
-      read = (models, rollout.sequences)
+      read = (Shared(models), rollout.sequences)
       programs['ppo/score'] = Program(self._score, read)
       programs['ppo/experience'] = Program(self._experience, args)
     for name, function in self._updates.items():
@@ -242,7 +252,7 @@ class PPO(Stage):
     """Arguments of `one_pass.step`."""
     only = lambda tree: {name: tree[name] for name in self.together}
     fixed = models._replace(**dict.fromkeys(self.together))
-    return only(states), only(frozen), fixed, *rest
+    return only(states), Shared((only(frozen), fixed)), *rest
 
   def _starts(self, rollout: Rollout) -> tuple[Array | None, dict[str, Array]]:
     """Where a rule of the host opens macro actions, and its metrics.
@@ -278,7 +288,7 @@ class PPO(Stage):
   def score(self, states: dict, rollout: Rollout) -> Scored:
     """What the four models say about responses, apart from learning."""
     with jax.profiler.TraceAnnotation('score'):
-      return self._score(self.params(states), rollout.sequences)
+      return self._score(Shared(self.params(states)), rollout.sequences)
 
   def learn(
       self, states: dict, prompts: PromptBatch, rollout: Rollout, index: int

@@ -16,18 +16,8 @@ def test_what_stays_counts_once_and_padding_counts() -> None:
   assert plans.need(_compiled(memory=memory), 100) == 100 + 5 + 5 + 30 + 2
 
 
-def test_shared_arguments_are_no_reason_to_count_less() -> None:
-  # Frozen weights that two models share are passed twice: 140 + 5.
-  memory = buffers.Memory(args=145, temp=30, out=0)
-  found = plans.need(_compiled(memory=memory, resident_args=140), 100)
-  assert found == 100 + 5 + 30
-
-
 def test_what_the_compiler_refused_comes_on_top_of_the_others() -> None:
   assert plans.need(_compiled(required=250), 100) == 100 + 250 - 70
-  # Shared weights passed twice, for which it was refused.
-  refused = _compiled(required=250, resident_args=200)
-  assert plans.need(refused, 100) == 250
 
 
 def made_plan(

@@ -70,10 +70,3 @@ def test_activations_are_no_weights() -> None:
 def test_what_is_small_beside_the_rest_is_not_told() -> None:
   rest = _sent('all-gather', (7, 7), *[_LAYERS] * 3)
   assert _warnings(_sent('all-reduce', (3072, 24576), _LAYERS), rest) == []
-
-
-def test_shared_weights_that_are_refused_twice() -> None:
-  refused = Compiled(None, 20 * 2**30, 0, 18 * 2**30, 0)
-  (line,) = traps.passed_twice(refused, 10 * 2**30)
-  assert 'for 20.00 GiB, of which at least 8.00 are weights shared' in line
-  assert traps.passed_twice(refused, 19 * 2**30) == []
