@@ -70,6 +70,9 @@ def _model() -> ConfigDict:
   # What the backward pass recomputes of a layer: full | dots (all but matrix
   # products) | attention (all but attention) | none. Memory and time: README.
   c.remat = 'full'
+  # Layers in one turn of the loop over them; 0 = all, and no loop. More of them
+  # compile for longer and are copied less. On CPUs remat saves nothing then.
+  c.unroll = 1
   # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU)
   c.attention = 'auto'
   # Where the models that do not learn wait between uses: device | host
@@ -332,6 +335,7 @@ RESUMABLE = (
     'evaluate.',
     'mesh.',
     'model.remat',
+    'model.unroll',
     'model.attention',
     'model.frozen_memory',
     'model.logprob_chunk',

@@ -75,7 +75,8 @@ _AT_LEAST_1 = (
 _AT_LEAST_2 = ['data.eval_rows', 'evaluate.prompts']
 _AT_LEAST_0 = (
     'seed model.vocab_size model.query_pre_attn_scalar model.attn_softcap'
-    ' model.final_softcap model.sliding_window lora.rank data.max_rows'
+    ' model.final_softcap model.sliding_window model.unroll lora.rank'
+    ' data.max_rows'
     ' data.max_prompt_len data.max_response_len sft.steps sft.micro_batch_size'
     ' sft.eval_every'
     ' reward_model.steps reward_model.micro_batch_size reward_model.eval_every'

@@ -252,13 +252,15 @@ class Gemma(nn.Module):
       return RMSNorm(c, name='final_norm')(x), cache
     block, policy = Layer, REMAT[c.remat]
     if policy is not None:
-      block = nn.remat(Layer, prevent_cse=False, policy=policy)
+      # Between turns of a loop nothing is found to be computed twice.
+      block = nn.remat(Layer, prevent_cse=c.unroll != 1, policy=policy)
     layers = nn.scan(
         block,
         variable_axes={'params': 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=c.num_layers,
+        unroll=min(c.unroll or c.num_layers, c.num_layers),
     )(c, name='layers')
     (x, cache), _ = layers(
         (x, cache),

@@ -52,6 +52,7 @@ class GemmaConfig:
     kernel_dtype: of matrices and embedding when they are created; '' =
       param_dtype. Frozen models hold them as they are computed with.
     remat: what the backward pass recomputes, a key of `gemma.REMAT`.
+    unroll: layers in one turn of the loop over them; 0 = all.
     attention: auto | xla | splash | cudnn, see `models.kernels`.
     lora: adapters beside the kernels; None = none.
     unrolled: each layer has its own parameters, `layer_0`, ..., in place of
@@ -77,6 +78,7 @@ class GemmaConfig:
   param_dtype: str = 'float32'
   kernel_dtype: str = ''
   remat: str = 'full'
+  unroll: int = 1
   attention: str = 'auto'
   lora: Lora | None = None
   unrolled: bool = False
@@ -115,6 +117,7 @@ _RUNTIME_FIELDS = (
     'param_dtype',
     'kernel_dtype',
     'remat',
+    'unroll',
     'attention',
     'lora',
     'unrolled',
@@ -196,6 +199,7 @@ def trained_whole(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
       param_dtype=model.param_dtype,
       kernel_dtype='',
       remat=model.remat,
+      unroll=model.unroll,
       attention=model.attention,
       lora=None,
   )

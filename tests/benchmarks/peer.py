@@ -25,7 +25,7 @@ def _config(wl):
   c.model.embed_dim, c.model.mlp_dim = wl.hidden, wl.mlp
   c.model.num_heads, c.model.num_kv_heads = wl.heads, wl.kv_heads
   c.model.head_dim = wl.head_dim
-  c.model.remat = 'none'
+  c.model.remat, c.model.unroll = 'none', 0
   # Small enough for the caches of a CPU, and to hold one gradient at a time.
   c.model.logprob_chunk, c.ppo.one_pass = 128, 'policy'
   c.ppo.batch_size, c.ppo.steps = wl.batch, 100

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,10 @@ def _states(tokens: np.ndarray = TOKENS, mask: np.ndarray = MASK) -> np.ndarray:
   return np.asarray(states(TINY, PARAMS, tokens, mask))
 
 
-def _value_and_grads(remat: str = 'full') -> tuple[float, Params]:
-  config = dataclasses.replace(ONE_KV_HEAD, remat=remat)
+def _value_and_grads(
+    remat: str = 'full', unroll: int = 1
+) -> tuple[float, Params]:
+  config = dataclasses.replace(ONE_KV_HEAD, remat=remat, unroll=unroll)
   params = draw('policy', config, seed=0)
   value, grads = value_and_grad(config, params, TOKENS, MASK)
   return float(value), jax.tree.map(np.asarray, grads)
@@ -108,10 +111,15 @@ def test_decoding_from_a_cache_equals_the_whole_row() -> None:
   assert np.asarray(cache.values_XBSKH)[:, :, 8].any()
 
 
-@pytest.mark.parametrize('remat', ['dots', 'attention', 'none'])
-def test_remat_changes_no_value_and_no_gradient(remat: str) -> None:
+@pytest.mark.parametrize(
+    ('remat', 'unroll'),
+    [('dots', 1), ('attention', 1), ('none', 1), ('full', 2), ('none', 0)],
+)
+def test_remat_and_loops_change_no_value_and_no_gradient(
+    remat: str, unroll: int
+) -> None:
   value, grads = _value_and_grads()
-  kept_value, kept_grads = _value_and_grads(remat)
+  kept_value, kept_grads = _value_and_grads(remat, unroll)
   np.testing.assert_allclose(value, kept_value, rtol=1e-5)
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
@@ -119,6 +127,23 @@ def test_remat_changes_no_value_and_no_gradient(remat: str) -> None:
       kept_grads,
   )
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads))
+
+
+def test_layers_go_round_in_turns_or_one_after_the_other() -> None:
+  def loops(unroll: int) -> tuple[int, int]:
+    """Loops, and layers in the body of one, of a pass."""
+    config = dataclasses.replace(TINY, num_layers=4, unroll=unroll)
+    params = draw('policy', config, seed=0)
+    traced = jax.jit(states, static_argnums=0).trace(
+        config, params, TOKENS, MASK
+    )
+    (turns,) = re.findall(r'unroll=(\d+)', str(traced.jaxpr))
+    text = traced.lower().compile().as_text()
+    return len(re.findall(r' while\(', text)), int(turns)
+
+  assert loops(1) == (1, 1)
+  assert loops(2) == (1, 2)
+  assert loops(0) == loops(9) == (0, 4)
 
 
 def test_remat_keeps_what_it_names() -> None:
