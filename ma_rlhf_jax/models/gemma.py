@@ -21,6 +21,7 @@ from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.contraction import PRODUCT, contract
 from ma_rlhf_jax.models.kernels import SAVED
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.partition import (
     LORA_A,
     LORA_B,
@@ -220,7 +221,7 @@ class Gemma(nn.Module):
     """Hidden states after the final norm, and the cache with these tokens.
 
     Args:
-      tokens_BL: int32.
+      tokens_BL: int32. Or their rows of the embedding, [B, L, D].
       positions_BL: int32 rotary positions.
       mask: bool [B, L, S], what each token attends to; S is L without a cache,
         else the number of its slots. Or [B, L], the real tokens of rows that
@@ -231,17 +232,19 @@ class Gemma(nn.Module):
     Returns:
       float [B, L, D] in the compute dtype, and the new cache (or None).
     """
-    chex.assert_rank([tokens_BL, positions_BL, mask], [2, 2, {2, 3}])
-    c = self.config
-    embedding_VD = self.param(
-        'embedding',
-        nn.initializers.normal(c.embed_dim**-0.5),
-        (c.vocab_size, c.embed_dim),
-        jnp.dtype(c.kernel_dtype or c.param_dtype),
-    )
+    chex.assert_rank([tokens_BL, positions_BL, mask], [{2, 3}, 2, {2, 3}])
+    c, x = self.config, tokens_BL
+    if x.ndim == 2:
+      embedding_VD = self.param(
+          'embedding',
+          nn.initializers.normal(c.embed_dim**-0.5),
+          (c.vocab_size, c.embed_dim),
+          jnp.dtype(c.kernel_dtype or c.param_dtype),
+      )
+      x = embedding_VD[tokens_BL]
     # The factor is rounded to the compute dtype, as in the reference.
     factor = jnp.asarray(c.embed_dim**0.5, c.compute_dtype)
-    x = embedding_VD[tokens_BL].astype(c.compute_dtype) * factor
+    x = x.astype(c.compute_dtype) * factor
     x = constrain(x, ('batch', 'length', 'width'))
     slides = c.sliding_layers or (False,) * c.num_layers
     rows = positions_BL, Masks.of(c, mask, slot), slot
@@ -276,17 +279,50 @@ def layer_name(layer: int) -> str:
   return f'layer_{layer}'
 
 
+@jax.custom_vjp
+def _look_up(embedding_VD: Array, tokens_BL: Array) -> tuple[Array, Array]:
+  """Rows [B, L, D] of the table, and the table, for the head.
+
+  The gradient that comes back through the latter is added to in place: apart,
+  that of the rows would be a second array as large as the table.
+  """
+  return embedding_VD[tokens_BL], embedding_VD
+
+
+def _look_up_forward(
+    embedding_VD: Array, tokens_BL: Array
+) -> tuple[tuple[Array, Array], Array]:
+  return _look_up(embedding_VD, tokens_BL), tokens_BL
+
+
+def _look_up_backward(
+    tokens_BL: Array, grads: tuple[Array, Array]
+) -> tuple[Array, None]:
+  rows_BLD, table_VD = grads
+  return table_VD.at[tokens_BL].add(rows_BLD), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def hidden_and_head(
+    config: GemmaConfig, params: Params, tokens_BL: Array, mask_BL: Array
+) -> tuple[Array, Array]:
+  """Hidden states [B, L, D] of whole padded rows, and the tied head [V, D]."""
+  given, head_VD = tokens_BL, params['embedding']
+  if partition.current_mesh() is None:  # else the table is in parts
+    given, head_VD = _look_up(head_VD, tokens_BL)
+  hidden_BLD, _ = Gemma(config).apply(
+      {'params': params}, given, masking.positions(mask_BL), mask_BL
+  )
+  return hidden_BLD, head_VD
+
+
 def hidden_states(
     config: GemmaConfig, params: Params, tokens_BL: Array, mask_BL: Array
 ) -> Array:
   """Hidden states [B, L, D] of whole padded rows, without a cache."""
-  hidden_BLD, _ = Gemma(config).apply(
-      {'params': params},
-      tokens_BL,
-      masking.positions(mask_BL),
-      mask_BL,
-  )
-  return hidden_BLD
+  return hidden_and_head(config, params, tokens_BL, mask_BL)[0]
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models.gemma import hidden_states
+from ma_rlhf_jax.models.gemma import hidden_and_head
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import partition
@@ -60,11 +60,12 @@ def response_logprobs(
     width: no row has more real tokens; None = all columns are computed.
   """
   tokens, mask, pick = _laid_out(sequences, width)
-  states_BTD = pick(hidden_states(config, params, tokens, mask))
+  hidden, head_VD = hidden_and_head(config, params, tokens, mask)
+  states_BTD = pick(hidden)
   mask_BT = sequences.response_mask_BT
   logprobs_BT, entropy_BT = token_logprobs(
       states_BTD,
-      params['embedding'],
+      head_VD,
       masking.response_tokens(sequences)[:, : states_BTD.shape[1]],
       softcap=config.final_softcap,
       temperature=temperature,

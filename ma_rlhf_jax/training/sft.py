@@ -11,7 +11,7 @@ import optax
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.models import lora
-from ma_rlhf_jax.models.gemma import hidden_states
+from ma_rlhf_jax.models.gemma import hidden_and_head
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective.losses import sft_loss, token_weights
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
@@ -64,11 +64,10 @@ def learned_logprobs(
   """(logprobs_BW, learned_BW): nats at temperature 1, and what is learned."""
   tokens_BL, mask_BL, learned_BW = LOSS_ON[loss_on](sequences)
   width = learned_BW.shape[1]
+  hidden_BLD, head_VD = hidden_and_head(shape, params, tokens_BL, mask_BL)
   logprobs_BW, _ = token_logprobs(
-      masking.predictors(
-          hidden_states(shape, params, tokens_BL, mask_BL), width
-      ),
-      params['embedding'],
+      masking.predictors(hidden_BLD, width),
+      head_VD,
       tokens_BL[:, -width:],
       softcap=shape.final_softcap,
       temperature=1.0,

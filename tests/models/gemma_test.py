@@ -129,6 +129,20 @@ def test_remat_and_loops_change_no_value_and_no_gradient(
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads))
 
 
+def test_the_gradient_of_a_look_up_is_added_to_that_of_the_head() -> None:
+  def cost(params: Params, given: bool) -> jax.Array:
+    hidden, head = gemma.hidden_and_head(TINY, params, TOKENS, MASK)
+    head = head if given else params['embedding']
+    return jnp.sum(jnp.sin(hidden[:, -1] @ head.T))
+
+  chained, apart = (jax.grad(cost)(PARAMS, given) for given in (True, False))
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      chained,
+      apart,
+  )
+
+
 def test_layers_go_round_in_turns_or_one_after_the_other() -> None:
   def loops(unroll: int) -> tuple[int, int]:
     """Loops, and layers in the body of one, of a pass."""

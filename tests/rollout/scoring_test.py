@@ -134,12 +134,14 @@ def test_gradients_reach_the_states_before_response_tokens_and_no_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   rows = tiny.sequences(ROWS)
-  states = scoring.hidden_states(
+  states, head = scoring.hidden_and_head(
       tiny.SHAPE, POLICY, rows.tokens_BL, rows.mask_BL
   )
 
   def loss(hidden_BLD: jax.Array) -> jax.Array:
-    monkeypatch.setattr(scoring, 'hidden_states', lambda *_: hidden_BLD)
+    monkeypatch.setattr(
+        scoring, 'hidden_and_head', lambda *_: (hidden_BLD, head)
+    )
     logprobs_BT, _ = scoring.response_logprobs(
         tiny.SHAPE, POLICY, rows, temperature=0.7, chunk_tokens=8
     )

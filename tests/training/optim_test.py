@@ -125,6 +125,24 @@ def test_clipping_is_by_the_global_norm():
   )
 
 
+def test_clipping_holds_no_second_copy_of_the_gradients():
+  def temporaries(clip_norm: float) -> int:
+    optimizer = optim.make_optimizer(_optim(clip_norm=clip_norm), 10)
+    params = {'x': jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
+
+    def step(params: dict, state: optax.OptState, grads: dict) -> tuple:
+      grads = jax.tree.map(jnp.sin, grads)  # not an argument
+      updates, state = optimizer.update(grads, state, params)
+      return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(optimizer.init, params)
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(1.5) < 1.1 * 4 * 1000 * 1000
+  assert temporaries(0.0) <= temporaries(1.5)
+
+
 def test_bfloat16_moments_are_rounded_after_each_update():
   how = {'weight_decay': 0.0, 'moment_dtype': 'bfloat16'}
   optimizer = optim.make_optimizer(_optim(**how), 10)
