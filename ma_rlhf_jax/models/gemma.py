@@ -310,7 +310,9 @@ def hidden_and_head(
 ) -> tuple[Array, Array]:
   """Hidden states [B, L, D] of whole padded rows, and the tied head [V, D]."""
   given, head_VD = tokens_BL, params['embedding']
-  if partition.current_mesh() is None:  # else the table is in parts
+  wide = head_VD.dtype == masking.wide(head_VD.dtype)
+  # On a mesh the table is in parts; a sum in bfloat16 would lose small terms.
+  if wide and partition.current_mesh() is None:
     given, head_VD = _look_up(head_VD, tokens_BL)
   hidden_BLD, _ = Gemma(config).apply(
       {'params': params}, given, masking.positions(mask_BL), mask_BL

@@ -2,8 +2,9 @@
 
 Each token reads all weights once. Weights that are split for training (over
 `fsdp`, in float32) would be gathered for every token, so they are cast and laid
-out anew once a rollout: in the compute dtype, split over `tensor` alone, and,
-where a scan over layers would copy each layer out of the stack, layer by layer.
+out anew once a rollout, where that changes anything: in the compute dtype,
+split over `tensor` alone, and, where a scan over layers would copy each layer
+out of the stack, layer by layer.
 """
 
 from collections.abc import Iterator
@@ -68,7 +69,9 @@ def make_layout(
     decoding = decode_mesh(mesh, tensor or fewest)
   # A TPU reads a layer where it lies in the stack.
   unrolled = platform != 'tpu'
-  config = dataclasses.replace(config, remat='none', unrolled=unrolled)
+  config = dataclasses.replace(
+      config, remat='none', unroll=1, unrolled=unrolled
+  )
   return DecodeLayout(config, decoding, mesh)
 
 

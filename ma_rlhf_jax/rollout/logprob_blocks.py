@@ -2,7 +2,7 @@
 
 The forward pass carries a few sums of each token over the blocks. The backward
 pass makes the logits again, and writes the gradient of each block of the table
-once, where it belongs.
+once, where it belongs. N counts tokens.
 """
 
 from collections.abc import Callable
@@ -83,14 +83,17 @@ def block_logprobs(
     hidden_ND: Array, embedding_VD: Array, tokens_N: Array, settings: Settings
 ) -> tuple[Array, Array]:
   """(log-probs, entropies) [N] in nats, see `logprobs.token_logprobs`."""
-  found, _ = _with_normalizer(hidden_ND, embedding_VD, tokens_N, settings)
+  found, _ = _with_normalizers(hidden_ND, embedding_VD, tokens_N, settings)
   return found
 
 
-def _with_normalizer(
+def _with_normalizers(
     hidden_ND: Array, embedding_VD: Array, tokens_N: Array, settings: Settings
-) -> tuple[tuple[Array, Array], Array]:
-  """The results, and the logsumexp [N] of the logits."""
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """The results; the largest logits [N], and the logsumexp above them.
+
+  Their sum would round away what the logsumexp adds to a large logit.
+  """
 
   def add(sums: _Sums, first: Array | int, size: int) -> _Sums:
     rows_vD = jax.lax.dynamic_slice_in_dim(embedding_VD, first, size)
@@ -132,28 +135,28 @@ def _with_normalizer(
   entropy_N = zero_N
   if settings.with_entropy:
     entropy_N = log_N - sums.weighted / sums.weights
-  return (sums.picked - sums.top - log_N, entropy_N), sums.top + log_N
+  return (sums.picked - sums.top - log_N, entropy_N), (sums.top, log_N)
 
 
 def _forward(
     hidden_ND: Any, embedding_VD: Any, tokens_N: Any, settings: Settings
 ) -> tuple[tuple[Array, Array], tuple]:
   inputs = hidden_ND.value, embedding_VD.value, tokens_N.value
-  found, log_z_N = _with_normalizer(*inputs, settings)
+  found, normalizers = _with_normalizers(*inputs, settings)
   # Of a table that does not learn no gradient is made.
   learns = () if embedding_VD.perturbed else None
-  return found, (*inputs, found[1], log_z_N, learns)
+  return found, (*inputs, found[1], *normalizers, learns)
 
 
 def _backward(
     settings: Settings, saved: tuple, grads: tuple[Any, Any]
 ) -> tuple[Array, Array | None, None]:
-  hidden_ND, embedding_VD, tokens_N, entropy_N, log_z_N, learns = saved
+  hidden_ND, embedding_VD, tokens_N, entropy_N, top_N, log_N, learns = saved
   flat = lambda x: not isinstance(x, jax.custom_derivatives.SymbolicZero)
   logprob_grad_N, entropy_grad_N = (x if flat(x) else None for x in grads)
 
   def logits_grad(logits_Nv: Array, ids_v: Array) -> Array:
-    logprob_Nv = logits_Nv - log_z_N[:, None]
+    logprob_Nv = (logits_Nv - top_N[:, None]) - log_N[:, None]
     probs_Nv = jnp.exp(logprob_Nv)
     total_Nv = jnp.zeros_like(logits_Nv)
     if logprob_grad_N is not None:
@@ -181,7 +184,7 @@ def _backward(
   hidden_grad_ND, table_grad_VD = _over_blocks(
       add,
       (
-          jnp.zeros(hidden_ND.shape, log_z_N.dtype),
+          jnp.zeros(hidden_ND.shape, top_N.dtype),
           None if learns is None else jnp.zeros_like(embedding_VD),
       ),
       settings,

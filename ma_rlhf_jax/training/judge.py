@@ -25,6 +25,7 @@ from ma_rlhf_jax.structs import (
 )
 from ma_rlhf_jax.training import console, update
 from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.shared import Shared
 
 
 class Model(NamedTuple):
@@ -72,7 +73,7 @@ class Judged:
     static_argnames=('shapes', 'temperature', 'chunk_tokens', 'num_micro'),
 )
 def _measure(
-    params: tuple[Params, Params, Params],
+    shared: Shared,
     rollout: Rollout,
     *,
     shapes: tuple[GemmaConfig, GemmaConfig, GemmaConfig],
@@ -81,7 +82,7 @@ def _measure(
     num_micro: int,
 ) -> dict[str, Array]:
   """score [B] and kl [B] of finished responses."""
-  params = partition.on_device(params)
+  params: tuple[Params, Params, Params] = partition.on_device(shared.tree)
 
   def measure(rows: SequenceBatch) -> dict[str, Array]:
     logprobs_BT, ref_logprobs_BT = (
@@ -211,7 +212,7 @@ def _judge_batch(
   if ref_policy is not None and reward_model is not None:
     models = (policy, ref_policy, reward_model)
     numbers |= _measure(
-        tuple(model.params for model in models),
+        Shared(tuple(model.params for model in models)),
         rollout,
         shapes=tuple(model.shape for model in models),
         temperature=temperature,

@@ -84,6 +84,22 @@ def test_a_table_that_does_not_learn_costs_no_gradient() -> None:
   assert count(jax.grad(cost, argnums=0)) == 3 * product
 
 
+def test_large_logits_keep_their_probabilities() -> None:
+  # 3,000 plus the logarithm of a sum, in one number, would be off by 1e-4.
+  table = jnp.log(jnp.array([[1.0], [2.0], [5.0]])) + 3000.0
+  cost = lambda table: jnp.sum(
+      lib.block_logprobs(
+          jnp.ones((2, 1)),
+          table,
+          jnp.array([2, 2]),
+          _settings(2, softcap=0.0, temperature=1.0),
+      )[0]
+  )
+  want = jax.nn.softmax(table[:, 0] - 3000.0)
+  got = jax.grad(cost)(table)[:, 0]
+  np.testing.assert_allclose(got, 2 * (jnp.eye(3)[2] - want), atol=2e-6)
+
+
 def test_what_is_not_used_has_no_gradient() -> None:
   inputs = _inputs()
   made = lambda *args: lib.block_logprobs(*args, _settings(8))

@@ -20,6 +20,8 @@ def test_a_program_gets_each_array_once_and_sees_the_whole_tree() -> None:
   first, second = jax.tree.leaves(Shared(tree))
   assert first is a
   assert second is b
+  (_, last), _ = jax.tree_util.tree_flatten_with_path(Shared(tree))
+  assert jax.tree_util.keystr(last[0], simple=True) == 'x/1'
   seen = []
 
   @jax.jit
