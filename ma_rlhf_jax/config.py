@@ -77,7 +77,7 @@ def _model() -> ConfigDict:
   c.attention = 'auto'
   # Where the models that do not learn wait between uses: device | host
   c.frozen_memory = 'device'
-  c.logprob_chunk = 512  # tokens, as many logits as which a device holds
+  c.logprob_chunk = 512  # tokens; a device holds as many logits as they have
   return c
 
 

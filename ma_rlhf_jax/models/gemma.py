@@ -21,12 +21,12 @@ from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.contraction import PRODUCT, contract
 from ma_rlhf_jax.models.kernels import SAVED
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.partition import (
     LORA_A,
     LORA_B,
     beside_cache,
     constrain,
+    current_mesh,
 )
 from ma_rlhf_jax.structs import Array, Params
 
@@ -312,7 +312,7 @@ def hidden_and_head(
   given, head_VD = tokens_BL, params['embedding']
   wide = head_VD.dtype == masking.wide(head_VD.dtype)
   # On a mesh the table is in parts; a sum in bfloat16 would lose small terms.
-  if wide and partition.current_mesh() is None:
+  if wide and current_mesh() is None:
     given, head_VD = _look_up(head_VD, tokens_BL)
   hidden_BLD, _ = Gemma(config).apply(
       {'params': params}, given, masking.positions(mask_BL), mask_BL

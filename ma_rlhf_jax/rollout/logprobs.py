@@ -185,7 +185,7 @@ def token_logprobs(
     tokens_BT: int32 tokens.
     softcap: of the logits, `final_softcap` of the model; 0 = off.
     temperature: T > 0.
-    chunk_tokens: tokens, as many logits as which, V of each, one device holds.
+    chunk_tokens: tokens; one device holds as many logits as they have, V each.
     with_entropy: also compute entropies, else they are 0.
 
   Returns:

@@ -249,7 +249,7 @@ class PPO(Stage):
   def _one_pass_args(
       self, states: dict, frozen: dict, models: Models, *rest: Any
   ) -> tuple[Any, ...]:
-    """Arguments of `one_pass.step`."""
+    """Arguments of `_one_pass`."""
     only = lambda tree: {name: tree[name] for name in self.together}
     fixed = models._replace(**dict.fromkeys(self.together))
     return only(states), Shared((only(frozen), fixed)), *rest

@@ -4,10 +4,12 @@ import importlib.util
 import json
 import pathlib
 
+import jax.numpy as jnp
 import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.planning import child, compiling, topology
+from ma_rlhf_jax.training.shared import Shared
 from tests import tiny
 
 _needs_libtpu = pytest.mark.skipif(
@@ -83,6 +85,13 @@ def _small(**fields: object) -> config_lib.ConfigDict:
       'ppo__one_pass': 'off',
   }
   return tiny.config(**{**defaults, **fields})
+
+
+def test_weights_are_found_among_those_that_models_share() -> None:
+  kernel, table = jnp.ones((3, 4, 8)), jnp.ones((100, 4))
+  policy = {'embedding': table, 'layers': {'mlp': {'up': kernel}}}
+  given = Shared({'policy': policy, 'ref_policy': policy})
+  assert child._weights((given,), 100) == [[4, 8], [100, 4]]
 
 
 @pytest.mark.slow

@@ -38,7 +38,6 @@ def test_formulas_are_near_what_was_compiled_for_v5e_8x8(
 
 
 def test_no_weight_is_sent_while_tokens_are_drawn() -> None:
-
   whole = estimate.load('ppo/rollout', _config(rollout__tensor=1), 64)
   assert whole.wire == 0
   split = estimate.load('ppo/rollout', _config(rollout__tensor=8), 64)
