@@ -134,13 +134,16 @@ def make(config: ConfigDict, spread: str = 'full') -> Workload:
   learns, fixed = presets.trained(shape, config), presets.frozen(
       shape, config.model
   )
-  kinds = Models('policy', 'policy', 'scalar', 'scalar')
   shapes = Models(learns, fixed, learns, fixed)
+  draw = lambda number, shape: heads.init_params(
+      'policy', shape, jax.random.key(number)
+  )
+  scored = lambda number, shape: {
+      'backbone': draw(number, shape),
+      'head': heads.init_head(shape, jax.random.key(number)),
+  }
   params = Models(
-      *(
-          heads.init_params(kind, one, jax.random.key(number))
-          for number, (kind, one) in enumerate(zip(kinds, shapes, strict=True))
-      )
+      draw(0, learns), draw(1, fixed), scored(2, learns), scored(3, fixed)
   )
   stage = PPO(run, shapes, params)
   del params

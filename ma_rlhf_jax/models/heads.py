@@ -1,6 +1,7 @@
 """Reward model and critic: a Gemma with a linear scalar head without bias."""
 
 from collections.abc import Callable
+import functools
 
 from flax import linen as nn
 from flax import traverse_util
@@ -102,6 +103,19 @@ def init_params(
     keep: path, its parts joined by '/', -> whether it is wanted; nothing else
       is made.
   """
+  mesh = jax.sharding.get_mesh()
+  return _initializer(kind, config.as_created, keep, mesh)(key)
+
+
+@functools.lru_cache(maxsize=8)
+def _initializer(
+    kind: str,
+    config: GemmaConfig,
+    keep: Callable[[str], bool],
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Array], Params]:
+  """Key -> parameters: models of one shape share its compilation."""
+  del mesh  # the shardings are of the one that is set
 
   def wanted(tree: Params) -> Params:
     flat = traverse_util.flatten_dict(tree, sep='/')
@@ -114,7 +128,7 @@ def init_params(
   init = lambda key: wanted(
       MODELS[kind](config).init(key, *dummy_inputs())['params']
   )
-  return jax.jit(init, out_shardings=shardings)(key)
+  return jax.jit(init, out_shardings=shardings)
 
 
 def init_head(config: GemmaConfig, key: Array) -> Array:

@@ -98,6 +98,18 @@ class GemmaConfig:
     return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
   @property
+  def as_created(self) -> 'GemmaConfig':
+    """The same for all models whose parameters are created alike."""
+    return dataclasses.replace(
+        self,
+        dtype='float32',
+        kernel_dtype=self.kernel_dtype or self.param_dtype,
+        remat='none',
+        unroll=1,
+        attention='xla',
+    )
+
+  @property
   def num_params(self) -> int:
     """Parameters of the policy without adapters; the tied head counts once."""
     d, heads = self.embed_dim, self.num_heads + self.num_kv_heads

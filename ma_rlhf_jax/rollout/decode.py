@@ -198,7 +198,7 @@ def stage_limits(max_new_tokens: int) -> tuple[int, ...]:
   Short responses have fewer stages: each is a program of its own to compile.
   """
   parts = [8, 4, 2] if max_new_tokens >= 256 else [2]
-  if max_new_tokens < 32:
+  if max_new_tokens < 128:
     parts = []
   return (*(max_new_tokens // part for part in parts), max_new_tokens)
 

@@ -99,6 +99,20 @@ def test_initial_weights(created: tuple) -> None:
   assert not layers['mlp_norm']['scale'].any()
 
 
+def test_choices_of_a_run_change_neither_weights_nor_their_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  key = jax.random.key(3, impl='rbg')
+  want = heads.init_params('policy', TINY, key)
+  other = dataclasses.replace(
+      TINY, dtype='bfloat16', remat='dots', unroll=0, attention='splash'
+  )
+  plain = gemma.Gemma(other).init(key, *gemma.dummy_inputs())['params']
+  chex.assert_trees_all_close(want, plain, rtol=1e-6)
+  monkeypatch.delitem(heads.MODELS, 'policy')  # needed to trace another
+  chex.assert_trees_all_equal(want, heads.init_params('policy', other, key))
+
+
 def test_a_policy_is_the_backbone_of_a_scalar_model() -> None:
   policy = heads.abstract_params('policy', TINY)
   scalar = heads.abstract_params('scalar', TINY)

@@ -219,8 +219,8 @@ def test_rows_are_cut_at_their_own_limit() -> None:
 
 def test_stages_end_at_halves_of_the_response() -> None:
   assert decode.stage_limits(512) == (64, 128, 256, 512)
-  assert decode.stage_limits(64) == (32, 64)
-  assert decode.stage_limits(16) == (16,)
+  assert decode.stage_limits(128) == (64, 128)
+  assert decode.stage_limits(64) == (64,)
 
 
 @pytest.mark.slow
