@@ -20,6 +20,21 @@ def dump(row: Row) -> str:
   return line
 
 
+def check_place(flag: str, path: str) -> None:
+  """Raises OSError where no file can be at `path`, which `--flag` names.
+
+  A local one; its folder must exist.
+  """
+  file = pathlib.Path(path)
+  if file.is_dir():
+    raise IsADirectoryError(f'--{flag}={path} is a folder; name a file in it')
+  if not file.parent.is_dir():
+    raise FileNotFoundError(
+        f'--{flag}={path}: there is no folder {file.parent}; make it, or name '
+        'another'
+    )
+
+
 def check(path: str, overwrite: bool, source: str = '') -> None:
   """Raises where an output cannot be written.
 
@@ -35,9 +50,8 @@ def check(path: str, overwrite: bool, source: str = '') -> None:
     OSError: if it is a folder, or its folder is not there.
   """
   where = f'--output={path}'
+  check_place('output', path)
   file = pathlib.Path(path)
-  if file.is_dir():
-    raise IsADirectoryError(f'{where} is a folder; name a file in it')
   partial = _partial(path)
   if source and partial.exists() and partial.samefile(source):
     raise ValueError(
@@ -50,10 +64,6 @@ def check(path: str, overwrite: bool, source: str = '') -> None:
     )
   if partial.exists() and not overwrite:
     raise FileExistsError(_left(partial))
-  if not file.parent.is_dir():
-    raise FileNotFoundError(
-        f'{where}: there is no folder {file.parent}; make it, or name another'
-    )
 
 
 def _partial(path: str) -> pathlib.Path:

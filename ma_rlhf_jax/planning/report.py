@@ -232,8 +232,16 @@ def _json_program(p: plans.ProgramPlan) -> dict[str, Any]:
   }
 
 
-def as_json(plan: plans.Plan, price: float | None) -> dict[str, Any]:
-  """The plan for programs; bytes, seconds and FLOPs, of a device where not."""
+def as_json(
+    plan: plans.Plan, given: ConfigDict, price: float | None
+) -> dict[str, Any]:
+  """The plan for programs; bytes, seconds and FLOPs, of a device where not.
+
+  Args:
+    plan: of all stages.
+    given: the config that was asked about; `flags` lead from it to the plan.
+    price: of a chip for an hour; None = not given.
+  """
   return {
       'topology': plan.topology.name,
       'chips': plan.topology.num_chips,
@@ -244,6 +252,7 @@ def as_json(plan: plans.Plan, price: float | None) -> dict[str, Any]:
       'peak_bytes': plan.peak,
       'fits': plan.fits,
       'setup': setup(plan.config, plan.topology),
+      'flags': changed(plan.config, given),
       'seconds': plan.seconds if plan.rows else None,
       'cost': plan.rows
       and price

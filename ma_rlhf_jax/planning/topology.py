@@ -172,7 +172,10 @@ def parse(name: str) -> Topology:
     number = number or '1'
     if kind in GPUS and number.isdecimal() and int(number) > 0:
       return Topology(name, 'gpu', kind, (int(number),), GPUS[kind])
-    raise ValueError(f'--topology={name!r} is unknown. {_known()}')
+    what = f'no GPU {kind!r}' if kind not in GPUS else f'no number {number!r}'
+    raise ValueError(f'--topology={name!r}: there is {what}. {_known()}')
+  if not name:
+    raise ValueError(f'--topology is needed: the machine to plan. {_known()}')
   if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', rest):
     raise ValueError(f'--topology={name!r} is unknown. {_known()}')
   sizes = tuple(map(int, rest.split('x')))

@@ -20,6 +20,7 @@ import jax
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import recipe_flag
 from ma_rlhf_jax.benching import measure
+from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.parallel import host_memory
 from ma_rlhf_jax.parallel.mesh import make_mesh
 
@@ -61,6 +62,8 @@ def bench() -> str:
           f'--compare={",".join(_COMPARE.value)} must be two files'
       )
     return measure.comparison(*map(_read, _COMPARE.value))
+  if _JSON.value:
+    outputs.check_place('json', _JSON.value)
   host_memory.keep_freed()  # as `train` does
   config = recipe_flag.CONFIG.value
   name = config.sft.init.rpartition('/')[2]

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from ma_rlhf_jax import recipe_flag, switches, validation
+from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.prompts import parse_line, text_problem
 from ma_rlhf_jax.generation import finished
@@ -305,6 +306,8 @@ def _ref_logprobs(rows: Rows, config: ConfigDict, pad: int) -> np.ndarray:
 
 def explore(config: ConfigDict, other: ConfigDict) -> Told:
   """Reads, segments and estimates; raises what a user can mend."""
+  if _HTML.value:
+    outputs.check_place('html', _HTML.value)
   for name, c in (('config', config), ('other', other)):
     if found := validation.problems(c):
       raise ValueError(f'--{name}: ' + '\n  '.join(found))

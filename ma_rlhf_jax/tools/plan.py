@@ -19,11 +19,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import app, flags  # noqa: E402
 
-from ma_rlhf_jax import (
-    recipe_flag,  # noqa: E402
-    validation,  # noqa: E402
-)
-from ma_rlhf_jax.planning import (  # noqa: E402  # noqa: E402
+from ma_rlhf_jax import recipe_flag, validation  # noqa: E402
+from ma_rlhf_jax.data import outputs  # noqa: E402
+from ma_rlhf_jax.planning import (  # noqa: E402
     abstract,
     compiling,
     plans,
@@ -35,7 +33,7 @@ from ma_rlhf_jax.planning import topology as topology_lib  # noqa: E402
 from ma_rlhf_jax.planning.planner import Planner, problems  # noqa: E402
 
 _TOPOLOGY = flags.DEFINE_string(
-    'topology', None, 'v5e:4x8, v5p:2x2x4, gpu:h200:8, ...', required=True
+    'topology', None, 'v5e:4x8, v5p:2x2x4, gpu:h200:8, ...'
 )
 _SEARCH = flags.DEFINE_bool(
     'search', False, 'Find the cheapest set-up that fits.'
@@ -106,8 +104,10 @@ def _heading(found: plans.Plan) -> str:
 
 def plan() -> plans.Plan:
   """The plan that the flags ask for; prints it on the way."""
-  topology = topology_lib.parse(_TOPOLOGY.value)
+  topology = topology_lib.parse(_TOPOLOGY.value or '')
   _check_libtpu(topology)
+  if _JSON.value:
+    outputs.check_place('json', _JSON.value)
   shares, given = _shares(), recipe_flag.CONFIG.value
   validation.validate(given)
   config = abstract.with_preset(given)
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     found = plan()
     if _JSON.value:
-      made = report.as_json(found, _PRICE.value)
+      made = report.as_json(found, recipe_flag.CONFIG.value, _PRICE.value)
       pathlib.Path(_JSON.value).write_text(json.dumps(made, indent=1))
     _say(f'answered in {time.monotonic() - start:.0f} s')
   except (ValueError, OSError, compiling.CompileError) as error:

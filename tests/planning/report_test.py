@@ -53,12 +53,15 @@ def test_without_rows_nothing_is_said_of_the_whole() -> None:
   plan = dataclasses.replace(made_plan(16 * GIB, _NEEDS), rows=None)
   text = report.text(plan, roofline.Shares(), 2.0)
   assert 'give --rows' in text and 'chip hours' not in text
-  assert report.as_json(plan, 2.0)['cost'] is None
+  assert report.as_json(plan, plan.config, 2.0)['cost'] is None
 
 
 def test_json_holds_bytes_and_seconds() -> None:
   plan = made_plan(16 * GIB, _NEEDS)
-  made = json.loads(json.dumps(report.as_json(plan, 300)))
+  given = tiny.config(ppo__micro_batch_size=99)
+  made = json.loads(json.dumps(report.as_json(plan, given, 300)))
+  micro = plan.config.ppo.micro_batch_size
+  assert f'--config.ppo.micro_batch_size={micro}' in made['flags']
   assert (made['fits'], made['peak_bytes']) == (True, 10 * GIB)
   assert made['cost'] == 8.0
   program = made['stages']['ppo']['programs']['ppo/score']
@@ -89,5 +92,6 @@ def test_what_is_sent_while_tokens_are_drawn_is_told_apart() -> None:
   plan = dataclasses.replace(plan, stages=(stage,))
   words = 'ppo/rollout: 1.50 of 4.00 GiB are sent while tokens are drawn'
   assert words in report.text(plan, roofline.Shares(), None)
-  made = report.as_json(plan, None)['stages']['ppo']['programs']['ppo/rollout']
+  made = report.as_json(plan, plan.config, None)
+  made = made['stages']['ppo']['programs']['ppo/rollout']
   assert made['decode_loop_wire_bytes'] == 1.5 * GIB

@@ -62,8 +62,9 @@ def test_a_mesh_takes_whole_axes_of_a_slice(
         ('v5p:4x4', 'three axes'),
         ('v5p:3x3x3', 'must be even'),
         ('v5p:2x2x32', 'ends at 16x16x24'),
-        ('gpu:a1000:1', 'is unknown'),
-        ('gpu:h100:0', 'is unknown'),
+        ('', 'is needed'),
+        ('gpu:a1000:1', "no GPU 'a1000'"),
+        ('gpu:h100:0', "no number '0'"),
     ],
 )
 def test_a_name_that_is_none_is_told_with_those_that_are(

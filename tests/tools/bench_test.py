@@ -39,3 +39,9 @@ def test_reports_are_compared(
     assert ran.returncode == 1
     (line,) = [x for x in ran.stderr.splitlines() if x.startswith('error:')]
     assert str(two) in line and '--json' in line
+
+
+def test_a_file_that_cannot_be_is_told_before_anything_is_measured() -> None:
+  ran = _run('--json=nowhere/bench.json')
+  assert ran.returncode == 1 and not ran.stdout
+  assert 'error: --json=nowhere/bench.json: there is no folder' in ran.stderr
