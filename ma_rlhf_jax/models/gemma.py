@@ -126,8 +126,9 @@ class Attention(_Kernels):
       masks: Masks,
       slides: Array,
       cache: Cache | None,
-      layer: Array,
+      layer: Array | int,
       slot: Array | int,
+      ends: int,
   ) -> tuple[Array, Cache | None]:
     c = self.config
 
@@ -149,7 +150,8 @@ class Attention(_Kernels):
       mixed = beside_cache(mixed, c.num_kv_heads)
       # To the heads of `out`, or that would be gathered to where the rows are.
       mixed = constrain(mixed, ('batch', 'length', 'heads', 'head'))
-    return self.project('out', mixed, (c.embed_dim,), count=2), cache
+    out = self.project('out', mixed[:, -ends:], (c.embed_dim,), count=2)
+    return out, cache
 
 
 class MLP(_Kernels):
@@ -174,16 +176,23 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 
 
 class Layer(nn.Module):
-  """One block; the carry of the scan is (activations, cache)."""
+  """One block; the carry of the scan is (activations, cache).
+
+  Attributes:
+    config: of the model.
+    ends: the last columns whose activations are wanted; 0 = all. Of others
+      only keys and values, and what they attend to, are computed.
+  """
 
   config: GemmaConfig
+  ends: int = 0
 
   @nn.compact
   def __call__(
       self,
       carry: tuple[Array, Cache | None],
-      layer: Array,
-      slides: Array,
+      layer: Array | int,
+      slides: Array | bool,
       positions_BL: Array,
       masks: Masks,
       slot: Array | int,
@@ -196,9 +205,9 @@ class Layer(nn.Module):
 
     normed = RMSNorm(c, name='attention_norm')(x)
     mixed, cache = Attention(c, name='attention')(
-        normed, positions_BL, masks, slides, cache, layer, slot
+        normed, positions_BL, masks, slides, cache, layer, slot, self.ends
     )
-    x = x + added('attention_post_norm', mixed)
+    x = x[:, -self.ends :] + added('attention_post_norm', mixed)
     normed = RMSNorm(c, name='mlp_norm')(x)
     x = x + added('mlp_post_norm', MLP(c, name='mlp')(normed))
     return (constrain(x, ('batch', 'length', 'width')), cache), None
@@ -217,6 +226,7 @@ class Gemma(nn.Module):
       mask: Array,
       cache: Cache | None = None,
       slot: Array | int = 0,
+      ends: int = 0,
   ) -> tuple[Array, Cache | None]:
     """Hidden states after the final norm, and the cache with these tokens.
 
@@ -228,9 +238,12 @@ class Gemma(nn.Module):
         are read from left to right, without a cache.
       cache: keys and values of earlier tokens, or None.
       slot: the cache slot of the first of these tokens.
+      ends: the last columns whose states are wanted; 0 = all. Without a loop
+        over layers (`unroll=0`) the last one leaves out most of the others.
 
     Returns:
-      float [B, L, D] in the compute dtype, and the new cache (or None).
+      float [B, L, D] (or [B, ends, D]) in the compute dtype, and the new cache
+      (or None).
     """
     chex.assert_rank([tokens_BL, positions_BL, mask], [{2, 3}, 2, {2, 3}])
     c, x = self.config, tokens_BL
@@ -252,26 +265,61 @@ class Gemma(nn.Module):
       for layer in range(c.num_layers):
         block = Layer(c, name=layer_name(layer))
         (x, cache), _ = block((x, cache), layer, slides[layer], *rows)
-      return RMSNorm(c, name='final_norm')(x), cache
-    block, policy = Layer, REMAT[c.remat]
+    elif c.unroll or self.is_initializing():
+      block, policy = Layer, REMAT[c.remat]
+      if policy is not None:
+        # Between turns of a loop nothing is found to be computed twice.
+        block = nn.remat(Layer, prevent_cse=c.unroll != 1, policy=policy)
+      layers = nn.scan(
+          block,
+          variable_axes={'params': 0},
+          split_rngs={'params': True},
+          in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+          length=c.num_layers,
+          unroll=min(c.unroll or 1, c.num_layers),
+      )(c, name='layers')
+      (x, cache), _ = layers(
+          (x, cache),
+          jnp.arange(c.num_layers, dtype=jnp.int32),
+          jnp.asarray(slides),
+          *rows,
+      )
+    else:
+      stack = self.get_variable('params', 'layers')
+      x, cache = _one_by_one(c, stack, (x, cache), slides, rows, ends)
+    return RMSNorm(c, name='final_norm')(x[:, -ends:]), cache
+
+
+def _one_by_one(
+    config: GemmaConfig,
+    stack: Params,
+    carry: tuple[Array, Cache | None],
+    slides: tuple[bool, ...],
+    rows: tuple[Any, ...],
+    ends: int,
+) -> tuple[Array, Cache | None]:
+  """All layers of a stack without a loop, the last one for `ends` columns."""
+  number = config.num_layers
+  # Gradients are joined once, where those of x[layer] would be padded and
+  # added.
+  parts = jax.tree.map(lambda x: jax.lax.split(x, (1,) * number), stack)
+  policy = REMAT[config.remat]
+  for layer in range(number):
+
+    def block(params: Params, carry: Any, rows: Any, layer: int = layer) -> Any:
+      made = Layer(config, ends if layer == number - 1 else 0)
+      given = carry, layer, slides[layer], *rows
+      return made.apply({'params': params}, *given)[0]
+
     if policy is not None:
-      # Between turns of a loop nothing is found to be computed twice.
-      block = nn.remat(Layer, prevent_cse=c.unroll != 1, policy=policy)
-    layers = nn.scan(
-        block,
-        variable_axes={'params': 0},
-        split_rngs={'params': True},
-        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-        length=c.num_layers,
-        unroll=min(c.unroll or c.num_layers, c.num_layers),
-    )(c, name='layers')
-    (x, cache), _ = layers(
-        (x, cache),
-        jnp.arange(c.num_layers, dtype=jnp.int32),
-        jnp.asarray(slides),
-        *rows,
+      block = jax.checkpoint(block, policy=policy)
+    params = jax.tree.map(
+        lambda x, layer=layer: x[layer][0],
+        parts,
+        is_leaf=lambda x: isinstance(x, list | tuple),
     )
-    return RMSNorm(c, name='final_norm')(x), cache
+    carry = block(params, carry, rows)
+  return carry
 
 
 def layer_name(layer: int) -> str:
@@ -306,16 +354,27 @@ _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def hidden_and_head(
-    config: GemmaConfig, params: Params, tokens_BL: Array, mask_BL: Array
+    config: GemmaConfig,
+    params: Params,
+    tokens_BL: Array,
+    mask_BL: Array,
+    ends: int = 0,
 ) -> tuple[Array, Array]:
-  """Hidden states [B, L, D] of whole padded rows, and the tied head [V, D]."""
+  """Hidden states [B, L, D] of whole padded rows, and the tied head [V, D].
+
+  With `ends` only those of so many columns, [B, ends, D].
+  """
   given, head_VD = tokens_BL, params['embedding']
   wide = head_VD.dtype == masking.wide(head_VD.dtype)
   # On a mesh the table is in parts; a sum in bfloat16 would lose small terms.
   if wide and current_mesh() is None:
     given, head_VD = _look_up(head_VD, tokens_BL)
   hidden_BLD, _ = Gemma(config).apply(
-      {'params': params}, given, masking.positions(mask_BL), mask_BL
+      {'params': params},
+      given,
+      masking.positions(mask_BL),
+      mask_BL,
+      ends=ends,
   )
   return hidden_BLD, head_VD
 

@@ -31,10 +31,14 @@ class ScalarGemma(nn.Module):
 
   @nn.compact
   def __call__(
-      self, tokens_BL: Array, positions_BL: Array, mask: Array
+      self,
+      tokens_BL: Array,
+      positions_BL: Array,
+      mask: Array,
+      ends: int = 0,
   ) -> Array:
     hidden_BLD, _ = Gemma(self.config, name='backbone')(
-        tokens_BL, positions_BL, mask
+        tokens_BL, positions_BL, mask, ends=ends
     )
     init = _head_initializer(self.config)
     head_D = self.param(
@@ -50,14 +54,22 @@ class ScalarGemma(nn.Module):
 
 
 def token_scores(
-    config: GemmaConfig, params: Params, tokens_BL: Array, mask_BL: Array
+    config: GemmaConfig,
+    params: Params,
+    tokens_BL: Array,
+    mask_BL: Array,
+    ends: int = 0,
 ) -> Array:
-  """float [B, L]: what a reward model or critic says at each token."""
+  """float [B, L]: what a reward model or critic says at each token.
+
+  With `ends` only at those of so many columns, [B, ends].
+  """
   return ScalarGemma(config).apply(
       {'params': params},
       tokens_BL,
       masking.positions(mask_BL),
       mask_BL,
+      ends,
   )
 
 

@@ -52,7 +52,7 @@ class GemmaConfig:
     kernel_dtype: of matrices and embedding when they are created; '' =
       param_dtype. Frozen models hold them as they are computed with.
     remat: what the backward pass recomputes, a key of `gemma.REMAT`.
-    unroll: layers in one turn of the loop over them; 0 = all.
+    unroll: layers in one turn of the loop over them; 0 = no loop.
     attention: auto | xla | splash | cudnn, see `models.kernels`.
     lora: adapters beside the kernels; None = none.
     unrolled: each layer has its own parameters, `layer_0`, ..., in place of

@@ -17,19 +17,22 @@ from ma_rlhf_jax.structs import Array, Params, SequenceBatch
 
 def _laid_out(
     sequences: SequenceBatch, width: int | None
-) -> tuple[Array, Array, Callable[[Array], Array]]:
-  """Tokens and mask for a model, and what picks the predicting columns."""
+) -> tuple[Array, Array, int, Callable[[Array], Array]]:
+  """Tokens and mask for a model, the last columns that matter, and a function.
+
+  It picks the predicting columns of those; 0 = all matter.
+  """
   response_len = sequences.response_mask_BT.shape[1]
   if width is None:
     pick = lambda x_BLx: masking.predictors(x_BLx, response_len)
-    return sequences.tokens_BL, sequences.mask_BL, pick
+    return sequences.tokens_BL, sequences.mask_BL, response_len + 1, pick
   tokens_BW, mask_BW, column_BT = masking.compacted(sequences, width)
 
   def pick(x_BWx: Array) -> Array:
     column = column_BT.reshape(*column_BT.shape, *(1,) * (x_BWx.ndim - 2))
     return jnp.take_along_axis(x_BWx, column, axis=1)
 
-  return tokens_BW, mask_BW, pick
+  return tokens_BW, mask_BW, 0, pick
 
 
 def _on_response(x_BT: Array, mask_BT: Array) -> Array:
@@ -59,8 +62,8 @@ def response_logprobs(
     with_entropy: also compute entropies, else they are 0.
     width: no row has more real tokens; None = all columns are computed.
   """
-  tokens, mask, pick = _laid_out(sequences, width)
-  hidden, head_VD = hidden_and_head(config, params, tokens, mask)
+  tokens, mask, ends, pick = _laid_out(sequences, width)
+  hidden, head_VD = hidden_and_head(config, params, tokens, mask, ends)
   states_BTD = pick(hidden)
   mask_BT = sequences.response_mask_BT
   logprobs_BT, entropy_BT = token_logprobs(
@@ -82,8 +85,8 @@ def response_values(
     width: int | None = None,
 ) -> Array:
   """float [B, T]: the critic's value of the state before each token."""
-  tokens, mask, pick = _laid_out(sequences, width)
-  values_BT = pick(token_scores(config, params, tokens, mask))
+  tokens, mask, ends, pick = _laid_out(sequences, width)
+  values_BT = pick(token_scores(config, params, tokens, mask, ends))
   return _on_response(values_BT, sequences.response_mask_BT)
 
 
@@ -94,8 +97,9 @@ def sequence_scores(
     width: int | None = None,
 ) -> Array:
   """float [B]: the reward model's score at the last real token."""
-  tokens, mask, _ = _laid_out(sequences, width)
-  return masking.end_scores(token_scores(config, params, tokens, mask), mask)
+  tokens, mask, ends, _ = _laid_out(sequences, width)
+  scores = token_scores(config, params, tokens, mask, ends)
+  return masking.end_scores(scores, mask[:, -ends:])
 
 
 def sampler_statistics(

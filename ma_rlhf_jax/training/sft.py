@@ -64,7 +64,9 @@ def learned_logprobs(
   """(logprobs_BW, learned_BW): nats at temperature 1, and what is learned."""
   tokens_BL, mask_BL, learned_BW = LOSS_ON[loss_on](sequences)
   width = learned_BW.shape[1]
-  hidden_BLD, head_VD = hidden_and_head(shape, params, tokens_BL, mask_BL)
+  hidden_BLD, head_VD = hidden_and_head(
+      shape, params, tokens_BL, mask_BL, width + 1
+  )
   logprobs_BW, _ = token_logprobs(
       masking.predictors(hidden_BLD, width),
       head_VD,

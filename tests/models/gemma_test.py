@@ -13,6 +13,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.planning import flops
 from ma_rlhf_jax.structs import Params
 from tests.models.drawn import (
     LENGTHS,
@@ -144,20 +145,52 @@ def test_the_gradient_of_a_look_up_is_added_to_that_of_the_head() -> None:
 
 
 def test_layers_go_round_in_turns_or_one_after_the_other() -> None:
-  def loops(unroll: int) -> tuple[int, int]:
-    """Loops, and layers in the body of one, of a pass."""
+  def loops(unroll: int) -> tuple[int, list[str]]:
+    """Loops that run, and layers in a turn of each that is written."""
     config = dataclasses.replace(TINY, num_layers=4, unroll=unroll)
     params = draw('policy', config, seed=0)
     traced = jax.jit(states, static_argnums=0).trace(
         config, params, TOKENS, MASK
     )
-    (turns,) = re.findall(r'unroll=(\d+)', str(traced.jaxpr))
+    turns = re.findall(r'unroll=(\d+)', str(traced.jaxpr))
     text = traced.lower().compile().as_text()
-    return len(re.findall(r' while\(', text)), int(turns)
+    return len(re.findall(r' while\(', text)), turns
 
-  assert loops(1) == (1, 1)
-  assert loops(2) == (1, 2)
-  assert loops(0) == loops(9) == (0, 4)
+  assert loops(1) == (1, ['1'])
+  assert loops(2) == (1, ['2'])
+  assert loops(9) == (0, ['4'])
+  assert loops(0) == (0, [])
+
+
+@pytest.mark.parametrize('config', [TINY, TINY_2], ids=['gemma', 'gemma2'])
+@pytest.mark.parametrize('remat', ['full', 'dots', 'none'])
+def test_the_last_columns_cost_less_where_layers_are_not_in_a_loop(
+    config: GemmaConfig, remat: str
+) -> None:
+  ends, rows = 4, (TOKENS, MASK)
+  straight = dataclasses.replace(config, unroll=0, remat=remat)
+  params = draw('policy', config, seed=0)
+
+  def cost(config: GemmaConfig, params: Params, ends: int) -> jax.Array:
+    states, _ = gemma.hidden_and_head(config, params, *rows, ends)
+    assert states.shape[1] == (ends or TOKENS.shape[1])
+    return jnp.sum(jnp.where(MASK[:, -4:, None], jnp.sin(states[:, -4:]), 0))
+
+  grads = jax.jit(jax.grad(cost, 1), static_argnums=(0, 2))
+  want = grads(config, params, 0)
+  for got in grads(config, params, ends), grads(straight, params, ends):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        want,
+        got,
+    )
+  count = lambda ends: flops.count(
+      jax.make_jaxpr(lambda p: cost(straight, p, ends))(params)
+  )
+  d, f, heads = config.embed_dim, config.mlp_dim, config.num_heads
+  token = 2 * (d * heads * config.head_dim + 3 * d * f)
+  batch, length = TOKENS.shape
+  assert count(0) - count(ends) == batch * (length - ends) * token
 
 
 def test_remat_keeps_what_it_names() -> None:

@@ -140,7 +140,9 @@ def test_gradients_reach_the_states_before_response_tokens_and_no_others(
 
   def loss(hidden_BLD: jax.Array) -> jax.Array:
     monkeypatch.setattr(
-        scoring, 'hidden_and_head', lambda *_: (hidden_BLD, head)
+        scoring,
+        'hidden_and_head',
+        lambda *given: (hidden_BLD[:, -given[-1] :], head),
     )
     logprobs_BT, _ = scoring.response_logprobs(
         tiny.SHAPE, POLICY, rows, temperature=0.7, chunk_tokens=8
