@@ -239,7 +239,8 @@ class Gemma(nn.Module):
       cache: keys and values of earlier tokens, or None.
       slot: the cache slot of the first of these tokens.
       ends: the last columns whose states are wanted; 0 = all. Without a loop
-        over layers (`unroll=0`) the last one leaves out most of the others.
+        over layers (`unroll=0`, `unrolled`) the last one leaves out most of the
+        others.
 
     Returns:
       float [B, L, D] (or [B, ends, D]) in the compute dtype, and the new cache
@@ -263,7 +264,8 @@ class Gemma(nn.Module):
     rows = positions_BL, Masks.of(c, mask, slot), slot
     if c.unrolled:
       for layer in range(c.num_layers):
-        block = Layer(c, name=layer_name(layer))
+        last = layer == c.num_layers - 1
+        block = Layer(c, ends if last else 0, name=layer_name(layer))
         (x, cache), _ = block((x, cache), layer, slides[layer], *rows)
     elif c.unroll or self.is_initializing():
       block, policy = Layer, REMAT[c.remat]

@@ -56,12 +56,13 @@ def _prefill(
   """The state before the first response token."""
   batch, width = prompts.tokens_BP.shape
   unused = ((0, 0), (0, 0), (0, bound))
-  hidden_BPD, cache = Gemma(config).apply(
+  hidden_B1D, cache = Gemma(config).apply(
       {'params': params},
       prompts.tokens_BP,
       masking.positions(prompts.mask_BP),
       jnp.pad(masking.causal_mask(prompts.mask_BP), unused),
       Cache.empty(config, batch, width + bound, int8=s.int8_cache),
+      ends=1,
   )
   shape = (batch, s.max_new_tokens)
   dtype = masking.wide(config.compute_dtype)
@@ -70,7 +71,7 @@ def _prefill(
       prompt_mask_BP=prompts.mask_BP,
       keys_B=keys_B,
       rows_B=jnp.arange(batch, dtype=jnp.int32),
-      hidden_BD=hidden_BPD[:, -1],
+      hidden_BD=hidden_B1D[:, 0],
       cache=cache,
       done_B=jnp.zeros(batch, bool),
       tokens_BT=jnp.full(shape, s.pad_id, jnp.int32),
