@@ -233,4 +233,9 @@ def comparison(one: dict[str, Any], two: dict[str, Any]) -> str:
       for field in ('device', 'shape', 'versions')
       if one[field] != two[field]
   ]
+  configs = [report.get('config', {}) for report in (one, two)]
+  for field in sorted(set().union(*configs)):
+    a, b = (config.get(field) for config in configs)
+    if a != b:
+      apart.append(f'{field}: {a} and {b}')
   return '\n'.join([*lines, *apart])

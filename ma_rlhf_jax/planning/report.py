@@ -253,6 +253,8 @@ def as_json(
       'fits': plan.fits,
       'setup': setup(plan.config, plan.topology),
       'flags': changed(plan.config, given),
+      'config': config_lib.flatten(plan.config),
+      'price': price,
       'seconds': plan.seconds if plan.rows else None,
       'cost': plan.rows
       and price

@@ -262,12 +262,14 @@ class Search:
       seconds: no layout is begun that is likely to take longer, but for the
         second one where the first does not fit.
       cheapest: look for a cheaper one when one fits.
-      start: what was planned already, whole; it does not fit.
+      start: what was planned already, whole; the answer is no dearer.
       slowest: seconds that the plan of a layout may take.
     """
     begin = before = time.monotonic()
     best, tried = start, set()
-    fresh = [start.config] if start else self._untried(tried)
+    # What does not fit may do so with smaller passes.
+    shrinks = start is not None and not start.fits
+    fresh = [start.config] if shrinks else self._untried(tried)
     while fresh:
       tried.add(_name(fresh[0]))
       self._say(f'tries {_name(fresh[0], LAYOUTS)}')

@@ -49,8 +49,8 @@ def _read(path: str) -> dict:
     return found
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
-        f'--compare: {path} is no report of this tool ({error}); make one with '
-        f'--json={path}'
+        f'--compare: {path} is no report of this tool ({error}); --json=FILE '
+        'makes one'
     ) from None
 
 

@@ -8,6 +8,7 @@ tokenizer or TPU; for slices `pip install -e '.[plan]'`.
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import signal
@@ -62,9 +63,10 @@ _JSON = flags.DEFINE_string('json', None, 'Also write the plan to this file.')
 
 _SECONDS = flags.DEFINE_float(
     'seconds',
-    110.0,
-    'To answer in: after the second one no layout is begun that ends later.',
-    lower_bound=0,
+    None,
+    'To answer in: after the second one no layout is begun that ends later. '
+    'Default: 110, with --search 300.',
+    lower_bound=1,
 )
 
 
@@ -106,6 +108,8 @@ def plan() -> plans.Plan:
   """The plan that the flags ask for; prints it on the way."""
   topology = topology_lib.parse(_TOPOLOGY.value or '')
   _check_libtpu(topology)
+  if _PRICE.value is not None and not math.isfinite(_PRICE.value):
+    raise ValueError(f'--price={_PRICE.value} must be a finite number from 0')
   if _JSON.value:
     outputs.check_place('json', _JSON.value)
   shares, given = _shares(), recipe_flag.CONFIG.value
@@ -122,23 +126,26 @@ def plan() -> plans.Plan:
   told = problems(config, topology)
   for line in told:
     print(f'as it is, the recipe cannot run there: {line}')
-  begin, found = time.monotonic(), None
-  if not told and not _SEARCH.value:
-    found = planner.plan(config)
-    print(report.text(found, shares, _PRICE.value))
-  if found is not None and found.fits:
-    return found
+  begin, as_is = time.monotonic(), None
+  if not told:
+    as_is = planner.plan(config)
+    print(report.text(as_is, shares, _PRICE.value))
+    if as_is.fits and not _SEARCH.value:
+      return as_is
   seeking = search.Search(planner, config, _say)
-  if found is not None:
-    seeking.learn(found)
+  if as_is:
+    seeking.learn(as_is)
   spent = time.monotonic() - begin
   found = seeking.run(
-      _SECONDS.value - spent,
+      (_SECONDS.value or (300 if _SEARCH.value else 110)) - spent,
       cheapest=_SEARCH.value,
-      start=found,
-      slowest=spent if found else 0.0,
+      start=as_is,
+      slowest=spent if as_is else 0.0,
   )
-  print(f'{_heading(found)}:\n{report.text(found, shares, _PRICE.value)}')
+  if found is as_is and found.fits:
+    print('the cheapest set-up found is the recipe as it is')
+  else:
+    print(f'{_heading(found)}:\n{report.text(found, shares, _PRICE.value)}')
   print(f'flags: {report.changed(found.config, given) or "none needed"}')
   return found
 

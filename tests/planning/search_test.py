@@ -69,6 +69,19 @@ def test_what_was_measured_corrects_the_formulas(machine: Machine) -> None:
   assert after <= before
 
 
+def test_the_answer_is_no_dearer_than_what_is_known_to_fit(
+    machine: Machine,
+) -> None:
+  planner, made = make(), config()
+  given = planner.plan(made)
+  machine.wire = lambda program, other: 10**9 if other == made else 10**13
+  before = len(machine.compiled)
+  seeking = search.Search(planner, made, lambda text: None)
+  found = seeking.run(60, start=given)
+  assert given.fits and found.config == made
+  assert len(machine.compiled) > before  # others were tried
+
+
 def test_options_come_from_the_config_and_its_choices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

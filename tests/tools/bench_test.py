@@ -29,12 +29,13 @@ def test_reports_are_compared(
   one.write_text(json.dumps(_REPORT))
   two.write_text('[]')
   if second:
-    two.write_text(
-        json.dumps(_REPORT | {'phases': {'learn': {'seconds': 4.0}}})
-    )
+    phases = {'phases': {'learn': {'seconds': 4.0}}}
+    config = {'config': {'ppo.batch_size': 8}}
+    two.write_text(json.dumps(_REPORT | phases | config))
   ran = _run(f'--compare={one},{two}')
   if second:
     assert ran.returncode == 0 and '2.00' in ran.stdout
+    assert 'ppo.batch_size: None and 8' in ran.stdout
   else:
     assert ran.returncode == 1
     (line,) = [x for x in ran.stderr.splitlines() if x.startswith('error:')]

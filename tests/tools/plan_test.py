@@ -31,6 +31,12 @@ def test_an_unknown_topology_is_an_error_with_the_known_ones() -> None:
   assert 'v5e:4x8' in done.stderr and 'Traceback' not in done.stderr
 
 
+def test_a_price_is_a_number() -> None:
+  done = _run(_TINY, '--topology=gpu:l4:1', '--price=nan')
+  assert done.returncode == 1 and not done.stdout
+  assert 'error: --price=nan must be a finite number' in done.stderr
+
+
 def test_a_file_that_cannot_be_is_told_before_anything_is_planned() -> None:
   done = _run(_TINY, '--topology=gpu:l4:1', '--json=nowhere/plan.json')
   assert done.returncode == 1 and not done.stdout
