@@ -170,7 +170,7 @@ def parse(name: str) -> Topology:
   if kind == 'gpu':
     kind, _, number = rest.partition(':')
     number = number or '1'
-    if kind in GPUS and number.isdecimal() and int(number) > 0:
+    if kind in GPUS and re.fullmatch(r'[1-9][0-9]*', number):
       return Topology(name, 'gpu', kind, (int(number),), GPUS[kind])
     what = f'no GPU {kind!r}' if kind not in GPUS else f'no number {number!r}'
     raise ValueError(f'--topology={name!r}: there is {what}. {_known()}')

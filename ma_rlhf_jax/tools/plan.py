@@ -108,8 +108,9 @@ def plan() -> plans.Plan:
   """The plan that the flags ask for; prints it on the way."""
   topology = topology_lib.parse(_TOPOLOGY.value or '')
   _check_libtpu(topology)
-  if _PRICE.value is not None and not math.isfinite(_PRICE.value):
-    raise ValueError(f'--price={_PRICE.value} must be a finite number from 0')
+  for flag in _PRICE, _SECONDS:
+    if flag.value is not None and not math.isfinite(flag.value):
+      raise ValueError(f'--{flag.name}={flag.value} must be a finite number')
   if _JSON.value:
     outputs.check_place('json', _JSON.value)
   shares, given = _shares(), recipe_flag.CONFIG.value
