@@ -256,6 +256,18 @@ def _evaluate() -> ConfigDict:
   return c
 
 
+def _stop() -> ConfigDict:
+  """Symptoms of a failed run that end it, by their codes."""
+  c = ConfigDict()
+  c.reward_model_at_chance = False
+  c.kl_above_max = False
+  c.no_response_ends = False
+  c.one_token_repeated = False
+  c.entropy_collapsed = False
+  c.score_below_sft = False
+  return c
+
+
 def base() -> ConfigDict:
   """A config with every field; recipes change what differs."""
   c = ConfigDict()
@@ -274,6 +286,7 @@ def base() -> ConfigDict:
   c.macro = _macro()
   c.rollout = _rollout()
   c.evaluate = _evaluate()
+  c.stop = _stop()
   c.mesh = ConfigDict()
   c.mesh.data = -1  # devices along each axis; -1 = all that are left. Over
   # several TPU slices data is a multiple of their number
@@ -333,6 +346,7 @@ RESUMABLE = (
     'checkpoint.',
     'export.',
     'evaluate.',
+    'stop.',
     'mesh.',
     'model.remat',
     'model.unroll',

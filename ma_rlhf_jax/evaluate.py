@@ -15,7 +15,7 @@ import numpy as np
 from ma_rlhf_jax import cluster_flags
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
-from ma_rlhf_jax.training import judge, sources
+from ma_rlhf_jax.training import judge, sources, symptoms
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
 
@@ -72,6 +72,7 @@ _UNITS = {
     'length': 'tokens',
     'kl': 'nats per response, from SFT',
     'ended': 'share that ended with EOS',
+    'repeated': 'share of a response that is its most frequent token',
 }
 
 
@@ -102,6 +103,16 @@ def describe(
   )
 
 
+def _symptoms(run: Run, rows: dict[str, dict]) -> dict[str, str]:
+  """What the stages and the comparison show, code -> evidence."""
+  found: dict[str, str] = {}
+  for stage in run.config.stages:
+    done = workdir_lib.read_done(run.workdir, stage) or {}
+    found |= done.get('symptoms', {})
+  found |= symptoms.of_comparison(rows, run.config)
+  return {code: found[code] for code in symptoms.CODES if code in found}
+
+
 def compare(run: Run) -> None:
   """Compares SFT with MA-PPO, prints the table and keeps it in `evaluate/`."""
   c = run.config
@@ -127,6 +138,8 @@ def compare(run: Run) -> None:
   if count < c.evaluate.prompts:
     print(f'only {count} of the {c.evaluate.prompts} wanted are held out')
   plain = c.macro.termination == 'fixed' and c.macro.ngram == 1
+  found = _symptoms(run, rows)
+  print(symptoms.verdict(found))
   print(describe(rows, count, 'PPO' if plain else 'MA-PPO'), flush=True)
   folder = run.workdir / 'evaluate'
   with processes.together():
@@ -134,6 +147,8 @@ def compare(run: Run) -> None:
       folder.mkdir(parents=True, exist_ok=True)
       text = json.dumps(rows, indent=2) + '\n'
       (folder / 'comparison.json').write_text(text)
+      codes = json.dumps(list(found)) + '\n'
+      (folder / 'verdict.json').write_text(codes)
   workdir_lib.mark_done(run.workdir, 'evaluate', {'comparison': rows})
 
 

@@ -30,9 +30,15 @@ from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import host_memory, processes
 from ma_rlhf_jax.parallel.mesh import shape_here
 from ma_rlhf_jax.publishing import card
-from ma_rlhf_jax.training import checkpoint, metrics, origins, sources
+from ma_rlhf_jax.training import (
+    checkpoint,
+    metrics,
+    origins,
+    sources,
+    symptoms,
+)
 from ma_rlhf_jax.training.experience import Models
-from ma_rlhf_jax.training.loop import run_stage
+from ma_rlhf_jax.training.loop import Stage, run_stage
 from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.reward_model import RewardModel
 from ma_rlhf_jax.training.run import Run
@@ -50,6 +56,7 @@ _WORKDIR = flags.DEFINE_string(
 _SET_UP_ERRORS = (ValueError, OSError, ImportError, processes.ProcessError)
 _ERRORS = (
     metrics.NonFiniteError,
+    symptoms.SymptomError,
     checkpoint.CheckpointError,
     folders.NoSpaceError,
     sources.SourceError,
@@ -57,10 +64,10 @@ _ERRORS = (
 )
 
 
-def _finish(
-    run: Run, name: str, step: int, exports: dict, **facts: Any
-) -> None:
+def _finish(trained: Stage, step: int, exports: dict, **facts: Any) -> None:
   """Writes the folders of a stage's models, then its marker."""
+  run, name = trained.run, trained.name
+  facts['symptoms'] = trained.watch.found
   hashes = {}
   for stage, (kind, shape, params) in exports.items():
     folder = sources.product(run.workdir, stage)
@@ -107,7 +114,7 @@ def train_sft(run: Run) -> None:
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   trained = ('policy', stage.shape, stage.params(states))
-  _finish(run, 'sft', step, {'sft': trained})
+  _finish(stage, step, {'sft': trained})
 
 
 def train_reward_model(run: Run) -> None:
@@ -117,7 +124,7 @@ def train_reward_model(run: Run) -> None:
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   trained = ('scalar', stage.shape, stage.params(states))
-  _finish(run, 'reward_model', step, {'reward_model': trained})
+  _finish(stage, step, {'reward_model': trained})
 
 
 def _ppo_models(run: Run) -> tuple[Models, Models]:
@@ -153,8 +160,7 @@ def train_ppo(run: Run) -> None:
   if params.critic is not None:
     exports['critic'] = ('scalar', stage.shapes.critic, params.critic)
   _finish(
-      run,
-      'ppo',
+      stage,
       step,
       exports,
       used_sha256={

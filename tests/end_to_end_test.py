@@ -19,6 +19,7 @@ import pytest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models import huggingface
 from ma_rlhf_jax.training import metrics as metrics_lib
+from ma_rlhf_jax.training import symptoms
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STAGES = ('sft', 'reward_model', 'ppo')
@@ -186,6 +187,7 @@ def test_the_comparison_is_printed_and_kept(
       'gold',
       'length',
       'ended',
+      'repeated',
       'win rate by gold',
   }
   mean, low, high = rows['score']['difference']
@@ -195,6 +197,9 @@ def test_the_comparison_is_printed_and_kept(
   assert '16 held-out prompts, mean [95 % interval]' in printed
   assert 'win rate by gold' in printed
   assert _done(workdir, 'evaluate') == {'comparison': rows}
+  assert 'verdict: ' in printed
+  codes = json.loads((workdir / 'evaluate' / 'verdict.json').read_text())
+  assert set(codes) <= set(symptoms.CODES)
 
 
 def test_what_is_written_is_what_was_trained(

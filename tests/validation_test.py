@@ -8,6 +8,7 @@ import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
+from ma_rlhf_jax.training import symptoms
 from ma_rlhf_jax.validation import ConfigError, problems, validate, warnings
 
 
@@ -26,7 +27,7 @@ _FREE = set(
     ' ppo.reward_model ppo.whiten_advantages reward_model.init sft.init'
     ' tokenizer.path macro.parser macro.last_token_alone'
     ' macro.empty_step rollout.int8_cache'.split()
-)
+) | {f'stop.{code}' for code in symptoms.CODES}
 # Checked together with other fields, or by `parallel.mesh`.
 _RULES = set(
     'critic.gae_lambda data.parts log.sinks macro.random_lengths mesh.data'

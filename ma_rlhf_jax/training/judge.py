@@ -44,7 +44,8 @@ class Judged:
     responses: texts.
     numbers: name -> float64 [N]: `score` (reward-model units), `length`
       (tokens, EOS included), `kl` (nats, from the reference, k1 estimate),
-      `ended` (1 where EOS came), and `gold` where the task knows it.
+      `ended` (1 where EOS came), `repeated` (share of the tokens that are the
+      most frequent one, see `repetition`), and `gold` where the task knows it.
   """
 
   prompts: list[str]
@@ -130,6 +131,25 @@ def prompt_batch(
       sample_ids=_occurrence(repeated)[own],
   )
   return place(made, run.mesh, len(repeated))
+
+
+def repetition(tokens_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+  """float64 [B]: how much of each response is its most frequent token.
+
+  Args:
+    tokens_BT: ids.
+    mask_BT: which of them count.
+
+  Returns:
+    The share, in (0, 1]; 0 for a response of fewer than four tokens, of which
+    it says nothing.
+  """
+  shares = []
+  for tokens, mask in zip(tokens_BT, mask_BT, strict=True):
+    counts = np.unique(tokens[mask], return_counts=True)[1]
+    enough = counts.sum() >= 4
+    shares.append(counts.max() / counts.sum() if enough else 0.0)
+  return np.array(shares)
 
 
 def _texts(run: Run, rollout: Rollout) -> tuple[list[str], list[str]]:
@@ -225,7 +245,12 @@ def _judge_batch(
     ]
   tokens_BT = masking.response_tokens(rollout.sequences)
   numbers['length'] = rollout.sequences.response_mask_BT.sum(axis=1)
-  numbers['ended'] = (tokens_BT == run.tokenizer.eos_token_id).any(axis=1)
+  is_eos_BT = tokens_BT == run.tokenizer.eos_token_id
+  numbers['ended'] = is_eos_BT.any(axis=1)
+  numbers['repeated'] = repetition(
+      gathered(tokens_BT),
+      gathered(rollout.sequences.response_mask_BT & ~is_eos_BT),
+  )
   return Judged(
       prompts,
       responses,

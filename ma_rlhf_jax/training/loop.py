@@ -16,7 +16,7 @@ from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import Array, TrainState
-from ma_rlhf_jax.training import checkpoint, console
+from ma_rlhf_jax.training import checkpoint, console, symptoms
 from ma_rlhf_jax.training import metrics as metrics_lib
 from ma_rlhf_jax.training.run import Run
 
@@ -42,6 +42,7 @@ class Stage(abc.ABC):
     best_metric: decides the best checkpoint; '-' = less is better.
     shown: metrics on the progress bar.
     states: what is trained, before the first update.
+    watch: looks for symptoms of a failed run.
   """
 
   shown: tuple[str, ...]
@@ -51,6 +52,7 @@ class Stage(abc.ABC):
     self.run, self.name, self.config, self.data = run, name, config, data
     self.num_steps = config_lib.num_steps(config, len(data))
     self.best_metric = run.config.checkpoint.best_metric[name]
+    self.watch = symptoms.Watch(name, run.config, len(run.data.eval))
 
   def rows(self, index: int) -> np.ndarray:
     """The rows of the update number `index`, a function of it and the seed."""
@@ -161,6 +163,7 @@ class _Log:
     self._pending = None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     self.check(step, metrics)
+    self._stage.watch.note(metrics)
     tokens = int(metrics.pop('tokens'))
     shown = {name: metrics[name] for name in self._stage.shown}
     self._progress.update(step, tokens, seconds, shown)
@@ -182,6 +185,7 @@ def _meta(stage: Stage, step: int) -> dict[str, Any]:
       'root_key': np.asarray(root).tolist(),
       'config': config_lib.fingerprint(stage.run.config),
       'data': stage.data.digest,
+      'symptoms': stage.watch.state(),
   }
 
 
@@ -211,6 +215,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
 
   Raises:
     NonFiniteError: on a metric that is not finite.
+    SymptomError: on a symptom of a failed run that `stop` names.
     Preempted: after a signal to stop, once the update it came in is saved.
   """
   c = stage.run.config
@@ -227,6 +232,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
     if restored:
       _check_rows(stage, restored)
       first, states = restored.step, restored.state
+      stage.watch.restore(restored.meta.get('symptoms', {}))
     elif started:
       print(f'{stage.name}: no checkpoint yet, starting at 0', flush=True)
     stage.states = {}  # donated by the first update
@@ -238,6 +244,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
         print(f'{stage.name}: no checkpoint may be best; the last is exported')
       else:
         states, step = best.state, best.step
+        stage.watch.restore(best.meta.get('symptoms', {}))
   return states, step
 
 
@@ -287,6 +294,10 @@ def _train(
       progress.message(f'{stage.name} step {step}: {_words(metrics)}')
       if c.log.samples:
         progress.message(stage.samples(states))
+      stage.watch.note(metrics)
+      for line in stage.watch.check(step == stage.num_steps):
+        progress.message(f'symptom at {stage.name} step {step}: {line}')
+      stage.watch.stops(step, checkpoints.describe_latest())
       log.restart_clock()
       return metrics
 

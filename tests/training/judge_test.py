@@ -69,6 +69,22 @@ def test_samples_of_a_prompt_are_numbered_in_the_batch(run: Run):
   np.testing.assert_array_equal(made.mask_BP, want.mask_BP)
 
 
+def test_repetition_is_the_share_of_the_most_frequent_token():
+  tokens_BT = np.array(
+      [
+          [4, 4, 9, 4, 7, 0],  # 3 of 5
+          [5, 6, 5, 6, 5, 6],  # two in turn: 3 of 6
+          [8, 8, 8, 0, 0, 0],  # too short to tell
+          [0, 0, 0, 0, 0, 0],  # none
+          [3, 3, 3, 3, 3, 3],
+      ]
+  )
+  lengths_B = np.array([5, 6, 3, 0, 6])
+  mask_BT = np.arange(6) < lengths_B[:, None]
+  found = judge.repetition(tokens_BT, mask_BT)
+  np.testing.assert_allclose(found, [0.6, 0.5, 0, 0, 1])
+
+
 @pytest.mark.slow
 def test_batches_of_rollouts_change_no_token(run: Run):
   whole = _sample(run)
@@ -143,7 +159,7 @@ def test_one_stream_gives_the_same_texts_again(run: Run, judged: judge.Judged):
 def test_fewer_prompts_are_the_first_of_more(run: Run, judged: judge.Judged):
   fewer = _judge(run, num_prompts=3, ref_policy=None, reward_model=None)
   assert fewer.responses == judged.responses[:3]
-  assert fewer.numbers.keys() == {'gold', 'length', 'ended'}
+  assert fewer.numbers.keys() == {'gold', 'length', 'ended', 'repeated'}
   more = _judge(run, num_prompts=99)
   assert more.prompts[:6] == judged.prompts and len(more.prompts) == 8
   assert more.responses[:6] == judged.responses
@@ -157,7 +173,7 @@ def test_padding_that_is_eos_ends_no_response(tmp_path: Any):
       gold=None,
   )
   numbers = _judge(run, ref_policy=None, reward_model=None).numbers
-  assert numbers.keys() == {'length', 'ended'}
+  assert numbers.keys() == {'length', 'ended', 'repeated'}
   assert numbers['length'].tolist() == [tiny.RESPONSE_LEN] * 6
   assert numbers['ended'].tolist() == [0] * 6
 

@@ -12,7 +12,7 @@ import pytest
 
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import TrainState
-from ma_rlhf_jax.training import checkpoint
+from ma_rlhf_jax.training import checkpoint, symptoms
 from ma_rlhf_jax.training.loop import Program, Stage, run_stage
 from ma_rlhf_jax.training.metrics import NonFiniteError, read_metrics
 from tests import tiny
@@ -383,3 +383,34 @@ def test_rows_are_a_function_of_seed_and_update(tmp_path: pathlib.Path) -> None:
   # two batches of 4 are an epoch of 8 rows
   assert sorted(rows[0] + rows[1]) == sorted(rows[2] + rows[3])
   assert sorted(rows[0] + rows[1]) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_symptom_that_stop_names_ends_the_run_before_it_is_saved(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  made = _config(
+      ppo__eval_every=1, checkpoint__every=1, stop__kl_above_max=True
+  )
+  kl = lambda step: {'eval/kl': 40.0 if step == 3 else 1.0}
+  with pytest.raises(symptoms.SymptomError) as error:
+    run_stage(_Counter(tmp_path, made, evaluation=kl))
+  assert 'stop.kl_above_max' in str(error.value)
+  assert 'step 2' in str(error.value)  # the last good one
+  assert _saved(tmp_path) == [1, 2]
+  assert 'symptom at ppo step 3: kl_above_max' in capsys.readouterr().err
+
+
+def test_symptoms_last_over_a_kill_and_are_those_of_what_is_exported(
+    tmp_path: pathlib.Path,
+) -> None:
+  made = _config(ppo__eval_every=1, checkpoint__every=1)
+  kl = lambda step: {'eval/kl': 40.0 if step >= 3 else 1.0}
+  with pytest.raises(KeyboardInterrupt):
+    run_stage(_Counter(tmp_path, made, evaluation=kl, break_at=4))
+  resumed = _Counter(tmp_path, made, evaluation=kl)
+  run_stage(resumed)
+  assert list(resumed.watch.found) == ['kl_above_max']
+  assert resumed.watch.first['eval/x'] == 1.0  # of the evaluation at step 0
+  done = _Counter(tmp_path, made, evaluation=kl)
+  run_stage(done)  # nothing is left to train
+  assert list(done.watch.found) == ['kl_above_max']
