@@ -15,7 +15,6 @@ from ma_rlhf_jax.config import apply_arguments, base
 def get_config(arguments: str = '') -> ConfigDict:
   """The recipe; `arguments` follow the colon of --config."""
   config = base()
-  config.model.remat = 'none'
   config.sft.epochs = 1.5
   config.sft.eval_every = 25
   config.sft.optim.lr = 2e-3

@@ -68,16 +68,17 @@ def _model() -> ConfigDict:
   # float64 (needs JAX_ENABLE_X64=1)
   c.param_dtype = 'float32'  # of the trained weights
   # What the backward pass recomputes of a layer: full | dots (all but matrix
-  # products) | attention (all but attention) | none. Memory and time: README.
-  c.remat = 'full'
-  # Layers in one turn of the loop over them; 0 = all, and no loop. More of them
-  # compile for longer and are copied less. On CPUs remat saves nothing then.
-  c.unroll = 1
+  # products) | attention (all but attention) | none | auto (README).
+  c.remat = 'auto'
+  # Layers in one iteration of the loop over them; 0 = all, and no loop; -1 =
+  # auto. More of them compile for longer and are copied less.
+  c.unroll = -1
   # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU)
   c.attention = 'auto'
   # Where the models that do not learn wait between uses: device | host
   c.frozen_memory = 'device'
-  c.logprob_chunk = 512  # tokens; a device holds as many logits as they have
+  c.logprob_chunk = 0  # tokens; a device holds as many logits as they have; 0 =
+  # auto
   return c
 
 
@@ -169,8 +170,8 @@ def _ppo() -> ConfigDict:
   # longest possible; 0 = six from 512 tokens on, else one.
   c.length_buckets = 0
   # Score and learn in one forward pass where that is exact: joint (gradients
-  # of policy and critic exist at once) | policy | off.
-  c.one_pass = 'joint'
+  # of policy and critic exist at once) | policy | off | auto.
+  c.one_pass = 'auto'
   c.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
   c.kl_estimator = 'k1'  # in the reward; no other has the right gradient
   c.kl_target = 0.0  # nats per response that kl_coef adapts to; 0 = fixed
@@ -454,6 +455,8 @@ def differences(stored: dict[str, Any], config: ConfigDict) -> list[str]:
     One line a field: its name, the stored value and the new one.
   """
   now = flatten(config)
+  # A field that is newer than the run has had its default all along.
+  stored = flatten(base()) | stored
   return [
       f'{name}: stored {stored.get(name)!r}, now {now.get(name)!r}'
       for name in sorted(stored.keys() | now.keys())

@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ma_rlhf_jax.config import base, default_recipe, flatten
+from ma_rlhf_jax.training import automatic
 
 ARGV: list[str] = []  # the command line as `parse` spells it
 
@@ -61,12 +62,16 @@ def _last_tuples(argv: list[str]) -> list[str]:
 def parse(argv: list[str]) -> list[str]:
   """Parses flags; `--config.ppo.from=` is spelt `from_run` inside.
 
-  `from` is a Python keyword, which a config field cannot be named. Without
+  `from` is a Python keyword, which a config field cannot be named. `auto` of a
+  field that holds a number is spelt as the number that stands for it. Without
   --config the default recipe is put first, so that fields can be set.
   """
   spelt = [
       re.sub(r'^(--?config\.ppo\.from)(?==|$)', r'\1_run', a) for a in argv
   ]
+  for name, (auto, _) in automatic.FIELDS.items():
+    pattern = rf'^(--?(?:config|other)\.{re.escape(name)}=)auto$'
+    spelt = [re.sub(pattern, rf'\g<1>{auto}', a) for a in spelt]
   if not any(re.match(r'--?config(=|$)', a) for a in spelt):
     spelt.insert(1, f'--config={default_recipe()}')
   if missing := _missing_recipe(spelt):

@@ -31,6 +31,7 @@ from ma_rlhf_jax.parallel import host_memory, processes
 from ma_rlhf_jax.parallel.mesh import shape_here
 from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.training import (
+    automatic,
     checkpoint,
     metrics,
     origins,
@@ -252,6 +253,8 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   print(f'     columns: {run.prompt_len} prompt, {run.response_len} response')
   if 'ppo' in to_train:
     print(switches.describe(config))
+  if chosen := automatic.describe(config, run.config):
+    print(chosen)
   warnings = validation.warnings(config)
   warnings += parts.few_updates(config, run.data, to_train)
   for warning in warnings:

@@ -25,7 +25,7 @@ _OF_REWARDS = ('sum', 'mean')  # the weights that pool no values
 CHOICES: dict[str, tuple[Any, ...]] = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
-    'model.remat': tuple(gemma.REMAT),
+    'model.remat': ('auto', *gemma.REMAT),
     'model.attention': kernels.CHOICES,
     'model.frozen_memory': tuple(partition.MEMORIES),
     'model.preset': ('', *presets.PRESETS),
@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'ppo.baseline': ('critic', 'rloo'),
     'ppo.ratio': tuple(losses.RATIOS),
     'ppo.loss_reduction': tuple(losses.REDUCTIONS),
-    'ppo.one_pass': ('joint', 'policy', 'off'),
+    'ppo.one_pass': ('auto', 'joint', 'policy', 'off'),
     'critic.target': tuple(targets.CRITIC_TARGETS),
     'macro.variant': tuple(switches.VARIANTS),
     'macro.termination': (*termination.RULES, *host.NAMES),
@@ -65,7 +65,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 _AT_LEAST_1 = (
     'model.num_layers model.embed_dim model.mlp_dim model.num_heads'
-    ' model.num_kv_heads model.head_dim model.logprob_chunk'
+    ' model.num_kv_heads model.head_dim'
     ' data.synthetic_rows sft.batch_size reward_model.batch_size'
     ' ppo.batch_size ppo.samples_per_prompt ppo.ppo_epochs ppo.minibatches'
     ' ppo.kl_horizon macro.random_repeats macro.cut_count macro.parse_cutoff'
@@ -75,7 +75,7 @@ _AT_LEAST_1 = (
 _AT_LEAST_2 = ['data.eval_rows', 'evaluate.prompts']
 _AT_LEAST_0 = (
     'seed model.vocab_size model.query_pre_attn_scalar model.attn_softcap'
-    ' model.final_softcap model.sliding_window model.unroll lora.rank'
+    ' model.final_softcap model.sliding_window model.logprob_chunk lora.rank'
     ' data.max_rows'
     ' data.max_prompt_len data.max_response_len sft.steps sft.micro_batch_size'
     ' sft.eval_every'
@@ -140,11 +140,14 @@ _LARGEST = {
     'macro.parse_workers': 2**12,
 }
 
+_AT_LEAST_MINUS_1 = ['model.unroll']  # -1 = auto
+
 # Fields, the bound they keep, and its name.
 RANGES: tuple[tuple[list[str], Callable[[Any], bool], str], ...] = (
     (_AT_LEAST_1, lambda v: v >= 1, 'at least 1'),
     (_AT_LEAST_2, lambda v: v >= 2, 'at least 2'),
     (_AT_LEAST_0, lambda v: v >= 0, 'at least 0'),
+    (_AT_LEAST_MINUS_1, lambda v: v >= -1, 'at least -1'),
     (_ABOVE_0, lambda v: v > 0, 'above 0'),
     (_UP_TO_1, lambda v: 0 <= v <= 1, 'between 0 and 1'),
     (_BELOW_1, lambda v: 0 <= v < 1, 'at least 0 and below 1'),

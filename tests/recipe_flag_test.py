@@ -9,6 +9,8 @@ import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import recipe_flag
+from ma_rlhf_jax.config import flatten
+from ma_rlhf_jax.training import automatic
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TINY = f'--config={_ROOT / "configs" / "tiny.py"}'
@@ -79,6 +81,15 @@ def test_without_config_the_default_recipe_is_taken() -> None:
 )
 def test_from_is_the_spelling_of_from_run(arguments: list[str]) -> None:
   assert _parsed(*arguments).ppo.from_run == 'DIR'
+
+
+def test_auto_is_a_value_of_numbers_that_know_it() -> None:
+  set_to = [f'--config.{name}=auto' for name in automatic.FIELDS]
+  changed = ['--config.model.unroll=4', '--config.model.logprob_chunk=8']
+  config = flatten(_parsed(_TINY, *changed, *set_to))
+  for name, (auto, _) in automatic.FIELDS.items():
+    assert config[name] == auto
+  assert '--config.ppo.steps' in _message(_TINY, '--config.ppo.steps=auto')
 
 
 def test_values_that_look_like_flags_are_left_alone() -> None:

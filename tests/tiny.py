@@ -121,7 +121,14 @@ def config(**fields: Any) -> ConfigDict:
   """`base()` for batches of four prompts; `ppo__kl_coef=0.1` sets a field."""
   made = config_lib.base()
   flat = {name.replace('__', '.'): value for name, value in fields.items()}
-  defaults = {'ppo.batch_size': 4, 'ppo.steps': 3, 'model.logprob_chunk': 8}
+  defaults = {
+      'ppo.batch_size': 4,
+      'ppo.steps': 3,
+      'ppo.one_pass': 'joint',
+      'model.remat': 'full',
+      'model.unroll': 1,
+      'model.logprob_chunk': 8,
+  }
   made.update_from_flattened_dict(defaults | flat)
   return made
 

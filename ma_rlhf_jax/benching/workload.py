@@ -14,6 +14,7 @@ from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.models import heads, presets
 from ma_rlhf_jax.parallel.mesh import make_mesh, place
 from ma_rlhf_jax.structs import PromptBatch
+from ma_rlhf_jax.training import automatic
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.run import Run
@@ -109,10 +110,20 @@ def make_run(config: ConfigDict) -> tuple[Run, presets.GemmaConfig]:
   empty = Ragged.of([[3]] * rows)
   none = np.zeros(rows, bool)
   data = EncodedSet(empty, empty, empty, none, none)
+  mesh = make_mesh(config.mesh)
+  config = config_lib.restore(config_lib.flatten(config))
+  config.stages = ('ppo',)  # whose sizes count
+  config = automatic.resolve(
+      config,
+      shape,
+      prompt_len=prompt_len,
+      response_len=response_len,
+      platform=mesh.devices.flat[0].platform,
+  )
   run = Run(
       config=config,
       workdir=epath.Path('unused'),
-      mesh=make_mesh(config.mesh),
+      mesh=mesh,
       data=Datasets(data, data, data, data, counts={}),
       # Ids that cannot be drawn, so that lengths are those that are asked for.
       tokenizer=Ids(shape.vocab_size, shape.vocab_size, shape.vocab_size + 1),
@@ -131,6 +142,7 @@ def make(config: ConfigDict, spread: str = 'full') -> Workload:
     spread: see `lengths`.
   """
   run, shape = make_run(config)
+  config = run.config
   learns, fixed = presets.trained(shape, config), presets.frozen(
       shape, config.model
   )

@@ -15,6 +15,7 @@ from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.macro import host
 from ma_rlhf_jax.models import presets
 from ma_rlhf_jax.parallel.mesh import AXES, mesh_shape
+from ma_rlhf_jax.training import automatic
 from ma_rlhf_jax.training.abstract import abstract_stages
 from ma_rlhf_jax.training.loop import Program, Stage
 from ma_rlhf_jax.training.run import Run
@@ -101,7 +102,7 @@ def stages(
   part = lambda i: _Rows(max(1, (rows or 10**6) * shares[i] // sum(shares)))
   prompt_len, response_len = config_lib.lengths(config)
   # Lengths are not known here: every row counts as the longest.
-  config = config_lib.restore(config_lib.flatten(config))
+  config = automatic.fixed(config)
   config.ppo.length_buckets = 1
   run = _PlannedRun(
       config=config,

@@ -32,6 +32,7 @@ from ma_rlhf_jax.planning import (  # noqa: E402
 )
 from ma_rlhf_jax.planning import topology as topology_lib  # noqa: E402
 from ma_rlhf_jax.planning.planner import Planner, problems  # noqa: E402
+from ma_rlhf_jax.training import automatic  # noqa: E402
 
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'v5e:4x8, v5p:2x2x4, gpu:h200:8, ...'
@@ -113,7 +114,7 @@ def plan() -> plans.Plan:
       raise ValueError(f'--{flag.name}={flag.value} must be a finite number')
   if _JSON.value:
     outputs.check_place('json', _JSON.value)
-  shares, given = _shares(), recipe_flag.CONFIG.value
+  shares, given = _shares(), automatic.fixed(recipe_flag.CONFIG.value)
   validation.validate(given)
   config = abstract.with_preset(given)
   planner = Planner(

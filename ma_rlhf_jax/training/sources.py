@@ -350,6 +350,21 @@ def _check_shape(run: Run, source: Source, shape: presets.GemmaConfig) -> None:
     )
 
 
+def first_shape(
+    config: ConfigDict, workdir: epath.PathLike, vocab_size: int
+) -> presets.GemmaConfig:
+  """The shape of the run's models: of the first one that a field names.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    vocab_size: entries of the tokenizer.
+  """
+  for source, _ in _named_sources(config, workdir):
+    return read(source, huggingface.read_shape)
+  return presets.from_fields(config.model, vocab_size)
+
+
 def initial_policy(run: Run) -> tuple[presets.GemmaConfig, Params]:
   """Where SFT starts: `sft.init`, or random weights, which all learn."""
   value = run.config.sft.init

@@ -10,7 +10,7 @@ from ma_rlhf_jax.data import parts, tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import huggingface
 from ma_rlhf_jax.parallel.mesh import decode_mesh, make_mesh
-from ma_rlhf_jax.training import sources
+from ma_rlhf_jax.training import automatic, sources
 from ma_rlhf_jax.training.run import Run
 
 
@@ -49,6 +49,13 @@ def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
     _check_warmup(config, config_lib.num_steps(config.ppo, len(data.ppo)))
   prompt_len, response_len = parts.widths(config, data)
   mesh = make_mesh(config.mesh)
+  config = automatic.resolve(
+      config,
+      sources.first_shape(config, workdir, len(tokenizer)),
+      prompt_len=prompt_len,
+      response_len=response_len,
+      platform=mesh.devices.flat[0].platform,
+  )
   if config.rollout.tensor:  # an error of it ends the run before it begins
     decode_mesh(mesh, config.rollout.tensor)
   return Run(

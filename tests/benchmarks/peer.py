@@ -25,11 +25,6 @@ def _config(wl):
   c.model.embed_dim, c.model.mlp_dim = wl.hidden, wl.mlp
   c.model.num_heads, c.model.num_kv_heads = wl.heads, wl.kv_heads
   c.model.head_dim = wl.head_dim
-  if wl.vocab * wl.hidden < 2**24:
-    c.model.remat, c.model.unroll = 'none', 0
-  else:  # the table is most of the model: one gradient of it at a time
-    c.ppo.one_pass = 'policy'
-  c.model.logprob_chunk = 32  # small enough for the caches of a CPU
   c.ppo.batch_size, c.ppo.steps = wl.batch, 100
   c.ppo.optim.lr = c.critic.optim.lr = 1e-6
   c.rollout.temperature, c.rollout.top_k = wl.temperature, wl.top_k
