@@ -39,7 +39,7 @@ from ma_rlhf_jax.training import (
     symptoms,
 )
 from ma_rlhf_jax.training.experience import Models
-from ma_rlhf_jax.training.loop import Stage, run_stage
+from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.reward_model import RewardModel
 from ma_rlhf_jax.training.run import Run
@@ -65,10 +65,10 @@ _ERRORS = (
 )
 
 
-def _finish(trained: Stage, step: int, exports: dict, **facts: Any) -> None:
+def _finish(
+    run: Run, name: str, step: int, exports: dict, **facts: Any
+) -> None:
   """Writes the folders of a stage's models, then its marker."""
-  run, name = trained.run, trained.name
-  facts['symptoms'] = trained.watch.found
   hashes = {}
   for stage, (kind, shape, params) in exports.items():
     folder = sources.product(run.workdir, stage)
@@ -115,7 +115,8 @@ def train_sft(run: Run) -> None:
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   trained = ('policy', stage.shape, stage.params(states))
-  _finish(stage, step, {'sft': trained})
+  facts = {'symptoms': stage.watch.found}
+  _finish(run, 'sft', step, {'sft': trained}, **facts)
 
 
 def train_reward_model(run: Run) -> None:
@@ -125,7 +126,8 @@ def train_reward_model(run: Run) -> None:
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   trained = ('scalar', stage.shape, stage.params(states))
-  _finish(stage, step, {'reward_model': trained})
+  facts = {'symptoms': stage.watch.found}
+  _finish(run, 'reward_model', step, {'reward_model': trained}, **facts)
 
 
 def _ppo_models(run: Run) -> tuple[Models, Models]:
@@ -161,9 +163,11 @@ def train_ppo(run: Run) -> None:
   if params.critic is not None:
     exports['critic'] = ('scalar', stage.shapes.critic, params.critic)
   _finish(
-      stage,
+      run,
+      'ppo',
       step,
       exports,
+      symptoms=stage.watch.found,
       used_sha256={
           'sft': workdir_lib.params_sha256(stage.ref_policy),
           'reward_model': workdir_lib.params_sha256(stage.reward_model),
