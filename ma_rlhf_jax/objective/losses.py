@@ -219,22 +219,37 @@ def value_loss(
 
 
 def explained_variance(
-    values_BT: Array, returns_BT: Array, mask_BT: Array
+    values_BM: Array, returns_BM: Array, mask_BM: Array
 ) -> Array:
   """`1 - var(returns - values) / var(returns)`, 0 where returns are constant.
 
-  1 is a perfect critic; below 0 it is worse than a constant.
+  1 is a critic that is right up to a constant (`critic/bias` tells that), 0 one
+  as good as a constant, below 0 worse. Constant returns have no variance that
+  could be explained, whatever the critic says, so that 0 is told of any. They
+  count as constant where their spread may be rounding: a sum of M terms is
+  wrong by up to M eps / 2 of its size.
+
+  Args:
+    values_BM: float, reward-model units.
+    returns_BM: float, reward-model units, each a sum of at most M rewards.
+    mask_BM: bool, true on what counts; the rest may hold anything.
+
+  Returns:
+    scalar, at most 1.
   """
-  chex.assert_equal_shape([values_BT, returns_BT, mask_BT])
+  chex.assert_rank(mask_BM, 2)
+  chex.assert_equal_shape([values_BM, returns_BM, mask_BM])
 
-  def variance(x_BT: Array) -> Array:
-    mean = masking.masked_mean(x_BT, mask_BT)
-    return masking.masked_mean(jnp.square(x_BT - mean), mask_BT)
+  def variance(x_BM: Array) -> Array:
+    mean = masking.masked_mean(x_BM, mask_BM)
+    return masking.masked_mean(jnp.square(x_BM - mean), mask_BM)
 
-  total = variance(returns_BT)
-  unexplained = variance(returns_BT - values_BT)
-  ratio = unexplained / jnp.where(total > 0, total, 1)
-  return jnp.where(total > 0, 1 - ratio, 0)
+  total = variance(returns_BM)
+  size = masking.masked_mean(jnp.square(returns_BM), mask_BM)
+  rounding = returns_BM.shape[1] * jnp.finfo(total.dtype).eps / 2
+  varies = total > jnp.square(rounding) * size
+  ratio = variance(returns_BM - values_BM) / jnp.where(varies, total, 1)
+  return jnp.where(varies, 1 - ratio, 0)
 
 
 def token_weights(mask_BT: Array) -> Array:
