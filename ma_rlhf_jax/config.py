@@ -39,8 +39,8 @@ def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
   c.eps = 1e-8
   c.weight_decay = 0.1  # authors; norm weights are never decayed
   c.clip_norm = 1.0  # global gradient norm, authors; 0 = no clipping
-  c.moment_dtype = 'float32'  # of Adam's two moments: float32 (at least; as the
-  # weights) | bfloat16 (half the memory)
+  c.moment_dtype = 'float32'  # of Adam's two moments, whatever the weights are:
+  # float32 (at least) | bfloat16 (half the memory)
   return c
 
 

@@ -298,9 +298,9 @@ class PPO(Stage):
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )
-    together = self.together
-    if index < self.config.critic_warmup_updates:
-      together = ()  # the policy does not learn
+    # Then the policy does not learn, and its KL says nothing of kl_coef.
+    warming_up = index < self.config.critic_warmup_updates
+    together = () if warming_up else self.together
     new, learned = dict(states), {}
     if together:
       given_BT, told = self._starts(rollout)
@@ -327,12 +327,12 @@ class PPO(Stage):
     key = jax.random.fold_in(run.key('minibatches'), index)
     with jax.profiler.TraceAnnotation('update'):
       for name, update_on in self._updates.items():
-        waits = name == 'policy' and index < self.config.critic_warmup_updates
+        waits = name == 'policy' and warming_up
         if name not in together and not waits:
           new[name], learned[name] = update_on(
               states[name], self.frozen[name], experience, key
           )
-    if self.config.kl_target:
+    if self.config.kl_target and not warming_up:
       new['kl_coef'] = self._adapt(states['kl_coef'], metrics['objective/kl'])
     for model, found in learned.items():
       metrics[f'loss/{model}'] = found.pop('loss')

@@ -129,9 +129,13 @@ def test_eight_devices_take_the_step_of_one(stepped: tuple, tmp_path: Any):
 
 
 def test_the_critic_warms_up_alone(tmp_path: Any):
-  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, ppo__critic_warmup_updates=1)
+  fields = {'ppo__kl_target': 1e-3, 'ppo__critic_warmup_updates': 1}
+  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, **fields)
   with jax.set_mesh(stage.run.mesh):
     states, metrics = stage.step(stage.states, 0)
+  # The coefficient waits for a policy that can follow it.
+  assert abs(metrics['objective/kl']) > 2e-3
+  assert states['kl_coef'] == np.float32(0.05)
   assert int(states['policy'].step) == 0 and int(states['critic'].step) == 1
   jax.tree.map(
       np.testing.assert_array_equal, states['policy'].params, dict(POLICY)
