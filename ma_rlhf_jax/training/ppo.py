@@ -335,7 +335,9 @@ class PPO(Stage):
     if self.config.kl_target and not warming_up:
       new['kl_coef'] = self._adapt(states['kl_coef'], metrics['objective/kl'])
     for model, found in learned.items():
-      metrics[f'loss/{model}'] = found.pop('loss')
+      # A loss per macro action sums the tokens of each, `constant` counts pads:
+      # only divided by their weight is it what the metric says.
+      metrics[f'loss/{model}'] = found.pop('loss') / found.pop('weight')
       done = new[model].step - self._per_step  # before this step
       metrics[f'{model}/lr'] = self.learning_rates[model](done)
       metrics |= {f'{model}/{name}': value for name, value in found.items()}
@@ -356,7 +358,7 @@ class PPO(Stage):
     )
 
   def evaluate(self, states: dict) -> dict[str, float]:
-    self._judged = self._judge(states, self.config.batch_size)
+    self._judged = self._judge(states, self.run.rows)  # one rollout
     means = self._judged.means()
     return {f'eval/{name}': value for name, value in means.items()}
 
