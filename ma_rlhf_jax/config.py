@@ -173,8 +173,10 @@ def _ppo() -> ConfigDict:
   c.one_pass = 'joint'
   c.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
   c.kl_estimator = 'k1'  # in the reward; no other has the right gradient
-  c.kl_target = 0.0  # nats per response that kl_coef adapts to; 0 = fixed
-  c.kl_horizon = 10_000  # responses in which it can change by a factor of e^.2
+  c.kl_target = 0.0  # nats per response that kl_coef adapts to; 0 = fixed. Of
+  # objective/kl, which is not the KL of the policies where a filter is on
+  c.kl_horizon = 10_000  # responses in which it can change by a factor of e^.2;
+  # above a fifth of those of a step, or it could fall to 0 for ever
   c.score_clip = 2.5  # reward-model units, authors; 0 = no clipping
   c.clip_eps = 0.2  # paper
   c.gamma = 1.0  # paper
@@ -188,7 +190,8 @@ def _ppo() -> ConfigDict:
   c.logprob_temperature = 0.0  # of log-probs in ratio and KL;
   # 0 = rollout.temperature
   c.critic_warmup_updates = 0  # steps in which only the critic learns
-  c.max_kl = 30.0  # nats per response; bound of the best checkpoint
+  c.max_kl = 30.0  # nats per response; bound on eval/kl of the best checkpoint,
+  # of responses drawn as in training; eval/policy_kl is without filters
   c.eval_every = 10  # steps
   c.optim = _optim(1.5e-5)
   return c

@@ -71,6 +71,7 @@ _UNITS = {
     'gold': 'true quality, -1 to 1',
     'length': 'tokens',
     'kl': 'nats per response, from SFT',
+    'policy_kl': 'the same at temperature 1, without filters',
     'ended': 'share that ended with EOS',
 }
 

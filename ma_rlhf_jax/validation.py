@@ -64,7 +64,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         for stage, names in (
             ('sft', ('loss',)),
             ('reward_model', ('accuracy', 'margin', 'loss')),
-            ('ppo', ('score', 'kl', 'length', 'ended', 'gold')),
+            ('ppo', ('score', 'kl', 'policy_kl', 'length', 'ended', 'gold')),
         )
     },
 }

@@ -231,9 +231,7 @@ def test_clamped_tokens_are_counted_where_the_gradient_is_lost():
   gaps = jnp.array([[21.0, 19, 21, -21, 12, 9]])
   advantages = jnp.array([[-1.0, -1, 1, -1, -1, -1]])
   mask = jnp.ones((1, 6), bool)
-  macro = termination.macro_actions(
-      jnp.array([[True] * 5 + [False]]), mask
-  )
+  macro = termination.macro_actions(jnp.array([[True] * 5 + [False]]), mask)
   weights = losses.loss_weights(mask, macro.starts_BT, reduction='token')
   metrics, grads = {}, {}
   for ratio in ('token', 'macro'):
