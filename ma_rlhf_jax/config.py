@@ -66,6 +66,10 @@ def _model() -> ConfigDict:
   c.sliding_window = 0  # tokens, in every other layer from the first; 0 = none
   c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16 |
   # float64 (needs JAX_ENABLE_X64=1)
+  # Of matmuls in float32: default (as jax is set: float32 on CPUs, TF32, with
+  # 10 bits, on NVIDIA GPUs since Ampere, bfloat16 products, with 8, on TPUs) |
+  # high (TF32, or three products of bfloat16) | highest (float32 everywhere)
+  c.matmul_precision = 'default'
   c.param_dtype = 'float32'  # of the trained weights
   # What the backward pass recomputes of a layer: full | dots (all but matrix
   # products) | attention (all but attention) | none. Memory and time: README.

@@ -20,6 +20,7 @@ from ma_rlhf_jax.objective import (
     targets,
 )
 from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.parallel.mesh import PRECISIONS
 from ma_rlhf_jax.training import optim, sft
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
@@ -31,6 +32,7 @@ _OF_REWARDS = ('sum', 'mean')  # the weights that pool no values
 CHOICES: dict[str, tuple[Any, ...]] = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
+    'model.matmul_precision': PRECISIONS,
     'model.remat': tuple(gemma.REMAT),
     'model.attention': kernels.CHOICES,
     'model.frozen_memory': tuple(partition.MEMORIES),
