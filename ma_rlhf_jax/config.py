@@ -39,8 +39,8 @@ def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
   c.eps = 1e-8
   c.weight_decay = 0.1  # authors; norm weights are never decayed
   c.clip_norm = 1.0  # global gradient norm, authors; 0 = no clipping
-  c.moment_dtype = 'float32'  # of Adam's two moments: float32 (at least; as the
-  # weights) | bfloat16 (half the memory)
+  c.moment_dtype = 'float32'  # of Adam's two moments, whatever the weights are:
+  # float32 (at least) | bfloat16 (half the memory)
   return c
 
 
@@ -66,6 +66,10 @@ def _model() -> ConfigDict:
   c.sliding_window = 0  # tokens, in every other layer from the first; 0 = none
   c.dtype = 'float32'  # of activations and matmuls: float32 | bfloat16 |
   # float64 (needs JAX_ENABLE_X64=1)
+  # Of matmuls in float32: default (as jax is set: float32 on CPUs, TF32, with
+  # 10 bits, on NVIDIA GPUs since Ampere, bfloat16 products, with 8, on TPUs) |
+  # high (TF32, or three products of bfloat16) | highest (float32 everywhere)
+  c.matmul_precision = 'default'
   c.param_dtype = 'float32'  # of the trained weights
   # What the backward pass recomputes of a layer: full | dots (all but matrix
   # products) | attention (all but attention) | none | auto (README).
@@ -174,8 +178,10 @@ def _ppo() -> ConfigDict:
   c.one_pass = 'auto'
   c.kl_coef = 0.05  # weight of the per-token KL in the reward, paper
   c.kl_estimator = 'k1'  # in the reward; no other has the right gradient
-  c.kl_target = 0.0  # nats per response that kl_coef adapts to; 0 = fixed
-  c.kl_horizon = 10_000  # responses in which it can change by a factor of e^.2
+  c.kl_target = 0.0  # nats per response that kl_coef adapts to; 0 = fixed. Of
+  # objective/kl, which is not the KL of the policies where a filter is on
+  c.kl_horizon = 10_000  # responses in which it can change by a factor of e^.2;
+  # above a fifth of those of a step, or it could fall to 0 for ever
   c.score_clip = 2.5  # reward-model units, authors; 0 = no clipping
   c.clip_eps = 0.2  # paper
   c.gamma = 1.0  # paper
@@ -189,7 +195,8 @@ def _ppo() -> ConfigDict:
   c.logprob_temperature = 0.0  # of log-probs in ratio and KL;
   # 0 = rollout.temperature
   c.critic_warmup_updates = 0  # steps in which only the critic learns
-  c.max_kl = 30.0  # nats per response; bound of the best checkpoint
+  c.max_kl = 30.0  # nats per response; bound on eval/kl of the best checkpoint,
+  # of responses drawn as in training; eval/policy_kl is without filters
   c.eval_every = 10  # steps
   c.optim = _optim(1.5e-5)
   return c

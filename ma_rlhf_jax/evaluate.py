@@ -15,6 +15,7 @@ import numpy as np
 from ma_rlhf_jax import cluster_flags
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.training import judge, sources, symptoms
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
@@ -71,6 +72,7 @@ _UNITS = {
     'gold': 'true quality, -1 to 1',
     'length': 'tokens',
     'kl': 'nats per response, from SFT',
+    'policy_kl': 'the same at temperature 1, without filters',
     'ended': 'share that ended with EOS',
     'repeated': 'share of a response that is its most frequent token',
 }
@@ -168,7 +170,8 @@ def main(argv: list[str]) -> None:
       config.evaluate.prompts = prompts
     with processes.ending_together():
       run = processes.first_then_rest(lambda: load_run(config, folder))
-      with jax.set_mesh(run.mesh):
+      precision = matmul_precision(config.model.matmul_precision)
+      with jax.set_mesh(run.mesh), precision:
         compare(run)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')

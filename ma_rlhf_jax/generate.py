@@ -55,6 +55,8 @@ _HELP = {
     'batch_size': 'Responses drawn at once.',
     'seed': 'Of all draws.',
     'dtype': 'float32 or bfloat16; default: float32 on a CPU, else bfloat16.',
+    'matmul_precision': 'Of float32 matmuls: default (of the device), high or '
+    'highest.',
     'tensor': 'Devices that share each weight, where one is too small.',
 }
 

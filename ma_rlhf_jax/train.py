@@ -28,7 +28,7 @@ from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import host_memory, processes
-from ma_rlhf_jax.parallel.mesh import shape_here
+from ma_rlhf_jax.parallel.mesh import matmul_precision, shape_here
 from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.training import (
     automatic,
@@ -312,7 +312,8 @@ def _run(recipe: str) -> None:
     run = set_up(recipe_flag.CONFIG.value, recipe, _WORKDIR.value)
   except _SET_UP_ERRORS as error:
     _exit(error)
-  with jax.set_mesh(run.mesh):
+  precision = matmul_precision(run.config.model.matmul_precision)
+  with jax.set_mesh(run.mesh), precision:
     try:
       train(run)
       print(_try_it(run), flush=True)

@@ -12,8 +12,15 @@ from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.models import gemma, kernels, presets, tensor_names
-from ma_rlhf_jax.objective import advantage, losses, preference, targets
+from ma_rlhf_jax.objective import (
+    advantage,
+    losses,
+    preference,
+    rewards,
+    targets,
+)
 from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.parallel.mesh import PRECISIONS
 from ma_rlhf_jax.training import optim, sft
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
@@ -25,6 +32,7 @@ _OF_REWARDS = ('sum', 'mean')  # the weights that pool no values
 CHOICES: dict[str, tuple[Any, ...]] = {
     'model.dtype': ('float32', 'bfloat16', 'float64'),
     'model.param_dtype': ('float32', 'bfloat16', 'float64'),
+    'model.matmul_precision': PRECISIONS,
     'model.remat': ('auto', *gemma.REMAT),
     'model.attention': kernels.CHOICES,
     'model.frozen_memory': tuple(partition.MEMORIES),
@@ -58,7 +66,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         for stage, names in (
             ('sft', ('loss',)),
             ('reward_model', ('accuracy', 'margin', 'loss')),
-            ('ppo', ('score', 'kl', 'length', 'ended', 'gold')),
+            ('ppo', ('score', 'kl', 'policy_kl', 'length', 'ended', 'gold')),
         )
     },
 }
@@ -307,6 +315,14 @@ def _of_batches(c: ConfigDict, num_devices: int) -> Iterator[str]:
   """Batches must split evenly into micro-batches and over devices."""
   rows = c.ppo.batch_size * c.ppo.samples_per_prompt
   minibatch = rows // max(1, c.ppo.minibatches)
+  if c.ppo.kl_target and rows >= rewards.most_responses(c.ppo.kl_horizon):
+    yield (
+        f'ppo.kl_horizon={c.ppo.kl_horizon} must be above '
+        f'{rewards.MAX_KL_ERROR * rows:g}, a fifth of the {rows} responses of a'
+        ' step (ppo.batch_size * ppo.samples_per_prompt), with ppo.kl_target='
+        f'{c.ppo.kl_target}: one step of a small KL would make the coefficient '
+        f'0, and it would stay 0; {10 * rows} changes it by at most 2 % a step'
+    )
   if rows % max(1, c.ppo.minibatches):
     yield (
         f'ppo.minibatches={c.ppo.minibatches} must divide '

@@ -1,10 +1,14 @@
 """The comparison of two policies: intervals, wins and the table by hand."""
 
+import types
+
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import evaluate
 from ma_rlhf_jax.evaluate import describe, interval, summarise, wins
 from ma_rlhf_jax.training.judge import Judged
+from tests import tiny
 
 
 def _judged(**numbers: list[float]) -> Judged:
@@ -67,3 +71,27 @@ def test_the_table_is_aligned_and_names_the_units() -> None:
       'nats per response, from SFT',
       f'win rate by gold  {"":20}  0.750 [0.500, 1.000]',
   ]
+
+
+def test_the_comparison_is_traced_with_the_precision_of_the_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  config = tiny.config(model__matmul_precision='highest')
+  run = types.SimpleNamespace(mesh=tiny.mesh(1, 1, 1), config=config)
+  asked = types.SimpleNamespace(workdir='w', prompts=0)
+  seen = []
+  for owner, name, value in (
+      (evaluate.flags, 'FLAGS', asked),
+      (evaluate.cluster_flags, 'initialize', lambda: None),
+      (evaluate.workdir_lib, 'read_config', lambda _: ('w', config)),
+      (evaluate.workdir_lib, 'read_done', lambda *_: {}),
+      (evaluate, 'load_run', lambda *_: run),
+      (
+          evaluate,
+          'compare',
+          lambda *_: seen.append(tiny.matmuls_are_exact()),
+      ),
+  ):
+    monkeypatch.setattr(owner, name, value)
+  evaluate.main(['evaluate'])
+  assert seen == [True]

@@ -117,6 +117,13 @@ def mesh(*sizes: int) -> Mesh:
   return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
 
 
+def matmuls_are_exact() -> bool:
+  """Whether a matmul that is traced here asks for all bits of float32."""
+  square = jax.ShapeDtypeStruct((3, 3), np.float32)
+  text = jax.jit(lambda x: x @ x).lower(square).as_text()
+  return 'HIGHEST' in text
+
+
 def config(**fields: Any) -> ConfigDict:
   """`base()` for batches of four prompts; `ppo__kl_coef=0.1` sets a field."""
   made = config_lib.base()

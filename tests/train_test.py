@@ -320,7 +320,7 @@ def test_an_interrupt_ends_at_once_with_its_code(
   def ended(code: int) -> None:
     raise SystemExit(code)
 
-  run = types.SimpleNamespace(mesh=tiny.mesh(1, 1, 1))
+  run = types.SimpleNamespace(mesh=tiny.mesh(1, 1, 1), config=tiny.config())
   monkeypatch.setattr(train, 'set_up', lambda *_: run)
   monkeypatch.setattr(train, 'train', interrupted)
   monkeypatch.setattr(os, '_exit', ended)
@@ -329,3 +329,21 @@ def test_an_interrupt_ends_at_once_with_its_code(
     train._run(_TINY)
   assert caught.value.code == 130
   assert 'interrupted; the same command goes on' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('precision', ['default', 'highest'])
+def test_programs_are_traced_with_the_precision_of_the_config(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+  config = tiny.config(model__matmul_precision=precision)
+  run = types.SimpleNamespace(mesh=tiny.mesh(1, 1, 1), config=config)
+  seen = []
+  monkeypatch.setattr(train, 'set_up', lambda *_: run)
+  monkeypatch.setattr(train, '_try_it', lambda _: '')
+  monkeypatch.setattr(
+      train, 'train', lambda _: seen.append(tiny.matmuls_are_exact())
+  )
+  _parsed(_TINY)
+  train._run(_TINY)
+  assert seen == [precision == 'highest']
+  assert not tiny.matmuls_are_exact()

@@ -283,6 +283,16 @@ def test_what_a_platform_or_a_dtype_cannot_do_is_refused(
   assert found.startswith(line)
 
 
+def test_a_kl_coefficient_that_could_fall_to_0_for_ever_is_refused() -> None:
+  fields = {'ppo.batch_size': 100, 'ppo.samples_per_prompt': 3}
+  fields |= {'ppo.kl_target': 6.0, 'ppo.kl_horizon': 60}
+  (found,) = problems(_config(fields))  # a fifth of 300
+  words = ('ppo.kl_horizon=60', 'above 60', '300', 'ppo.kl_target=6.0', '3000')
+  assert all(word in found for word in words), found
+  assert problems(_config(fields | {'ppo.kl_horizon': 61})) == []
+  assert problems(_config(fields | {'ppo.kl_target': 0.0})) == []
+
+
 def test_attention_of_a_shape_is_checked_for_the_platform(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

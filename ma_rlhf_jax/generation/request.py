@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import dataclasses
 
 from ma_rlhf_jax.data.prompts import text_problem
+from ma_rlhf_jax.parallel.mesh import PRECISIONS
 
 DTYPES = ('float32', 'bfloat16')
 CONTEXT = 8192  # tokens that Gemma was trained on
@@ -33,6 +34,7 @@ class Request:
     batch_size: responses drawn at once.
     seed: of all draws.
     dtype: weights and matmuls; '' = float32 on a CPU, bfloat16 elsewhere.
+    matmul_precision: of float32 matmuls, one of `PRECISIONS`.
     tensor: devices over which each weight is split.
   """
 
@@ -51,6 +53,7 @@ class Request:
   batch_size: int = 32
   seed: int = 0
   dtype: str = ''
+  matmul_precision: str = 'default'
   tensor: int = 1
 
   @property
@@ -97,6 +100,10 @@ class Request:
         },
         'seed': ('from 0 to 2^32 - 1', 0 <= self.seed < 2**32),
         'dtype': (f'one of {DTYPES}', self.dtype in ('', *DTYPES)),
+        'matmul_precision': (
+            f'one of {PRECISIONS}',
+            self.matmul_precision in PRECISIONS,
+        ),
     }
     for name, (values, is_allowed) in allowed.items():
       value = getattr(self, name)

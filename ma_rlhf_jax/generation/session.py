@@ -12,6 +12,7 @@ from ma_rlhf_jax.data import prompts as prompts_lib
 from ma_rlhf_jax.generation import chat, finished, records, streaming
 from ma_rlhf_jax.generation.request import Request
 from ma_rlhf_jax.generation.responses import Models, Response, respond
+from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.rollout import decode
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def opened(request: Request, found: Found) -> Iterator[Session]:
     SourceError: if the devices cannot split a model, or it cannot be read.
   """
   mesh = finished.make_mesh(request.tensor)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), matmul_precision(request.matmul_precision):
     for model in found.models:
       finished.check_mesh(model, request.tensor)
     loaded = [(model.shape, model.load()) for model in found.models]

@@ -22,6 +22,7 @@ import numpy as np
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import gemma, heads
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.structs import Array, Params
 
 if TYPE_CHECKING:
@@ -96,7 +97,10 @@ def ours(
     or a scalar model's scores [rows].
   """
   tokens_BL, mask_BL = _padded(rows)
-  out = np.asarray(_forward(kind, config, params, tokens_BL, mask_BL))
+  # Else products would have 8 or 10 bits on a TPU or GPU, and not agree with
+  # those of transformers.
+  with matmul_precision('highest'):
+    out = np.asarray(_forward(kind, config, params, tokens_BL, mask_BL))
   return out if kind == 'scalar' else out[mask_BL[:, -LAST_TOKENS:]]
 
 

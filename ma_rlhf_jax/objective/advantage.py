@@ -165,6 +165,34 @@ def macro_gae(
   return remove(advantages_BS), remove(returns_BS)
 
 
+def rewards_to_go(
+    rewards_BT: Array,
+    macro: MacroActions,
+    *,
+    gamma: float,
+    discount: str,
+    reward: str,
+) -> Array:
+  """What each macro action and all after it have earned, float [B, M].
+
+  G_m = R_m + gamma_m G_{m+1}
+
+  with the rewards and discounts of `macro_gae`, but no value and no lambda in
+  it: the sample of what the critic estimates. 0 past the last macro action.
+  """
+  _, returns_BM = macro_gae(
+      jnp.zeros_like(rewards_BT),
+      rewards_BT,
+      macro,
+      gamma=gamma,
+      gae_lambda=1.0,
+      discount=discount,
+      reward=reward,
+      value='start',
+  )
+  return returns_BM
+
+
 def own_advantages(
     values_BT: Array,
     rewards_BT: Array,

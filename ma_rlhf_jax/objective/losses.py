@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import aggregate
-from ma_rlhf_jax.objective.rewards import bounded, log_ratio
+from ma_rlhf_jax.objective.rewards import MAX_LOG_RATIO, bounded, log_ratio
 from ma_rlhf_jax.structs import Array, LossWeights, MacroActions
 
 
@@ -124,7 +124,9 @@ def policy_loss(
   `geometric`: the geometric mean over the macro action, summed over tokens
 
   with log-ratios within +-20. Where nothing has been updated yet, all three
-  have the same gradient: `weights * A * grad(logprobs)` at each token.
+  have the same gradient: `weights * A * grad(logprobs)` at each token. Beyond
+  +20 a token of negative advantage has no gradient, though its probability
+  should fall: `clamped` counts such tokens.
 
   Args:
     logprobs_BT: float, nats, under the policy that learns.
@@ -139,8 +141,10 @@ def policy_loss(
   Returns:
     loss: scalar.
     metrics: means over tokens, as sums with `weights.metric_BT`: `clipfrac`,
-      tokens whose ratio lies outside the clip range; `approxkl`, nats per
-      token, (ratio - 1) - log ratio of the token; `ratio`.
+      tokens whose ratio lies outside the clip range; `clamped`, tokens of
+      negative advantage whose log-ratio is above +20; `approxkl`, nats per
+      token, (ratio - 1) - log ratio of the token; `ratio`. And `weight`, what
+      all that is summed in the loss weighs: loss / weight is a mean.
 
   Source: arXiv 1707.06347, equation 7; arXiv 2410.02743, equations 3 and 4, for
   `macro`, arXiv 2507.18071 for `geometric`; the authors' code has `token`.
@@ -150,7 +154,8 @@ def policy_loss(
   chex.assert_equal_shape([logprobs_BT, advantages_BT, mask_BT])
   chex.assert_equal_shape([weights.loss_BT, weights.metric_BT, mask_BT])
   token_BT = log_ratio(logprobs_BT, old_logprobs_BT, mask_BT)
-  log_ratio_BT = bounded(RATIOS[ratio](token_BT, macro))
+  free_BT = RATIOS[ratio](token_BT, macro)
+  log_ratio_BT = bounded(free_BT)
   ratio_BT = jnp.exp(log_ratio_BT)
   advantages_BT = jnp.where(mask_BT, advantages_BT, 0)
   clipped_BT = jnp.clip(ratio_BT, 1 - clip_eps, 1 + clip_eps)
@@ -164,8 +169,10 @@ def policy_loss(
   token_BT = bounded(token_BT)
   return loss, {
       'clipfrac': mean(jnp.abs(ratio_BT - 1) > clip_eps),
+      'clamped': mean((free_BT > MAX_LOG_RATIO) & (advantages_BT < 0)),
       'approxkl': mean(jnp.expm1(token_BT) - token_BT),
       'ratio': mean(ratio_BT),
+      'weight': masking.masked_sum(weights.loss_BT, counted_BT),
   }
 
 
@@ -193,7 +200,8 @@ def value_loss(
   Returns:
     loss: scalar.
     metrics: `clipfrac`, the share of tokens at which the clipped error is the
-      larger one, summed with `weights.metric_BT`.
+      larger one, summed with `weights.metric_BT`; `weight`, what all that is
+      summed in the loss weighs: loss / weight is a mean.
 
   Source: the authors' code of arXiv 2410.02743, after DeepSpeed-Chat.
   """
@@ -215,26 +223,44 @@ def value_loss(
   )
   worst_BT = jnp.maximum(error_BT, clipped_error_BT)
   clipped = total(weights.metric_BT, clipped_error_BT > error_BT)
-  return 0.5 * total(weights.loss_BT, worst_BT), {'clipfrac': clipped}
+  return 0.5 * total(weights.loss_BT, worst_BT), {
+      'clipfrac': clipped,
+      'weight': masking.masked_sum(weights.loss_BT, mask_BT),
+  }
 
 
 def explained_variance(
-    values_BT: Array, returns_BT: Array, mask_BT: Array
+    values_BM: Array, returns_BM: Array, mask_BM: Array
 ) -> Array:
   """`1 - var(returns - values) / var(returns)`, 0 where returns are constant.
 
-  1 is a perfect critic; below 0 it is worse than a constant.
+  1 is a critic that is right up to a constant (`critic/bias` tells that), 0 one
+  as good as a constant, below 0 worse. Constant returns have no variance that
+  could be explained, whatever the critic says, so that 0 is told of any. They
+  count as constant where their spread may be rounding: a sum of M terms is
+  wrong by up to M eps / 2 of its size.
+
+  Args:
+    values_BM: float, reward-model units.
+    returns_BM: float, reward-model units, each a sum of at most M rewards.
+    mask_BM: bool, true on what counts; the rest may hold anything.
+
+  Returns:
+    scalar, at most 1.
   """
-  chex.assert_equal_shape([values_BT, returns_BT, mask_BT])
+  chex.assert_rank(mask_BM, 2)
+  chex.assert_equal_shape([values_BM, returns_BM, mask_BM])
 
-  def variance(x_BT: Array) -> Array:
-    mean = masking.masked_mean(x_BT, mask_BT)
-    return masking.masked_mean(jnp.square(x_BT - mean), mask_BT)
+  def variance(x_BM: Array) -> Array:
+    mean = masking.masked_mean(x_BM, mask_BM)
+    return masking.masked_mean(jnp.square(x_BM - mean), mask_BM)
 
-  total = variance(returns_BT)
-  unexplained = variance(returns_BT - values_BT)
-  ratio = unexplained / jnp.where(total > 0, total, 1)
-  return jnp.where(total > 0, 1 - ratio, 0)
+  total = variance(returns_BM)
+  size = masking.masked_mean(jnp.square(returns_BM), mask_BM)
+  rounding = returns_BM.shape[1] * jnp.finfo(total.dtype).eps / 2
+  varies = total > jnp.square(rounding) * size
+  ratio = variance(returns_BM - values_BM) / jnp.where(varies, total, 1)
+  return jnp.where(varies, 1 - ratio, 0)
 
 
 def token_weights(mask_BT: Array) -> Array:

@@ -9,6 +9,9 @@ from ma_rlhf_jax.structs import Array
 # nats; exp(20) is finite in every dtype, and no useful ratio comes near it.
 MAX_LOG_RATIO = 20.0
 
+# The relative distance from its target beyond which a KL counts no more.
+MAX_KL_ERROR = 0.2
+
 
 def log_ratio(logprobs: Array, other_logprobs: Array, mask: Array) -> Array:
   """`logprobs - other_logprobs`, 0 on padding, at least float32."""
@@ -78,16 +81,30 @@ def adapted_kl_coef(
     kl: scalar, nats per response, measured in this step.
     target: nats per response, > 0.
     horizon: responses in which the coefficient can change by a factor of about
-      e^0.2.
-    responses: in this step.
+      e^0.2, where a step has few of them.
+    responses: in this step, fewer than `most_responses(horizon)`.
 
   Returns:
-    scalar, never negative.
+    scalar, above 0 where `kl_coef` is.
+
+  Raises:
+    ValueError: if one step could make the coefficient 0, where no later one
+      could raise it.
 
   Source: arXiv 1909.08593, section 2.2.
   """
-  error = jnp.clip(kl / target - 1, -0.2, 0.2)
-  return kl_coef * jnp.maximum(1 + error * (responses / horizon), 0)
+  if responses >= most_responses(horizon):
+    raise ValueError(
+        f'horizon={horizon} must be above {MAX_KL_ERROR} * responses, '
+        f'{MAX_KL_ERROR * responses:g}'
+    )
+  error = jnp.clip(kl / target - 1, -MAX_KL_ERROR, MAX_KL_ERROR)
+  return kl_coef * (1 + error * (responses / horizon))
+
+
+def most_responses(horizon: int) -> float:
+  """Responses in a step that could make `adapted_kl_coef` 0."""
+  return horizon / MAX_KL_ERROR
 
 
 def kl_estimates(

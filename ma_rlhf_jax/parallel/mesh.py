@@ -1,6 +1,7 @@
 """The device mesh; host batches onto it, and arrays back from it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ import numpy as np
 from ma_rlhf_jax.structs import Array
 
 AXES = ('data', 'fsdp', 'tensor')
+# How exactly two float32 matrices are multiplied. `default` is left to jax and
+# the platform.
+PRECISIONS = ('default', 'high', 'highest')
 _ROWS = PartitionSpec(('data', 'fsdp'))
 
 
@@ -104,6 +108,20 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
   shape = (data, fsdp * split // tensor, tensor)
   types = (AxisType.Auto,) * len(AXES)
   return Mesh(mesh.devices.reshape(shape), AXES, axis_types=types)
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+  """Inside, programs are traced with this precision of float32 matmuls.
+
+  Args:
+    name: one of `PRECISIONS`, see `config.model.matmul_precision`.
+  """
+  if name == 'default':
+    yield
+    return
+  with jax.default_matmul_precision(name):
+    yield
 
 
 def abstract(batch: Any, mesh: Mesh) -> Any:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.models import presets
+from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.planning import abstract, flops, residency
 from ma_rlhf_jax.planning import topology as topology_lib
 
@@ -116,7 +117,7 @@ def _survey(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
     answer['hbm'] = available_hbm(mesh.devices.flat[0])
   stages = abstract.stages(config, mesh, job['rows'])
   answer['num_params'] = _shape(config).num_params
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), matmul_precision(config.model.matmul_precision):
     for name, stage in stages.items():
       found = residency.residents(stage)
       programs = stage.programs()
@@ -138,7 +139,7 @@ def _compile(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
   config = config_lib.restore(config_lib.flatten(config))
   config.stages = (stage_name,)
   stage = abstract.stages(config, mesh, job['rows'])[stage_name]
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), matmul_precision(config.model.matmul_precision):
     program = stage.programs()[job['program']]
     traced, facts = _facts(program, residency.residents(stage), config)
     facts['weights'] = _weights(program.args, _shape(config).vocab_size)

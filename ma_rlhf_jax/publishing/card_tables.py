@@ -92,7 +92,8 @@ def metrics(workdir: epath.Path, stage: str) -> Iterator[str]:
         'prompt:'
     )
     yield _comparison(json.loads(path.read_text()))
-  shown = ('critic/value', 'critic/return', 'critic/explained_variance')
+  names = ('value', 'return', 'explained_variance', 'bias')
+  shown = [f'critic/{name}' for name in names]
   wanted = lambda name: (
       name in shown if stage == 'critic' else name.startswith('eval/')
   )

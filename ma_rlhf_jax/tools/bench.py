@@ -22,7 +22,7 @@ from ma_rlhf_jax import recipe_flag
 from ma_rlhf_jax.benching import measure
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.parallel import host_memory
-from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.parallel.mesh import make_mesh, matmul_precision
 
 _LENGTHS = flags.DEFINE_enum(
     'lengths', 'full', ['full', 'hh'], 'Lengths of prompts and responses.'
@@ -72,7 +72,8 @@ def bench() -> str:
         f'sft.init={name!r} is not opened; name its shape by '
         '--config.model.preset'
     )
-  with jax.set_mesh(make_mesh(config.mesh)):
+  precision = matmul_precision(config.model.matmul_precision)
+  with jax.set_mesh(make_mesh(config.mesh)), precision:
     report = measure.measure(
         config, spread=_LENGTHS.value, runs=_RUNS.value, say=_say
     )

@@ -30,6 +30,7 @@ from ma_rlhf_jax.generation import finished
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.macro.spelling import Speller
 from ma_rlhf_jax.models import huggingface
+from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import MacroActions, Scored, SequenceBatch
 from ma_rlhf_jax.tools import explore_view
@@ -292,7 +293,8 @@ def _ref_logprobs(rows: Rows, config: ConfigDict, pad: int) -> np.ndarray:
   """From the model or the rows; 0 where the rule does not ask for them."""
   if _MODEL.value:
     temperature = config.ppo.logprob_temperature or config.rollout.temperature
-    return score_with(_MODEL.value, rows, pad, temperature)
+    with matmul_precision(config.model.matmul_precision):
+      return score_with(_MODEL.value, rows, pad, temperature)
   missing = [n for n, r in enumerate(rows.given) if not r.get('ref_logprobs')]
   rule = config.macro.termination
   if rule in termination.BY_PROBABILITY and missing:

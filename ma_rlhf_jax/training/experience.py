@@ -117,23 +117,26 @@ def score_rows(
   )
 
 
+def _rewards_to_go(
+    rewards_BT: Array, macro: MacroActions, config: ConfigDict
+) -> Array:
+  """[B, M]: rewards and discounts are those of the estimation."""
+  return advantage.rewards_to_go(
+      rewards_BT,
+      macro,
+      gamma=config.ppo.gamma,
+      discount=config.ppo.discount,
+      reward=config.macro.reward,
+  )
+
+
 def _baseline(
     rewards_BT: Array, macro: MacroActions, config: ConfigDict
 ) -> Array:
   """[B, T]: what the other responses to the prompt have earned in all."""
-  p = config.ppo
-  _, returns_BM = advantage.macro_gae(
-      jnp.zeros_like(rewards_BT),
-      rewards_BT,
-      macro,
-      gamma=p.gamma,
-      gae_lambda=1.0,
-      discount=p.discount,
-      reward=config.macro.reward,
-      value='start',
-  )
+  returns_BM = _rewards_to_go(rewards_BT, macro, config)
   baseline_B = targets_lib.leave_one_out(
-      returns_BM[:, 0], samples=p.samples_per_prompt
+      returns_BM[:, 0], samples=config.ppo.samples_per_prompt
   )
   return jnp.where(macro.mask_BT, baseline_B[:, None], 0)
 
@@ -266,7 +269,7 @@ def describe(
   """All metrics of the rollouts of one step."""
   metrics = experience_metrics(experience, rewards_BT)
   if config.ppo.baseline == 'critic':
-    metrics |= critic_metrics(experience)
+    metrics |= critic_metrics(experience, rewards_BT, config)
   metrics['objective/kl_coef'] = kl_coef
   return metrics | scoring.sampler_statistics(
       rollout.sample_logprobs_BT,
@@ -276,16 +279,37 @@ def describe(
   )
 
 
-def critic_metrics(experience: Experience) -> dict[str, Array]:
-  """Scalars about the critic before the update, over real tokens."""
-  values_BT = experience.scored.values_BT
-  returns_BT, mask_BT = experience.targets.returns_BT, experience.macro.mask_BT
+def critic_metrics(
+    experience: Experience, rewards_BT: Array, config: ConfigDict
+) -> dict[str, Array]:
+  """Scalars about the critic before the update.
+
+  `value` and `return`, what it says and what it is trained to say, are means
+  over tokens. `explained_variance` and `bias` are over macro actions: the
+  values V_m of the estimation against the discounted rewards-to-go G_m, which
+  hold neither values nor lambda, so that runs with other lambdas, targets and
+  macro actions can be compared.
+
+  Args:
+    experience: the batch.
+    rewards_BT: token rewards, reward-model units.
+    config: the whole config; read while tracing only.
+
+  Returns:
+    `explained_variance` has no unit, the others are reward-model units.
+  """
+  macro, values_BT = experience.macro, experience.scored.values_BT
+  mean = lambda x_BT: masking.masked_mean(x_BT, macro.mask_BT)
+  values_BM = aggregate.pool(values_BT, macro, weights=config.macro.value)
+  to_go_BM = _rewards_to_go(rewards_BT, macro, config)
+  mask_BM = aggregate.macro_mask(macro)
   return {
-      'critic/value': masking.masked_mean(values_BT, mask_BT),
-      'critic/return': masking.masked_mean(returns_BT, mask_BT),
+      'critic/value': mean(values_BT),
+      'critic/return': mean(experience.targets.returns_BT),
       'critic/explained_variance': losses.explained_variance(
-          values_BT, returns_BT, mask_BT
+          values_BM, to_go_BM, mask_BM
       ),
+      'critic/bias': masking.masked_mean(values_BM - to_go_BM, mask_BM),
   }
 
 

@@ -16,6 +16,7 @@ from ma_rlhf_jax.objective import rewards
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import gathered, own_rows, place
 from ma_rlhf_jax.rollout import layout, scoring
+from ma_rlhf_jax.rollout.decode import SamplingSettings
 from ma_rlhf_jax.structs import (
     Array,
     Params,
@@ -26,6 +27,9 @@ from ma_rlhf_jax.structs import (
 from ma_rlhf_jax.training import console, update
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.shared import Shared
+
+# How the policy itself is drawn from.
+_PLAIN = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0, 'min_new_tokens': 0}
 
 
 class Model(NamedTuple):
@@ -43,9 +47,15 @@ class Judged:
     prompts: texts.
     responses: texts.
     numbers: name -> float64 [N]: `score` (reward-model units), `length`
-      (tokens, EOS included), `kl` (nats, from the reference, k1 estimate),
-      `ended` (1 where EOS came), `repeated` (share of the tokens that are the
-      most frequent one, see `repetition`), and `gold` where the task knows it.
+      (tokens, EOS included), `ended` (1 where EOS came), `repeated` (share of
+      the tokens that are the most frequent one, see `repetition`), `gold` where
+      the task knows it, and two k1 estimates in nats from the reference. `kl`:
+      log of policy over reference of this response, both at the temperature of
+      the log-probs and unfiltered. Where the response was drawn with a filter
+      or at another temperature, its mean is the KL of no two distributions.
+      `policy_kl`: the same of another response to the prompt, drawn at
+      temperature 1 without filters, and at that temperature, so that its mean
+      is the KL of the policies themselves.
   """
 
   prompts: list[str]
@@ -77,13 +87,13 @@ def _measure(
     shared: Shared,
     rollout: Rollout,
     *,
-    shapes: tuple[GemmaConfig, GemmaConfig, GemmaConfig],
+    shapes: tuple[GemmaConfig, ...],
     temperature: float,
     chunk_tokens: int,
     num_micro: int,
 ) -> dict[str, Array]:
-  """score [B] and kl [B] of finished responses."""
-  params: tuple[Params, Params, Params] = partition.on_device(shared.tree)
+  """kl [B] of finished responses, and their score [B] by a third model."""
+  params: tuple[Params, ...] = partition.on_device(shared.tree)
 
   def measure(rows: SequenceBatch) -> dict[str, Array]:
     logprobs_BT, ref_logprobs_BT = (
@@ -95,8 +105,10 @@ def _measure(
     kl_B, _ = rewards.kl_estimates(
         logprobs_BT, ref_logprobs_BT, rows.response_mask_BT
     )
-    score_B = scoring.sequence_scores(shapes[2], params[2], rows)
-    return {'score': score_B, 'kl': kl_B}
+    found = {'kl': kl_B}
+    if len(shapes) > 2:
+      found['score'] = scoring.sequence_scores(shapes[2], params[2], rows)
+    return found
 
   return scoring.in_micro_batches(measure, rollout.sequences, num_micro)
 
@@ -177,33 +189,29 @@ def judge(
   """Samples a response to each of the first held-out prompts and scores it.
 
   The random keys are those of step 0 of `stream`, whenever it is called, so
-  that two evaluations of one run differ by the policy alone.
+  that two evaluations of one run differ by the policy alone. For `policy_kl`
+  second responses are drawn, with the keys of step 1, unless the first ones are
+  plain samples at temperature 1.
 
   Args:
     run: what the stages share.
     policy: draws the responses.
     num_prompts: at most this many; fewer where fewer are held out.
     stream: of the random keys, see `Run.key`.
-    temperature: of the sampling. At another one than the rollout's, the KL is
-      that of the policies at this temperature (at 1 for greedy responses).
+    temperature: of the sampling, and of the log-probs of `kl` (1 for greedy
+      responses); at that of the rollout these are `ppo.logprob_temperature`.
     ref_policy: for the KL; None = no KL and no score.
     reward_model: gives the score.
   """
   count = min(num_prompts, len(run.data.eval))
+  models = (policy, ref_policy, reward_model)
   parts = []
   for start in range(0, count, run.rows):
     rows = np.arange(start, start + run.rows) % len(run.data.eval)
-    rollout = layout.sample_responses(
-        policy.params,
-        prompt_batch(run, run.data.eval, rows),
-        run.key(stream),
-        0,
-        layout=run.decode_layout(policy.shape),
-        settings=run.sampling(temperature),
-        num_rollouts=update.num_micro(run.rows, run.config.rollout.batch_size),
+    prompts = prompt_batch(run, run.data.eval, rows)
+    parts.append(
+        _judge_batch(run, prompts, run.key(stream), temperature, models)
     )
-    models = (policy, ref_policy, reward_model)
-    parts.append(_judge_batch(run, rollout, temperature, *models))
   join = lambda lists: [x for part in lists for x in part][:count]
   names = parts[0].numbers
   return Judged(
@@ -216,32 +224,44 @@ def judge(
   )
 
 
+_Models = tuple[Model, Model | None, Model | None]
+
+
+def _draw(
+    run: Run,
+    policy: Model,
+    prompts: PromptBatch,
+    key: Array,
+    step: int,
+    settings: SamplingSettings,
+) -> Rollout:
+  return layout.sample_responses(
+      policy.params,
+      prompts,
+      key,
+      step,
+      layout=run.decode_layout(policy.shape),
+      settings=settings,
+      num_rollouts=update.num_micro(run.rows, run.config.rollout.batch_size),
+  )
+
+
 def _judge_batch(
     run: Run,
-    rollout: Rollout,
+    prompts: PromptBatch,
+    key: Array,
     sampled_at: float,
-    policy: Model,
-    ref_policy: Model | None,
-    reward_model: Model | None,
+    models: _Models,
 ) -> Judged:
-  prompts, responses = _texts(run, rollout)
+  settings = run.sampling(sampled_at)
+  rollout = _draw(run, models[0], prompts, key, 0, settings)
+  texts, responses = _texts(run, rollout)
   numbers: dict[str, Any] = {}
-  temperature = sampled_at or 1.0
-  if sampled_at == run.config.rollout.temperature:
-    temperature = run.logprob_temperature
-  if ref_policy is not None and reward_model is not None:
-    models = (policy, ref_policy, reward_model)
-    numbers |= _measure(
-        Shared(tuple(model.params for model in models)),
-        rollout,
-        shapes=tuple(model.shape for model in models),
-        temperature=temperature,
-        chunk_tokens=run.config.model.logprob_chunk,
-        num_micro=update.num_micro(run.rows, run.config.ppo.micro_batch_size),
-    )
+  if None not in models:
+    numbers = _by_models(run, prompts, key, rollout, settings, models)
   if run.gold is not None:
     numbers['gold'] = [
-        run.gold(p, r) for p, r in zip(prompts, responses, strict=True)
+        run.gold(p, r) for p, r in zip(texts, responses, strict=True)
     ]
   tokens_BT = masking.response_tokens(rollout.sequences)
   numbers['length'] = rollout.sequences.response_mask_BT.sum(axis=1)
@@ -252,7 +272,41 @@ def _judge_batch(
       gathered(rollout.sequences.response_mask_BT & ~is_eos_BT),
   )
   return Judged(
-      prompts,
+      texts,
       responses,
       {name: gathered(x).astype(np.float64) for name, x in numbers.items()},
   )
+
+
+def _by_models(
+    run: Run,
+    prompts: PromptBatch,
+    key: Array,
+    rollout: Rollout,
+    settings: SamplingSettings,
+    models: _Models,
+) -> dict[str, Array]:
+  """`kl`, `policy_kl` and `score`, each [B], of the responses of `rollout`."""
+
+  def measure(rollout: Rollout, temperature: float, models: _Models) -> dict:
+    return _measure(
+        Shared(tuple(model.params for model in models)),
+        rollout,
+        shapes=tuple(model.shape for model in models),
+        temperature=temperature,
+        chunk_tokens=run.config.model.logprob_chunk,
+        num_micro=update.num_micro(run.rows, run.config.ppo.micro_batch_size),
+    )
+
+  policy, ref_policy, _ = models
+  temperature = settings.temperature or 1.0
+  if settings.temperature == run.config.rollout.temperature:
+    temperature = run.logprob_temperature
+  found = measure(rollout, temperature, models)
+  policy_kl_B = found['kl']
+  plain = dataclasses.replace(settings, **_PLAIN)
+  is_plain = settings == plain and temperature == plain.temperature
+  if not is_plain and policy is not ref_policy:  # of one policy both are 0
+    drawn = _draw(run, policy, prompts, key, 1, plain)
+    policy_kl_B = measure(drawn, plain.temperature, models[:2])['kl']
+  return {'kl': found['kl'], 'policy_kl': policy_kl_B, 'score': found['score']}

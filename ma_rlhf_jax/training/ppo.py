@@ -298,9 +298,9 @@ class PPO(Stage):
     macro_keys_B = sampling.row_keys(
         run.key('macro'), index, prompts.prompt_ids_B, prompts.sample_ids_B
     )
-    together = self.together
-    if index < self.config.critic_warmup_updates:
-      together = ()  # the policy does not learn
+    # Then the policy does not learn, and its KL says nothing of kl_coef.
+    warming_up = index < self.config.critic_warmup_updates
+    together = () if warming_up else self.together
     new, learned = dict(states), {}
     if together:
       given_BT, told = self._starts(rollout)
@@ -327,15 +327,17 @@ class PPO(Stage):
     key = jax.random.fold_in(run.key('minibatches'), index)
     with jax.profiler.TraceAnnotation('update'):
       for name, update_on in self._updates.items():
-        waits = name == 'policy' and index < self.config.critic_warmup_updates
+        waits = name == 'policy' and warming_up
         if name not in together and not waits:
           new[name], learned[name] = update_on(
               states[name], self.frozen[name], experience, key
           )
-    if self.config.kl_target:
+    if self.config.kl_target and not warming_up:
       new['kl_coef'] = self._adapt(states['kl_coef'], metrics['objective/kl'])
     for model, found in learned.items():
-      metrics[f'loss/{model}'] = found.pop('loss')
+      # A loss per macro action sums the tokens of each, `constant` counts pads:
+      # only divided by their weight is it what the metric says.
+      metrics[f'loss/{model}'] = found.pop('loss') / found.pop('weight')
       done = new[model].step - self._per_step  # before this step
       metrics[f'{model}/lr'] = self.learning_rates[model](done)
       metrics |= {f'{model}/{name}': value for name, value in found.items()}
@@ -356,7 +358,7 @@ class PPO(Stage):
     )
 
   def evaluate(self, states: dict) -> dict[str, float]:
-    self._judged = self._judge(states, self.config.batch_size)
+    self._judged = self._judge(states, self.run.rows)  # one rollout
     means = self._judged.means()
     return {f'eval/{name}': value for name, value in means.items()}
 

@@ -11,7 +11,7 @@ import optax
 
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Array, Params, TrainState
-from ma_rlhf_jax.training import buckets
+from ma_rlhf_jax.training import buckets, optim
 
 # loss_fn(params, batch) -> (loss, metrics), both SUMS over the rows of the
 # batch whose weights were fixed for the whole minibatch, so that the sums of
@@ -118,7 +118,7 @@ def apply_gradients(
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
   )
-  return new_state, {'grad_norm': optax.tree.norm(grads)}
+  return new_state, {'grad_norm': optim.global_norm(grads)}
 
 
 def train_step(

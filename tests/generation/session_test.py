@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import types
 
 import pytest
 
@@ -10,7 +11,7 @@ from ma_rlhf_jax.generation import session as session_lib
 from ma_rlhf_jax.generation.request import Request
 from ma_rlhf_jax.generation.session import Session
 from ma_rlhf_jax.training.sources import SourceError
-from tests import served
+from tests import served, tiny
 
 PROMPT = '\n\nHuman: né?\n\nAssistant:'
 
@@ -93,3 +94,19 @@ def test_models_are_found_and_compared(store: served.Store):
   assert alone.policy.shape.dtype == 'bfloat16' and len(alone.models) == 1
   with pytest.raises(SourceError, match='its tokenizer differs'):
     session_lib.find(Request(store.policy, reward_model=store.foreign))
+
+
+def test_programs_are_traced_with_the_precision_of_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+):
+  model = types.SimpleNamespace(
+      shape=tiny.SHAPE, tokenizer=None, load=tiny.matmuls_are_exact
+  )
+  monkeypatch.setattr(session_lib.finished, 'check_mesh', lambda *_: None)
+  request = Request('m', prompt='', matmul_precision='highest')
+  request.check()
+  with session_lib.opened(request, session_lib.Found(model, None)) as session:
+    assert session.models.policy == (tiny.SHAPE, True)
+    assert tiny.matmuls_are_exact()
+  with pytest.raises(ValueError, match='--matmul_precision=tf32 must be one'):
+    dataclasses.replace(request, matmul_precision='tf32').check()

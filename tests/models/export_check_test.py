@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax.models import export_check, exporting
 from ma_rlhf_jax.models.export_check import ExportCheckError
+from tests import tiny
 from tests.models.drawn import UNUSUAL, draw, states
 
 SHAPE = dataclasses.replace(UNUSUAL, num_layers=1, remat='none')
@@ -48,6 +49,20 @@ def test_scores_are_those_at_the_end_of_each_row() -> None:
   want = np.asarray(hidden)[[0, 1, 2], [4, 1, 69]] @ params['head']
   np.testing.assert_allclose(found, want, atol=1e-5)
   assert found.shape == (3,) and np.ptp(found) > 0.05
+
+
+def test_sums_are_made_in_float32_on_every_platform(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  seen = []
+
+  def forward(*args: Any) -> np.ndarray:
+    seen.append(tiny.matmuls_are_exact())
+    return np.zeros(3, np.float32)
+
+  monkeypatch.setattr(export_check, '_forward', forward)
+  export_check.ours('scalar', SHAPE, {}, ROWS)
+  assert seen == [True]
 
 
 @pytest.mark.parametrize('kind', ['policy', 'scalar'])

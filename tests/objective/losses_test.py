@@ -226,6 +226,48 @@ def test_huge_log_ratios_stay_finite(gap: float):
   assert all(np.isfinite(x).all() for x in (loss, grad, *metrics.values()))
 
 
+def test_clamped_tokens_are_counted_where_the_gradient_is_lost():
+  # Log-ratios 21 19 21 -21 | 12 9, advantages - - + - | - -.
+  gaps = jnp.array([[21.0, 19, 21, -21, 12, 9]])
+  advantages = jnp.array([[-1.0, -1, 1, -1, -1, -1]])
+  mask = jnp.ones((1, 6), bool)
+  macro = termination.macro_actions(jnp.array([[True] * 5 + [False]]), mask)
+  weights = losses.loss_weights(mask, macro.starts_BT, reduction='token')
+  metrics, grads = {}, {}
+  for ratio in ('token', 'macro'):
+    cost = lambda x, ratio=ratio: losses.policy_loss(
+        x, 0 * x, advantages, weights, macro, clip_eps=0.2, ratio=ratio
+    )
+    grads[ratio], metrics[ratio] = jax.grad(cost, has_aux=True)(gaps)
+  # The first. The second still falls, the third is clipped as it should be, the
+  # fourth is e^-21 of what it was.
+  np.testing.assert_allclose(metrics['token']['clamped'], 1 / 6, rtol=1e-6)
+  np.testing.assert_array_equal(grads['token'][0, [0, 2]], [0, 0])
+  assert grads['token'][0, 1] > 0
+  # And both tokens of the last macro action: 12 + 9 = 21.
+  np.testing.assert_allclose(metrics['macro']['clamped'], 3 / 6, rtol=1e-6)
+  np.testing.assert_array_equal(grads['macro'][0, 4:], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ('reduction', 'weight'),
+    [('sequence', 1), ('token', 1), ('macro', 5 / 3), ('constant', 5 / 9)],
+)
+def test_a_loss_over_its_weight_is_a_mean(reduction: str, weight: float):
+  weights = _weights(reduction=reduction)
+  zeros = np.zeros(MASK.shape)
+  # Errors of 3 everywhere: half of nine.
+  loss, found = value_loss(zeros + 3, zeros, zeros, weights, MASK, clip_eps=0.0)
+  np.testing.assert_allclose(found['weight'], weight, rtol=1e-6)
+  np.testing.assert_allclose(loss / found['weight'], 4.5, rtol=1e-6)
+  # Advantages of 3 at ratio 1.
+  for ratio in losses.RATIOS:
+    loss, found = policy_loss(
+        zeros, zeros, zeros + 3, weights, _macro(), clip_eps=0.2, ratio=ratio
+    )
+    np.testing.assert_allclose(loss / found['weight'], -3, rtol=1e-6)
+
+
 # Old values, values, returns; clip .5.
 OLD_VALUES = np.array([[1.0, 2, 9], [3, 1, -1], [9] * 3])
 VALUES = np.array([[1.25, 4, 9], [1, 0.75, -3], [9] * 3])

@@ -140,3 +140,25 @@ def test_the_kl_coefficient_is_drawn_to_its_target(kl: float, want: float):
       jnp.float32(0.2), jnp.float32(kl), target=6.0, horizon=100, responses=64
   )
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_the_kl_coefficient_always_comes_back():
+  # The largest step that is allowed: 49 of 50 / .2 fall to .02 of it, and
+  # rise by 1.98 a step.
+  how = {'target': 6.0, 'horizon': 10, 'responses': 49}
+  fallen = rewards.adapted_kl_coef(jnp.float32(1), jnp.float32(0), **how)
+  np.testing.assert_allclose(fallen, 0.02, rtol=1e-4)
+  risen = rewards.adapted_kl_coef(fallen, jnp.float32(60), **how)
+  np.testing.assert_allclose(risen, 0.02 * 1.98, rtol=1e-4)
+
+
+@pytest.mark.parametrize('responses', [50, 64])
+def test_a_step_that_would_end_the_kl_coefficient_is_refused(responses: int):
+  with pytest.raises(ValueError, match='horizon=10 must be above'):
+    rewards.adapted_kl_coef(
+        jnp.float32(1),
+        jnp.float32(0),
+        target=6.0,
+        horizon=10,
+        responses=responses,
+    )

@@ -156,3 +156,16 @@ def test_rows_of_a_process_are_those_of_its_devices(
       },
   )
   np.testing.assert_array_equal(mesh_lib.own_rows(mesh, 16), want)
+
+
+def test_float32_matmuls_are_traced_with_the_precision_that_is_named() -> None:
+  square = jax.jit(lambda x: x @ x)
+  text = lambda: square.lower(np.ones((3, 3), np.float32)).as_text()
+  for name in mesh_lib.PRECISIONS:
+    with mesh_lib.matmul_precision(name):
+      # The same function, which is not taken from the cache.
+      assert f'[{name.upper()}, {name.upper()}]' in text()
+  # What was set outside stays.
+  with jax.default_matmul_precision('highest'):
+    with mesh_lib.matmul_precision('default'):
+      assert 'HIGHEST' in text()

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +108,13 @@ def test_metrics_by_hand():
       macro=_macro(2),
       targets=targets,
   )
-  told = lib.experience_metrics(made, rewards) | lib.critic_metrics(made)
+  told = lib.experience_metrics(made, rewards)
+  told |= lib.critic_metrics(made, rewards, tiny.config(**FIELDS))
   got = {k: float(v) for k, v in told.items()}
   log_ratios = np.array([0.2, 0.4, -0.6, 0.8, -0.4, 0.2])
-  errors = np.array([0.06, -6.44, 2.65, -6.6, -2.9, -4.4])  # R - V
+  # Macro actions: -.3 + .8 * 2.4, 2.4; -1.4, against values of their starts.
+  to_go = np.array([1.62, 2.4, -1.4])
+  errors = to_go - np.array([0.5, -0.25, 1.5])
   returns = np.array([0.56, 0.56, 2.4, 2.4, -1.4, -1.4])
   want = {
       'objective/kl': (0.8 - 0.2) / 2,  # summed over each response
@@ -123,7 +127,8 @@ def test_metrics_by_hand():
       'response/length_max': 4,
       'critic/value': (0.5 + 7 - 0.25 + 9 + 1.5 + 3) / 6,
       'critic/return': returns.mean(),
-      'critic/explained_variance': 1 - errors.var() / returns.var(),
+      'critic/explained_variance': 1 - errors.var() / to_go.var(),
+      'critic/bias': -errors.mean(),
       'policy/advantage_std': np.std([0.06, 0.06, 2.65, 2.65, -2.9, -2.9]),
       'macro/length_mean': 2,
       'macro/length_p95': 2,
@@ -133,6 +138,58 @@ def test_metrics_by_hand():
   assert got.keys() == want.keys()
   for name, value in want.items():
     np.testing.assert_allclose(got[name], value, rtol=1e-4, err_msg=name)
+
+
+def _critic(
+    values: np.ndarray, scores: list[float], ngram: int, **fields: Any
+) -> dict[str, float]:
+  """Metrics of a critic where a response earns its score alone, at its end."""
+  mask = jnp.ones(values.shape, bool)
+  zeros = jnp.zeros(values.shape)
+  scored = Scored(zeros, zeros, zeros, jnp.asarray(values), jnp.array(scores))
+  starts = termination.fixed(mask, ngram=ngram)
+  macro = termination.macro_actions(starts, mask)
+  config = tiny.config(ppo__score_clip=0.0, macro__ngram=ngram, **fields)
+  targets, rewards = lib.make_targets(scored, macro, config)
+  tokens = jnp.zeros(values.shape, jnp.int32)
+  made = Experience(SequenceBatch(tokens, mask, mask), scored, macro, targets)
+  told = lib.critic_metrics(made, rewards, config)
+  return {name.removeprefix('critic/'): float(x) for name, x in told.items()}
+
+
+_LENGTH = 20
+_SCORES = [1.0, 1, -1, -1]
+
+
+@pytest.mark.parametrize('ngram', [1, 5])
+@pytest.mark.parametrize('target', ['token', 'macro', 'starts'])
+def test_a_critic_that_knows_nothing_explains_nothing(
+    ngram: int, target: str
+) -> None:
+  # One value for each response that has nothing to do with its score: errors
+  # 0, 2, -2, 0 have twice the variance of the scores. Lambda-returns, which
+  # are made of the values, would have been explained to .9.
+  values = np.repeat([[1.0], [-1], [1], [-1]], _LENGTH, axis=1)
+  found = _critic(values, _SCORES, ngram, critic__target=target)
+  assert found['explained_variance'] == pytest.approx(-1, abs=1e-5)
+  assert found['bias'] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('ngram', [1, 5])
+def test_a_critic_that_is_100_too_high_says_so(ngram: int) -> None:
+  values = np.repeat([[101.0], [101], [99], [99]], _LENGTH, axis=1)
+  found = _critic(values, _SCORES, ngram)
+  assert found['explained_variance'] == pytest.approx(1, abs=1e-5)
+  assert found['bias'] == pytest.approx(100, abs=1e-4)
+
+
+@pytest.mark.parametrize('ngram', [1, 5])
+def test_of_constant_rewards_to_go_no_variance_is_explained(ngram: int) -> None:
+  values = np.random.default_rng(0).normal(size=(4, _LENGTH)) + 3.3
+  found = _critic(values.astype(np.float32), [3.3] * 4, ngram)
+  assert found['explained_variance'] == 0
+  want = (values[:, ::ngram] - 3.3).mean()
+  assert found['bias'] == pytest.approx(want, abs=1e-5)
 
 
 SHAPES = lib.Models(*[tiny.SHAPE] * 4)

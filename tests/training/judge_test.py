@@ -1,5 +1,6 @@
 """Responses to held-out prompts, and the numbers told of them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.data.parts import Datasets
+from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.rollout import decode, layout, scoring
-from ma_rlhf_jax.structs import Rollout
+from ma_rlhf_jax.structs import Params, Rollout
 from ma_rlhf_jax.training import judge
 from ma_rlhf_jax.training.run import Run
 from tests import tiny
@@ -176,6 +179,91 @@ def test_padding_that_is_eos_ends_no_response(tmp_path: Any):
   assert numbers.keys() == {'length', 'ended', 'repeated'}
   assert numbers['length'].tolist() == [tiny.RESPONSE_LEN] * 6
   assert numbers['ended'].tolist() == [0] * 6
+
+
+@jax.jit
+def _logits(params: Params, rows: jax.Array, mask: jax.Array) -> jax.Array:
+  hidden = gemma.hidden_states(tiny.SHAPE, params, rows, mask)
+  return hidden[:, -1] @ params['embedding'].T
+
+
+@functools.cache
+def _two_tokens() -> tuple[Any, Any, Any, Any]:
+  """Logits [8, V] and [8, V, V] under both policies, by enumeration."""
+  prompts, vocab = tiny.prompts(list(range(8))), tiny.SHAPE.vocab_size
+  found = []
+  for model in (POLICY, REF_POLICY):
+    first = _logits(model.params, prompts.tokens_BP, prompts.mask_BP)
+    append = lambda x, new: np.concatenate([np.repeat(x, vocab, 0), new], 1)
+    tokens = np.tile(np.arange(vocab, dtype=np.int32), 8)[:, None]
+    then = _logits(
+        model.params,
+        append(prompts.tokens_BP, tokens),
+        append(prompts.mask_BP, tokens >= 0),
+    )
+    found += [first, then.reshape(8, vocab, vocab)]
+  return tuple(np.asarray(x, np.float64) for x in found)
+
+
+def _expected_log_ratio(temperature: float, top_k: int) -> float:
+  """Of a response of at most two tokens: nothing follows EOS."""
+  first, then, ref_first, ref_then = _two_tokens()
+
+  def normalised(x: Any) -> Any:
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+  def mean(x: Any, ref: Any) -> tuple[Any, Any]:
+    """What is drawn, and the mean of its log-ratio."""
+    x, ref = (normalised(y / temperature) for y in (x, ref))
+    least = np.sort(x, -1)[..., -top_k, None]
+    drawn = np.exp(normalised(np.where(x >= least, x, -np.inf)))
+    return drawn, (drawn * (x - ref)).sum(-1)
+
+  goes_on = np.arange(first.shape[-1]) != tiny.EOS
+  drawn, one = mean(first, ref_first)
+  _, two = mean(then, ref_then)
+  return float((one + (drawn * goes_on * two).sum(-1)).mean())
+
+
+def test_the_kl_of_the_policies_is_told_whatever_the_filter(tmp_path: Any):
+  rows = tiny.encoded(repeats=64)  # each of eight prompts 64 times
+  run = tiny.run(
+      tmp_path,
+      tiny.config(
+          ppo__batch_size=512, rollout__top_k=2, rollout__temperature=0.7
+      ),
+      data=Datasets(rows, rows, rows, rows, counts={}),
+      response_len=2,
+      gold=None,
+  )
+  numbers = _judge(run, num_prompts=512, temperature=0.7).numbers
+  # 1.66 nats of filtered samples where 0.23 are true.
+  filtered = _expected_log_ratio(0.7, top_k=2)
+  true = _expected_log_ratio(1.0, top_k=tiny.SHAPE.vocab_size)
+  for name, want in (('kl', filtered), ('policy_kl', true)):
+    error = numbers[name].std() / 512**0.5
+    assert abs(numbers[name].mean() - want) < 4 * error, (name, want)
+    assert abs(filtered - true) > 8 * error  # so one is not the other
+  assert numbers.keys() == {'kl', 'policy_kl', 'score', 'length', 'ended'}
+
+
+def test_plain_samples_serve_for_both_kls(
+    run: Run, judged: judge.Judged, monkeypatch: pytest.MonkeyPatch
+):
+  np.testing.assert_array_equal(
+      judged.numbers['kl'], judged.numbers['policy_kl']
+  )
+  # Nor does a policy have a KL from itself.
+  drawn = []
+  draw = judge._draw
+  monkeypatch.setattr(
+      judge, '_draw', lambda *args: drawn.append(args[4:]) or draw(*args)
+  )
+  _judge(run)
+  assert [step for step, _ in drawn] == [0, 0]  # a batch of four each
+  numbers = _judge(run, temperature=0.5, ref_policy=POLICY).numbers
+  assert not numbers['policy_kl'].any() and len(drawn) == 4
+  assert drawn[2][1].temperature == 0.5
 
 
 def test_table_shows_the_first_rows(judged: judge.Judged):

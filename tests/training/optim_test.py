@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax.training import optim
+from ma_rlhf_jax.training import optim, update
 from tests import tiny
 
 
@@ -176,3 +176,65 @@ def test_float32_moments_are_as_wide_as_their_weights():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS)
     state = optim.make_optimizer(_optim(), 10).init(params)
     assert state[0].mu['head'].dtype == state[0].nu['head'].dtype == jnp.float64
+
+
+_NARROW = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+
+
+def test_float32_moments_of_bfloat16_weights_are_float32():
+  optimizer = optim.make_optimizer(_optim(weight_decay=0.0, b2=0.999), 10)
+  state = update.init_state(_NARROW, optimizer).opt_state
+  grad = jax.tree.map(lambda x: jnp.full_like(x, 1.5), _NARROW)
+  changed = jax.jit(optimizer.update)
+  for _ in range(3):
+    _, state = changed(grad, state, _NARROW)
+  adam = state[0]
+  assert adam.mu['head'].dtype == adam.nu['head'].dtype == jnp.float32
+  # 1 - b^3 of g and of g^2, of which bfloat16 would keep 8 bits.
+  np.testing.assert_allclose(adam.mu['head'], 1.5 * (1 - 0.9**3), rtol=1e-5)
+  np.testing.assert_allclose(adam.nu['head'], 2.25 * (1 - 0.999**3), rtol=1e-4)
+
+
+def test_bfloat16_moments_of_bfloat16_weights_are_summed_in_float32():
+  optimizer = optim.make_optimizer(
+      _optim(weight_decay=0.0, moment_dtype='bfloat16'), 10
+  )
+  state = optimizer.init(_NARROW)
+  assert state[0].mu['head'].dtype == jnp.bfloat16
+  grad = jax.tree.map(lambda x: jnp.full_like(x, 1.5), _NARROW)
+  for _ in range(2):
+    updates, state = jax.jit(optimizer.update)(grad, state, _NARROW)
+  assert updates['head'].dtype == jnp.float32
+  # Each sum is rounded once, not each term of it.
+  rounded = lambda x: float(jnp.bfloat16(x))
+  want = rounded(0.9 * rounded(0.1 * 1.5) + 0.1 * 1.5)
+  assert float(state[0].mu['head'][0]) == want
+
+
+def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
+  grads = {'a': jnp.full(3, 1.5, jnp.bfloat16), 'b': jnp.ones(1, jnp.bfloat16)}
+  np.testing.assert_allclose(optim.global_norm(grads), 7.75**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('b2', 'below', 'above'), [(0.95, 0.072, 0.084), (0.98, 0.16, 0.24)]
+)
+def test_how_far_a_second_moment_in_bfloat16_lags(
+    b2: float, below: float, above: float
+):
+  """The table of `_adam`, for squares that cover two octaves."""
+  grads = {'x': jnp.sqrt(jnp.linspace(1.0, 4.0, 4001))}
+  block = _optim(b2=b2, moment_dtype='bfloat16', weight_decay=0.0)
+  optimizer = optim.make_optimizer(block, 10)
+
+  def at_rest(start: float) -> np.ndarray:
+    first = jax.tree.map(lambda g: g * start / (1 - b2) ** 0.5, grads)
+    _, state = optimizer.update(first, optimizer.init(grads), grads)
+    one = lambda _, state: optimizer.update(grads, state, grads)[1]
+    state = jax.jit(lambda s: jax.lax.fori_loop(0, 1500, one, s))(state)
+    nu = state[0].nu['x']
+    return np.asarray(nu.astype(jnp.float32) / jnp.square(grads['x']) - 1)
+
+  low, high = at_rest(0.1).min(), at_rest(10.0).max()
+  assert low == pytest.approx(-below, abs=0.005)
+  assert high == pytest.approx(above, abs=0.005)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.models import lora, presets
-from ma_rlhf_jax.training import ppo
+from ma_rlhf_jax.training import judge, ppo
 from ma_rlhf_jax.training.experience import Models
 from tests import tiny
 
@@ -129,9 +129,13 @@ def test_eight_devices_take_the_step_of_one(stepped: tuple, tmp_path: Any):
 
 
 def test_the_critic_warms_up_alone(tmp_path: Any):
-  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, ppo__critic_warmup_updates=1)
+  fields = {'ppo__kl_target': 1e-3, 'ppo__critic_warmup_updates': 1}
+  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, **fields)
   with jax.set_mesh(stage.run.mesh):
     states, metrics = stage.step(stage.states, 0)
+  # The coefficient waits for a policy that can follow it.
+  assert abs(metrics['objective/kl']) > 2e-3
+  assert states['kl_coef'] == np.float32(0.05)
   assert int(states['policy'].step) == 0 and int(states['critic'].step) == 1
   jax.tree.map(
       np.testing.assert_array_equal, states['policy'].params, dict(POLICY)
@@ -144,6 +148,38 @@ def test_a_best_checkpoint_must_be_near_the_reference(tmp_path: Any):
   metrics = {'eval/score': 1.5, 'eval/kl': 3.5}
   assert stage.best_value(metrics) == 1.5
   assert stage.best_value(metrics | {'eval/kl': 4.5}) is None
+
+
+def test_the_loss_of_the_critic_is_half_the_squared_error(tmp_path: Any):
+  # `paper` divides a sum over tokens by macro actions; far from the values, a
+  # constant score of the reward model is most of each error.
+  fields = {'macro__ngram': 5, 'critic__target': 'macro', 'ppo__kl_coef': 0.0}
+  fields |= {'ppo__loss_reduction': 'macro', 'ppo__score_clip': 0.0}
+  fields |= {'critic__clip_eps': 0.0, 'ppo__gae_lambda': 1.0}
+  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, **fields)
+  head = stage.reward_model['head']
+  stage.reward_model['head'] = head * 50
+  with jax.set_mesh(stage.run.mesh):
+    prompts = judge.prompt_batch(stage.run, stage.data, stage.rows(0))
+    rollout = stage.respond(stage.states, prompts, 0)
+    scored = jax.device_get(stage.score(stage.states, rollout))
+    _, metrics = stage.learn(stage.states, prompts, rollout, 0)
+  mask = np.asarray(rollout.sequences.response_mask_BT)
+  # With lambda 1 and no KL a macro action's return is the score.
+  error = (scored.values_BT - scored.score_B[:, None])[mask]
+  np.testing.assert_allclose(
+      metrics['loss/critic'], 0.5 * np.mean(error**2), rtol=1e-4
+  )
+
+
+def test_every_group_of_samples_is_evaluated_on_as_many_prompts(
+    tmp_path: Any,
+):
+  fields = {'ppo__batch_size': 2, 'ppo__samples_per_prompt': 4}
+  stage = _stage(tiny.mesh(1, 1, 1), tmp_path, **fields)
+  with jax.set_mesh(stage.run.mesh):
+    stage.evaluate(stage.states)
+  assert len(stage._judged.prompts) == 8  # all that are held out
 
 
 @pytest.mark.slow

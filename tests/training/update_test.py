@@ -57,7 +57,7 @@ def test_micro_batches_add_up_to_the_batch(reduction: str):
           functools.partial(update.accumulate_gradients, _loss, num_micro=num)
       )(params, batch)
       jax.tree.map(same, got, want)
-      assert metrics.keys() == {'loss', 'clipfrac'}
+      assert metrics.keys() == {'loss', 'clipfrac', 'weight'}
       jax.tree.map(same, metrics, want_metrics)
 
 
