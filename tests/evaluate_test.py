@@ -3,24 +3,14 @@
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.evaluate import describe, interval, summarise, wins
+from ma_rlhf_jax.evaluate import describe, summarise, wins
 from ma_rlhf_jax.training.judge import Judged
 
 
 def _judged(**numbers: list[float]) -> Judged:
   arrays = {name: np.asarray(x, np.float64) for name, x in numbers.items()}
-  return Judged(['p', 'q', 'r'], ['a', 'b', 'c'], arrays)
-
-
-def test_the_interval_is_the_normal_one_of_the_mean() -> None:
-  # variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 5/3; 1.959964 * sqrt(5/3 / 4)
-  # = 1.265151
-  found = interval(np.asarray([4.0, 2.0, 1.0, 3.0]))
-  np.testing.assert_allclose(found, (2.5, 1.234849, 3.765151), atol=1e-6)
-
-
-def test_equal_numbers_have_an_interval_of_no_width() -> None:
-  assert interval(np.asarray([2.5, 2.5, 2.5])) == (2.5, 2.5, 2.5)
+  texts = [''] * len(next(iter(arrays.values())))
+  return Judged(texts, texts, arrays)
 
 
 def test_wins_count_ties_as_half() -> None:
@@ -37,11 +27,26 @@ def test_differences_are_paired_by_prompt() -> None:
   # Each score is 1 higher, so the difference is sure though the means are not.
   assert rows['score']['difference'] == (1.0, 1.0, 1.0)
   assert rows['score']['sft'][0] == 5.0 and rows['score']['ppo'][0] == 6.0
-  # std of 1, 5, 9 is 4; 1.959964 * 4 / sqrt(3) = 4.526343
-  assert rows['score']['sft'][1] == pytest.approx(5 - 4.526343, abs=1e-6)
+  # std of 1, 5, 9 is 4; the t quantile of 2 degrees is 4.302653:
+  # 4.302653 * 4 / sqrt(3) = 9.936551
+  assert rows['score']['sft'][1] == pytest.approx(5 - 9.936551, abs=1e-5)
   # one win, one tie, one loss
   assert rows['win rate by gold']['ppo'][0] == 0.5
   assert rows['gold']['difference'][0] == pytest.approx((0.25 - 0.5) / 3)
+
+
+def test_shares_at_their_bounds_get_a_width() -> None:
+  ones, zeros = [1.0] * 256, [0.0] * 256
+  rows = summarise(
+      _judged(score=zeros, ended=ones), _judged(score=ones, ended=ones)
+  )
+  # 258 and 2 of 260: 2 / 260 + 1.96918 sqrt(0.00766261 / 260) = 0.018383
+  want = pytest.approx((1.0, 1 - 0.018383, 1.0), abs=1e-6)
+  assert rows['win rate by score']['ppo'] == want
+  assert rows['ended']['sft'] == rows['ended']['ppo'] == want
+  mean, low, high = rows['ended']['difference']
+  # 256 times 0 and two of each end: 1.96918 sqrt(4 / 259 / 260) = 0.015177
+  assert (mean, low, high) == pytest.approx((0, -0.015177, 0.015177), abs=1e-6)
 
 
 def test_without_gold_the_reward_model_decides_who_wins() -> None:

@@ -151,6 +151,7 @@ def judge(
     num_prompts: int,
     stream: str,
     temperature: float,
+    data: EncodedSet | None = None,
     ref_policy: Model | None = None,
     reward_model: Model | None = None,
 ) -> Judged:
@@ -166,16 +167,18 @@ def judge(
     stream: of the random keys, see `Run.key`.
     temperature: of the sampling. At another one than the rollout's, the KL is
       that of the policies at this temperature (at 1 for greedy responses).
+    data: whose prompts; None = those that training is evaluated on.
     ref_policy: for the KL; None = no KL and no score.
     reward_model: gives the score.
   """
-  count = min(num_prompts, len(run.data.eval))
+  data = run.data.eval if data is None else data
+  count = min(num_prompts, len(data))
   parts = []
   for start in range(0, count, run.rows):
-    rows = np.arange(start, start + run.rows) % len(run.data.eval)
+    rows = np.arange(start, start + run.rows) % len(data)
     rollout = layout.sample_responses(
         policy.params,
-        prompt_batch(run, run.data.eval, rows),
+        prompt_batch(run, data, rows),
         run.key(stream),
         0,
         layout=run.decode_layout(policy.shape),
