@@ -1,10 +1,21 @@
-"""The comparison of two policies: intervals, wins and the table by hand."""
+"""The comparison of two policies: intervals, wins, the table and its files."""
+
+import dataclasses
+import json
+import pathlib
+import types
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import evaluate
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.data import held_out
 from ma_rlhf_jax.evaluate import describe, summarise, wins
 from ma_rlhf_jax.training.judge import Judged
+from ma_rlhf_jax.training.run import Run
+from tests import tiny
 
 
 def _judged(**numbers: list[float]) -> Judged:
@@ -72,3 +83,88 @@ def test_the_table_is_aligned_and_names_the_units() -> None:
       'nats per response, from SFT',
       f'win rate by gold  {"":20}  0.750 [0.500, 1.000]',
   ]
+
+
+class _Judge:
+  """Stands in for the models: the score is the number of the call."""
+
+  def __init__(self) -> None:
+    self.calls: list[dict[str, Any]] = []
+
+  def __call__(self, run: Run, model: Any, **how: Any) -> Judged:
+    self.calls.append(how)
+    size = min(how['num_prompts'], len(how['data']))
+    return _judged(score=[float(len(self.calls))] * size)
+
+
+@pytest.fixture
+def judging(monkeypatch: pytest.MonkeyPatch) -> _Judge:
+  """What is judged, without models."""
+  found = _Judge()
+  monkeypatch.setattr(evaluate.judge, 'judge', found)
+  monkeypatch.setattr(evaluate.sources, 'load', lambda *_: ('shape', 'params'))
+  return found
+
+
+def _compare(tmp_path: pathlib.Path, prompts: int, **fields: Any) -> Run:
+  """Compares, in a run whose own settings are 5 of its 8 held-out prompts."""
+  own = tiny.config(evaluate__prompts=5)
+  workdir = workdir_lib.open_workdir(tmp_path, own)
+  config = tiny.config(evaluate__prompts=prompts, **fields)
+  run = tiny.run(workdir, config)
+  if config.export.which == 'best':
+    run = dataclasses.replace(run, data=held_out.divided(run.data, seed=3))
+  evaluate.compare(run)
+  return run
+
+
+def test_fewer_prompts_leave_the_result_of_the_run_alone(
+    tmp_path: pathlib.Path, judging: _Judge, capsys: pytest.CaptureFixture
+) -> None:
+  folder = tmp_path / 'evaluate'
+  _compare(tmp_path, prompts=5)
+  result = (folder / 'comparison.json').read_bytes()
+  done = (folder / 'done.json').read_bytes()
+  assert json.loads(result)['prompts'] == 5
+  assert 'comparison-' not in capsys.readouterr().out
+  _compare(tmp_path, prompts=3)
+  assert (folder / 'comparison.json').read_bytes() == result
+  assert (folder / 'done.json').read_bytes() == done
+  few = json.loads((folder / 'comparison-prompts=3.json').read_text())
+  assert few['prompts'] == 3
+  printed = capsys.readouterr().out
+  assert '3 held-out prompts, mean' in printed
+  assert 'comparison-prompts=3.json' in printed
+
+
+def test_prompts_that_chose_the_best_are_not_compared(
+    tmp_path: pathlib.Path, judging: _Judge, capsys: pytest.CaptureFixture
+) -> None:
+  run = _compare(tmp_path, prompts=8, export__which='best')
+  assert len(run.data.eval) == 2 and len(run.data.comparison) == 6
+  assert [how['data'].digest for how in judging.calls] == (
+      [run.data.comparison.digest] * 2
+  )
+  printed = capsys.readouterr().out
+  assert 'only 6 of the evaluate.prompts=8' in printed
+  assert '6 held-out prompts, mean' in printed
+
+
+def test_the_command_compares_on_as_many_prompts_as_it_is_told(
+    tmp_path: pathlib.Path,
+    judging: _Judge,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  config = tiny.config(evaluate__prompts=5)
+  workdir = workdir_lib.open_workdir(tmp_path, config)
+  workdir_lib.mark_done(workdir, 'ppo', {'step': 3})
+  monkeypatch.setattr(
+      evaluate, 'load_run', lambda config, folder: tiny.run(folder, config)
+  )
+  for prompts in (0, 3):
+    given = types.SimpleNamespace(workdir=str(tmp_path), prompts=prompts)
+    monkeypatch.setattr(evaluate.flags, 'FLAGS', given)
+    monkeypatch.setattr(evaluate.cluster_flags, 'initialize', lambda: None)
+    evaluate.main(['evaluate'])
+  names = sorted(path.name for path in (tmp_path / 'evaluate').iterdir())
+  assert names == ['comparison-prompts=3.json', 'comparison.json', 'done.json']
