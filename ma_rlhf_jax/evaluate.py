@@ -4,8 +4,7 @@
 finished run with its MA-PPO policy. `train` ends with the same comparison.
 """
 
-from collections.abc import Callable
-import json
+import functools
 import sys
 
 from absl import app, flags
@@ -14,35 +13,17 @@ import numpy as np
 
 from ma_rlhf_jax import cluster_flags
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.evaluation import comparison, statistics
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.training import judge, sources, symptoms
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
 
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
-
-
-def interval(x_N: np.ndarray) -> tuple[float, float, float]:
-  """(mean, low, high): the mean and its normal 95 % interval."""
-  mean = float(np.mean(x_N))
-  half = _Z * float(np.std(x_N, ddof=1)) / np.sqrt(len(x_N))
-  return mean, mean - half, mean + half
-
-
-def share_interval(x_N: np.ndarray) -> tuple[float, float, float]:
-  """`interval` of a share, cut to [0, 1]."""
-  mean, low, high = interval(x_N)
-  return mean, max(0.0, low), min(1.0, high)
-
 
 def wins(ours_N: np.ndarray, theirs_N: np.ndarray) -> np.ndarray:
   """1 where ours is larger, 0 where theirs is, 0.5 on a tie."""
   return 0.5 + 0.5 * np.sign(ours_N - theirs_N)
-
-
-def _interval_of(name: str) -> Callable[[np.ndarray], tuple]:
-  return share_interval if name == 'ended' else interval
 
 
 def summarise(sft: judge.Judged, ppo: judge.Judged) -> dict[str, dict]:
@@ -54,17 +35,28 @@ def summarise(sft: judge.Judged, ppo: judge.Judged) -> dict[str, dict]:
     paired by prompt.
   """
   rows = {
-      name: {
-          'sft': _interval_of(name)(sft.numbers[name]),
-          'ppo': _interval_of(name)(ppo.numbers[name]),
-          'difference': interval(ppo.numbers[name] - sft.numbers[name]),
-      }
+      name: _summary(name, sft.numbers[name], ppo.numbers[name])
       for name in ppo.numbers
   }
   judged_by = 'gold' if 'gold' in ppo.numbers else 'score'
   won = wins(ppo.numbers[judged_by], sft.numbers[judged_by])
-  rows[f'win rate by {judged_by}'] = {'ppo': share_interval(won)}
+  rows[f'win rate by {judged_by}'] = {'ppo': statistics.bounded_interval(won)}
   return rows
+
+
+def _summary(
+    name: str, sft_N: np.ndarray, ppo_N: np.ndarray
+) -> dict[str, statistics.Interval]:
+  """The row of one number; shares lie in [0, 1], others have no bounds."""
+  of_mean = of_difference = statistics.mean_interval
+  if name in ('ended', 'repeated'):
+    of_mean = statistics.bounded_interval
+    of_difference = functools.partial(of_mean, low=-1.0, high=1.0)
+  return {
+      'sft': of_mean(sft_N),
+      'ppo': of_mean(ppo_N),
+      'difference': of_difference(ppo_N - sft_N),
+  }
 
 
 _UNITS = {
@@ -116,7 +108,10 @@ def _symptoms(run: Run, rows: dict[str, dict]) -> dict[str, str]:
 
 
 def compare(run: Run) -> None:
-  """Compares SFT with MA-PPO, prints the table and keeps it in `evaluate/`."""
+  """Compares SFT with MA-PPO, prints the table and keeps it in `evaluate/`.
+
+  See `evaluation.comparison` for the files.
+  """
   c = run.config
   policy = sources.policy_source(c, run.workdir)
   trained = sources.Source('', sources.product(run.workdir, 'ppo'))
@@ -130,6 +125,7 @@ def compare(run: Run) -> None:
           num_prompts=c.evaluate.prompts,
           stream=f'compare_{name}',
           temperature=c.evaluate.temperature,
+          data=run.data.comparison,
           ref_policy=sft,
           reward_model=scorer,
       )
@@ -138,20 +134,18 @@ def compare(run: Run) -> None:
   rows = summarise(judged['sft'], judged['ppo'])
   count = len(judged['ppo'].prompts)
   if count < c.evaluate.prompts:
-    print(f'only {count} of the {c.evaluate.prompts} wanted are held out')
+    print(
+        f'only {count} of the evaluate.prompts={c.evaluate.prompts} wanted are '
+        'held out for the comparison'
+    )
   plain = c.macro.termination == 'fixed' and c.macro.ngram == 1
   found = _symptoms(run, rows)
   print(symptoms.verdict(found))
   print(describe(rows, count, 'PPO' if plain else 'MA-PPO'), flush=True)
-  folder = run.workdir / 'evaluate'
-  with processes.together():
-    if processes.is_first():
-      folder.mkdir(parents=True, exist_ok=True)
-      text = json.dumps(rows, indent=2) + '\n'
-      (folder / 'comparison.json').write_text(text)
-      codes = json.dumps(list(found)) + '\n'
-      (folder / 'verdict.json').write_text(codes)
-  workdir_lib.mark_done(run.workdir, 'evaluate', {'comparison': rows})
+  made = comparison.Comparison(rows, count, comparison.settings(c))
+  path = comparison.write(run.workdir, made, list(found))
+  if path.name != comparison.OWN:
+    print(f'in {path}, beside the result of the run with its own settings')
 
 
 def main(argv: list[str]) -> None:

@@ -180,7 +180,10 @@ def test_the_comparison_is_printed_and_kept(
     first: tuple[pathlib.Path, str],
 ) -> None:
   workdir, printed = first
-  rows = json.loads((workdir / 'evaluate' / 'comparison.json').read_text())
+  path = workdir / 'evaluate' / 'comparison.json'
+  found = json.loads(path.read_text())
+  rows = found['rows']
+  assert found['prompts'] == found['settings']['evaluate.prompts'] == 16
   assert set(rows) == {
       'score',
       'kl',
@@ -196,7 +199,7 @@ def test_the_comparison_is_printed_and_kept(
   assert rows['kl']['ppo'][0] != 0
   assert '16 held-out prompts, mean [95 % interval]' in printed
   assert 'win rate by gold' in printed
-  assert _done(workdir, 'evaluate') == {'comparison': rows}
+  assert _done(workdir, 'evaluate') == {'comparison': found}
   assert 'verdict: ' in printed
   codes = json.loads((workdir / 'evaluate' / 'verdict.json').read_text())
   assert set(codes) <= set(symptoms.CODES)
@@ -329,7 +332,7 @@ def test_raw_anthropic_rows_run_through_all_stages(machine: _Machine) -> None:
   assert '134 training rows, 16 held-out rows, 1 no assistant turn' in printed
   rows = json.loads(
       (machine.folder / 'hh' / 'evaluate' / 'comparison.json').read_text()
-  )
+  )['rows']
   assert 'gold' not in rows and 'win rate by score' in rows
   accuracies = [
       row['eval/accuracy']

@@ -1,30 +1,27 @@
-"""The comparison of two policies: intervals, wins and the table by hand."""
+"""The comparison of two policies: intervals, wins, the table and its files."""
 
+import dataclasses
+import json
+import pathlib
 import types
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ma_rlhf_jax import evaluate
-from ma_rlhf_jax.evaluate import describe, interval, summarise, wins
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.data import held_out
+from ma_rlhf_jax.evaluate import describe, summarise, wins
 from ma_rlhf_jax.training.judge import Judged
+from ma_rlhf_jax.training.run import Run
 from tests import tiny
 
 
 def _judged(**numbers: list[float]) -> Judged:
   arrays = {name: np.asarray(x, np.float64) for name, x in numbers.items()}
-  return Judged(['p', 'q', 'r'], ['a', 'b', 'c'], arrays)
-
-
-def test_the_interval_is_the_normal_one_of_the_mean() -> None:
-  # variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 5/3; 1.959964 * sqrt(5/3 / 4)
-  # = 1.265151
-  found = interval(np.asarray([4.0, 2.0, 1.0, 3.0]))
-  np.testing.assert_allclose(found, (2.5, 1.234849, 3.765151), atol=1e-6)
-
-
-def test_equal_numbers_have_an_interval_of_no_width() -> None:
-  assert interval(np.asarray([2.5, 2.5, 2.5])) == (2.5, 2.5, 2.5)
+  texts = [''] * len(next(iter(arrays.values())))
+  return Judged(texts, texts, arrays)
 
 
 def test_wins_count_ties_as_half() -> None:
@@ -41,11 +38,26 @@ def test_differences_are_paired_by_prompt() -> None:
   # Each score is 1 higher, so the difference is sure though the means are not.
   assert rows['score']['difference'] == (1.0, 1.0, 1.0)
   assert rows['score']['sft'][0] == 5.0 and rows['score']['ppo'][0] == 6.0
-  # std of 1, 5, 9 is 4; 1.959964 * 4 / sqrt(3) = 4.526343
-  assert rows['score']['sft'][1] == pytest.approx(5 - 4.526343, abs=1e-6)
+  # std of 1, 5, 9 is 4; the t quantile of 2 degrees is 4.302653:
+  # 4.302653 * 4 / sqrt(3) = 9.936551
+  assert rows['score']['sft'][1] == pytest.approx(5 - 9.936551, abs=1e-5)
   # one win, one tie, one loss
   assert rows['win rate by gold']['ppo'][0] == 0.5
   assert rows['gold']['difference'][0] == pytest.approx((0.25 - 0.5) / 3)
+
+
+def test_shares_at_their_bounds_get_a_width() -> None:
+  ones, zeros = [1.0] * 256, [0.0] * 256
+  rows = summarise(
+      _judged(score=zeros, ended=ones), _judged(score=ones, ended=ones)
+  )
+  # 258 and 2 of 260: 2 / 260 + 1.96918 sqrt(0.00766261 / 260) = 0.018383
+  want = pytest.approx((1.0, 1 - 0.018383, 1.0), abs=1e-6)
+  assert rows['win rate by score']['ppo'] == want
+  assert rows['ended']['sft'] == rows['ended']['ppo'] == want
+  mean, low, high = rows['ended']['difference']
+  # 256 times 0 and two of each end: 1.96918 sqrt(4 / 259 / 260) = 0.015177
+  assert (mean, low, high) == pytest.approx((0, -0.015177, 0.015177), abs=1e-6)
 
 
 def test_without_gold_the_reward_model_decides_who_wins() -> None:
@@ -95,3 +107,94 @@ def test_the_comparison_is_traced_with_the_precision_of_the_config(
     monkeypatch.setattr(owner, name, value)
   evaluate.main(['evaluate'])
   assert seen == [True]
+
+
+class _Judge:
+  """Stands in for the models: the score is the number of the call."""
+
+  def __init__(self) -> None:
+    self.calls: list[dict[str, Any]] = []
+
+  def __call__(self, run: Run, model: Any, **how: Any) -> Judged:
+    self.calls.append(how)
+    size = min(how['num_prompts'], len(how['data']))
+    return _judged(score=[float(len(self.calls))] * size)
+
+
+@pytest.fixture
+def judging(monkeypatch: pytest.MonkeyPatch) -> _Judge:
+  """What is judged, without models."""
+  found = _Judge()
+  monkeypatch.setattr(evaluate.judge, 'judge', found)
+  monkeypatch.setattr(evaluate.sources, 'load', lambda *_: ('shape', 'params'))
+  return found
+
+
+def _compare(tmp_path: pathlib.Path, prompts: int, **fields: Any) -> Run:
+  """Compares, in a run whose own settings are 5 of its 8 held-out prompts."""
+  own = tiny.config(evaluate__prompts=5)
+  workdir = workdir_lib.open_workdir(tmp_path, own)
+  config = tiny.config(evaluate__prompts=prompts, **fields)
+  run = tiny.run(workdir, config)
+  if config.export.which == 'best':
+    run = dataclasses.replace(run, data=held_out.divided(run.data, seed=3))
+  evaluate.compare(run)
+  return run
+
+
+def test_fewer_prompts_leave_the_result_of_the_run_alone(
+    tmp_path: pathlib.Path, judging: _Judge, capsys: pytest.CaptureFixture
+) -> None:
+  folder = tmp_path / 'evaluate'
+  _compare(tmp_path, prompts=5)
+  result = (folder / 'comparison.json').read_bytes()
+  done = (folder / 'done.json').read_bytes()
+  assert json.loads(result)['prompts'] == 5
+  assert 'comparison-' not in capsys.readouterr().out
+  _compare(tmp_path, prompts=3)
+  assert (folder / 'comparison.json').read_bytes() == result
+  assert (folder / 'done.json').read_bytes() == done
+  few = json.loads((folder / 'comparison-prompts=3.json').read_text())
+  assert few['prompts'] == 3
+  printed = capsys.readouterr().out
+  assert '3 held-out prompts, mean' in printed
+  assert 'comparison-prompts=3.json' in printed
+
+
+def test_prompts_that_chose_the_best_are_not_compared(
+    tmp_path: pathlib.Path, judging: _Judge, capsys: pytest.CaptureFixture
+) -> None:
+  run = _compare(tmp_path, prompts=8, export__which='best')
+  assert len(run.data.eval) == 2 and len(run.data.comparison) == 6
+  assert [how['data'].digest for how in judging.calls] == (
+      [run.data.comparison.digest] * 2
+  )
+  printed = capsys.readouterr().out
+  assert 'only 6 of the evaluate.prompts=8' in printed
+  assert '6 held-out prompts, mean' in printed
+
+
+def test_the_command_compares_on_as_many_prompts_as_it_is_told(
+    tmp_path: pathlib.Path,
+    judging: _Judge,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  config = tiny.config(evaluate__prompts=5)
+  workdir = workdir_lib.open_workdir(tmp_path, config)
+  workdir_lib.mark_done(workdir, 'ppo', {'step': 3})
+  monkeypatch.setattr(
+      evaluate, 'load_run', lambda config, folder: tiny.run(folder, config)
+  )
+  for prompts in (0, 3):
+    given = types.SimpleNamespace(workdir=str(tmp_path), prompts=prompts)
+    monkeypatch.setattr(evaluate.flags, 'FLAGS', given)
+    monkeypatch.setattr(evaluate.cluster_flags, 'initialize', lambda: None)
+    evaluate.main(['evaluate'])
+  names = sorted(path.name for path in (tmp_path / 'evaluate').iterdir())
+  assert names == [
+      'comparison-prompts=3.json',
+      'comparison.json',
+      'done.json',
+      'verdict.json',
+  ]
+  assert json.loads((tmp_path / 'evaluate' / 'verdict.json').read_text()) == []

@@ -22,6 +22,7 @@ _ROOMS = (
     ('objective',),
     ('scorers',),
     ('training',),
+    ('evaluation',),
     ('generation',),
     ('publishing',),
     ('validation',),

@@ -29,7 +29,8 @@ def _train(workdir: pathlib.Path, *flags: str) -> dict:
       env=environment,
       check=True,
   )
-  return json.loads((workdir / 'evaluate' / 'comparison.json').read_text())
+  path = workdir / 'evaluate' / 'comparison.json'
+  return json.loads(path.read_text())['rows']
 
 
 @pytest.fixture(scope='module')

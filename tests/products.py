@@ -39,12 +39,16 @@ GEMMA2 = dataclasses.replace(
     sliding_layers=(True,),
 )
 COMPARISON = {
-    'kl': {
-        'sft': [0.0, 0.0, 0.0],
-        'ppo': [4.5, 4.25, 4.75],
-        'difference': [4.5, 4.25, 4.75],
+    'rows': {
+        'kl': {
+            'sft': [0.0, 0.0, 0.0],
+            'ppo': [4.5, 4.25, 4.75],
+            'difference': [4.5, 4.25, 4.75],
+        },
+        'win rate by gold': {'ppo': [0.75, 0.5, 1.0]},
     },
-    'win rate by gold': {'ppo': [0.75, 0.5, 1.0]},
+    'prompts': 12,
+    'settings': {'evaluate.prompts': 256, 'evaluate.temperature': 1.0},
 }
 
 

@@ -30,8 +30,9 @@ class Datasets:
     sft: rows of the SFT part.
     reward_model: pairs of the reward-model part.
     ppo: rows of the PPO part; only their prompts are used.
-    eval: held-out rows.
+    eval: held-out rows that training is evaluated on.
     counts: 'data', 'sft', 'reward_model', 'ppo', 'eval' -> rows by fate.
+    apart: held-out rows of the final comparison alone; None = those of `eval`.
   """
 
   sft: EncodedSet
@@ -39,6 +40,17 @@ class Datasets:
   ppo: EncodedSet
   eval: EncodedSet
   counts: dict[str, Counts]
+  apart: EncodedSet | None = None
+
+  @property
+  def comparison(self) -> EncodedSet:
+    """The held-out rows of the final comparison."""
+    return self.eval if self.apart is None else self.apart
+
+  @property
+  def eval_mark(self) -> str:
+    """Tells values on a part of the held-out rows from those on all; or ''."""
+    return '' if self.apart is None else f' on {self.eval.digest[:12]}'
 
 
 STAGES = ('sft', 'reward_model', 'ppo')

@@ -237,7 +237,9 @@ def _notes(subject: Subject) -> Iterator[str]:
 
 def _measured(subject: Subject) -> Iterator[str]:
   """What training measured, and what the export did."""
-  measured = list(card_tables.metrics(subject.workdir, subject.stage))
+  measured = list(
+      card_tables.metrics(subject.config, subject.workdir, subject.stage)
+  )
   yield from ['## Metrics', *measured] if measured else []
   if receipt := subject.receipt:
     yield '## Check of the files'

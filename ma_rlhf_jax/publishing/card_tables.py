@@ -1,7 +1,6 @@
 """The tables of a model card: settings, metrics and the check of the export."""
 
 from collections.abc import Iterator, Sequence
-import json
 import re
 from typing import Any
 
@@ -9,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax.evaluation import comparison
 from ma_rlhf_jax.training import metrics as metrics_lib
 
 _SHARED = ('seed', 'data.task', 'model.dtype', 'model.param_dtype')
@@ -75,23 +75,25 @@ def settings(config: ConfigDict, stage: str) -> str:
   return table(('field', 'value'), [*rows, digest])
 
 
-def metrics(workdir: epath.Path, stage: str) -> Iterator[str]:
+def metrics(
+    config: ConfigDict, workdir: epath.Path, stage: str
+) -> Iterator[str]:
   """The final comparison where there is one, and the last evaluation.
 
   Args:
+    config: of the run.
     workdir: of the run.
     stage: 'sft', 'reward_model', 'ppo' or 'critic'.
 
   Yields:
     Sections of Markdown; none where nothing was measured.
   """
-  path = workdir / 'evaluate' / 'comparison.json'
-  if stage == 'ppo' and path.exists():
+  for found in comparison.read(workdir) if stage == 'ppo' else ():
     yield (
-        'On held-out prompts, mean and 95 % interval, differences paired by '
+        f'{_prompts(found)}, mean and 95 % interval, differences paired by '
         'prompt:'
     )
-    yield _comparison(json.loads(path.read_text()))
+    yield _comparison(found.rows)
   names = ('value', 'return', 'explained_variance', 'bias')
   shown = [f'critic/{name}' for name in names]
   wanted = lambda name: (
@@ -101,9 +103,28 @@ def metrics(workdir: epath.Path, stage: str) -> Iterator[str]:
   for row in reversed(metrics_lib.read_metrics(workdir / trainer)):
     values = [(k, f'{v:.4g}') for k, v in row.items() if wanted(k)]
     if values:
-      yield f'After update {row["step"]}:'
+      yield f'After update {row["step"]}{_evaluated_on(config, stage)}:'
       yield table(('metric', 'value'), values)
       return
+
+
+def _prompts(found: comparison.Comparison) -> str:
+  """On how many prompts a comparison was made, and with which settings."""
+  number = 'an unrecorded number of' if found.prompts is None else found.prompts
+  with_ = ', '.join(
+      f'{plain(k)} = {plain(v)}' for k, v in found.settings.items()
+  )
+  return f'On {number} held-out prompts' + (f' ({with_})' if with_ else '')
+
+
+def _evaluated_on(config: ConfigDict, stage: str) -> str:
+  """How many rows the evaluations of a stage read; '' where they read none."""
+  if stage == 'critic':  # measured while it trained
+    return ''
+  most = config.data.eval_rows
+  if stage == 'ppo':
+    return f', on at most {min(most, config.ppo.batch_size)} held-out prompts'
+  return f', on at most {most} held-out rows'
 
 
 def _comparison(rows: dict[str, dict[str, Sequence[float]]]) -> str:

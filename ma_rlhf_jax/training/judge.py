@@ -183,6 +183,7 @@ def judge(
     num_prompts: int,
     stream: str,
     temperature: float,
+    data: EncodedSet | None = None,
     ref_policy: Model | None = None,
     reward_model: Model | None = None,
 ) -> Judged:
@@ -200,15 +201,17 @@ def judge(
     stream: of the random keys, see `Run.key`.
     temperature: of the sampling, and of the log-probs of `kl` (1 for greedy
       responses); at that of the rollout these are `ppo.logprob_temperature`.
+    data: whose prompts; None = those that training is evaluated on.
     ref_policy: for the KL; None = no KL and no score.
     reward_model: gives the score.
   """
-  count = min(num_prompts, len(run.data.eval))
+  data = run.data.eval if data is None else data
+  count = min(num_prompts, len(data))
   models = (policy, ref_policy, reward_model)
   parts = []
   for start in range(0, count, run.rows):
-    rows = np.arange(start, start + run.rows) % len(run.data.eval)
-    prompts = prompt_batch(run, run.data.eval, rows)
+    rows = np.arange(start, start + run.rows) % len(data)
+    prompts = prompt_batch(run, data, rows)
     parts.append(
         _judge_batch(run, prompts, run.key(stream), temperature, models)
     )

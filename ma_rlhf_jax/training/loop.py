@@ -225,7 +225,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
   with checkpoint.Checkpoints(
       folder / 'checkpoints',
       keep=c.checkpoint.keep,
-      best_metric=stage.best_metric,
+      best_metric=stage.best_metric + stage.run.data.eval_mark,
   ) as checkpoints:
     restored = checkpoints.restore_latest(abstract)
     first, states = 0, stage.states

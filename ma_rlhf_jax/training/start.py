@@ -6,11 +6,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax.data import parts, tasks
+from ma_rlhf_jax.data import held_out, parts, tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import huggingface
 from ma_rlhf_jax.parallel.mesh import decode_mesh, make_mesh
-from ma_rlhf_jax.training import automatic, sources
+from ma_rlhf_jax.training import automatic, choice, sources
 from ma_rlhf_jax.training.run import Run
 
 
@@ -48,6 +48,8 @@ def load_run(config: ConfigDict, workdir: epath.Path) -> Run:
   if 'ppo' in to_train:
     _check_warmup(config, config_lib.num_steps(config.ppo, len(data.ppo)))
   prompt_len, response_len = parts.widths(config, data)
+  if choice.is_made(config, workdir):
+    data = held_out.divided(data, config.data.split_seed)
   mesh = make_mesh(config.mesh)
   config = automatic.resolve(
       config,

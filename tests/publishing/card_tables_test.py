@@ -66,32 +66,72 @@ def test_the_last_evaluation_is_shown(tmp_path: pathlib.Path) -> None:
           {'step': 3, 'loss/sft': 8.0},
       ],
       ppo=[{'step': 4, 'critic/value': 2.0, 'critic/lr': 0.1}],
+      reward_model=[],
   )
-  assert list(card_tables.metrics(workdir, 'sft')) == [
-      'After update 2:',
+  config = tiny.config(data__eval_rows=12, ppo__batch_size=8)
+  found = lambda stage: list(card_tables.metrics(config, workdir, stage))
+  assert found('sft') == [
+      'After update 2, on at most 12 held-out rows:',
       '| metric | value |\n| --- | --- |\n| eval/loss | 0.1235 |',
   ]
-  assert list(card_tables.metrics(workdir, 'critic'))[1].endswith(
-      '| --- | --- |\n| critic/value | 2 |'
-  )
-  assert not list(card_tables.metrics(workdir, 'ppo'))
-  assert not list(card_tables.metrics(workdir, 'reward_model'))
+  assert found('critic') == [
+      'After update 4:',
+      '| metric | value |\n| --- | --- |\n| critic/value | 2 |',
+  ]
+  assert not found('ppo') and not found('reward_model')
 
 
-def test_the_comparison_is_shown_with_its_policy(
+def test_the_evaluation_of_ppo_says_on_how_many_prompts(
     tmp_path: pathlib.Path,
 ) -> None:
-  (tmp_path / 'evaluate').mkdir()
-  path = tmp_path / 'evaluate' / 'comparison.json'
-  path.write_text(json.dumps(COMPARISON))
+  workdir = _workdir(tmp_path, ppo=[{'step': 4, 'eval/score': 1.5}])
+  config = tiny.config(data__eval_rows=12, ppo__batch_size=8)
+  words, _ = card_tables.metrics(config, workdir, 'ppo')
+  assert words == 'After update 4, on at most 8 held-out prompts:'
+
+
+def _compared(tmp_path: pathlib.Path, **files: dict) -> list[str]:
+  """The sections of a card of PPO with those files in `evaluate/`."""
+  (tmp_path / 'evaluate').mkdir(exist_ok=True)
+  for name, content in files.items():
+    path = tmp_path / 'evaluate' / f'{name.replace("__", "-prompts=")}.json'
+    path.write_text(json.dumps(content))
   workdir = epath.Path(tmp_path)
-  _, found = card_tables.metrics(workdir, 'ppo')
+  assert not list(card_tables.metrics(tiny.config(), workdir, 'sft'))
+  return list(card_tables.metrics(tiny.config(), workdir, 'ppo'))
+
+
+def test_the_comparison_is_shown_with_its_prompts_and_settings(
+    tmp_path: pathlib.Path,
+) -> None:
+  words, found = _compared(tmp_path, comparison=COMPARISON)
+  assert words == (
+      'On 12 held-out prompts (evaluate.prompts = 256, evaluate.temperature = '
+      '1), mean and 95 % interval, differences paired by prompt:'
+  )
   cell = '4.500 (4.250 to 4.750)'
   assert found.split('\n')[2:] == [
       f'| kl | 0.000 (0.000 to 0.000) | {cell} | {cell} |',
       '| win rate by gold |  | 0.750 (0.500 to 1.000) |  |',
   ]
-  assert not list(card_tables.metrics(workdir, 'sft'))
+
+
+def test_comparisons_of_other_settings_are_no_result_of_the_run(
+    tmp_path: pathlib.Path,
+) -> None:
+  few = COMPARISON | {'prompts': 3, 'settings': {'evaluate.prompts': 3}}
+  words, _ = _compared(tmp_path, comparison__3=few)
+  assert words.startswith('On 3 held-out prompts (evaluate.prompts = 3), ')
+  words, _ = _compared(tmp_path, comparison=COMPARISON)
+  assert words.startswith('On 12 held-out prompts')
+
+
+def test_a_comparison_of_an_earlier_version_claims_no_number(
+    tmp_path: pathlib.Path,
+) -> None:
+  words, found = _compared(tmp_path, comparison=COMPARISON['rows'])
+  assert words.startswith('On an unrecorded number of held-out prompts, mean')
+  assert '| win rate by gold |' in found
 
 
 def test_the_check_leaves_out_who_did_not_read() -> None:

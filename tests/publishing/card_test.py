@@ -242,6 +242,8 @@ def test_measurements_appear_where_there_are_some(
   found = {'max_logit_difference': 0.5, 'top1_agreement': 1.0}
   receipt = {'rows': 6, 'readers': {'ma_rlhf_jax': found}}
   text = _text(tmp_path, receipt=receipt)
-  assert '## Metrics\n\nAfter update 4:\n\n| metric |' in text
+  assert (
+      '## Metrics\n\nAfter update 4, on at most 4 held-out prompts:\n\n' in text
+  )
   assert 'Read back on 6 prompts' in text
   assert '| ma\\_rlhf\\_jax | 0.5 | 1 |' in text

@@ -168,6 +168,13 @@ def test_fewer_prompts_are_the_first_of_more(run: Run, judged: judge.Judged):
   assert more.responses[:6] == judged.responses
 
 
+def test_other_rows_may_be_judged(run: Run, judged: judge.Judged):
+  other = run.data.eval.take([5, 3])
+  found = _judge(run, data=other)
+  assert found.prompts == [judged.prompts[5], judged.prompts[3]]
+  assert all(len(x) == 2 for x in found.numbers.values())
+
+
 def test_padding_that_is_eos_ends_no_response(tmp_path: Any):
   run = tiny.run(
       tmp_path,
@@ -244,7 +251,14 @@ def test_the_kl_of_the_policies_is_told_whatever_the_filter(tmp_path: Any):
     error = numbers[name].std() / 512**0.5
     assert abs(numbers[name].mean() - want) < 4 * error, (name, want)
     assert abs(filtered - true) > 8 * error  # so one is not the other
-  assert numbers.keys() == {'kl', 'policy_kl', 'score', 'length', 'ended'}
+  assert numbers.keys() == {
+      'kl',
+      'policy_kl',
+      'score',
+      'length',
+      'ended',
+      'repeated',
+  }
 
 
 def test_plain_samples_serve_for_both_kls(

@@ -1,6 +1,7 @@
 """The loop around a stage that only counts, so that nothing is trained."""
 
 from collections.abc import Callable
+import dataclasses
 import math
 import pathlib
 from typing import Any
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from ma_rlhf_jax.data import held_out
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import TrainState
 from ma_rlhf_jax.training import checkpoint, symptoms
@@ -303,6 +305,25 @@ def test_the_best_or_the_last_state_goes_on(
   )
   states, step = run_stage(stage)
   assert (_x(states), step) == want
+
+
+def test_values_on_rows_that_are_compared_choose_nothing(
+    tmp_path: pathlib.Path,
+) -> None:
+  config = _config(checkpoint__every=2, export__which='best')
+  good = {0: 0.0, 2: 9.0, 4: 7.0, 5: 1.0}
+  evaluation = lambda k: {'eval/x': good[k]}
+  first = _Counter(tmp_path, config, break_at=3, evaluation=evaluation)
+  with pytest.raises(KeyboardInterrupt):
+    run_stage(first)
+  # Step 2, the best, was evaluated on all held-out rows; then they are divided.
+  again = _Counter(tmp_path, config, evaluation=evaluation)
+  data = held_out.divided(again.run.data, seed=0)
+  again.run = dataclasses.replace(again.run, data=data)
+  states, step = run_stage(again)
+  assert (_x(states), step) == (27.0, 4)
+  undivided = _Counter(tmp_path, config, evaluation=evaluation)
+  assert run_stage(undivided)[1] == 2
 
 
 def test_other_rows_are_not_taken_up_where_these_were_left(

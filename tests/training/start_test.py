@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 import pytest
 
+from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.training.start import load_run
 from tests import tiny
@@ -40,6 +41,36 @@ def test_without_a_model_the_tokenizer_is_trained_and_kept(
   prompt = run.text(data.eval.prompt[0])
   assert prompt.startswith('My ') and prompt.endswith('TL;DR:')
   assert run.gold(prompt, '') == -1.0
+
+
+def test_what_chooses_the_best_is_not_compared(tmp_path: pathlib.Path) -> None:
+  workdir = epath.Path(tmp_path)
+  config = _config(data__eval_rows=12)
+  whole = load_run(config, workdir).data
+  assert whole.comparison is whole.eval and len(whole.eval) == 12
+  config.export.which = 'best'
+  run = load_run(config, workdir)
+  ids = lambda rows: {tuple(rows.prompt[i].tolist()) for i in range(len(rows))}
+  chosen, compared = ids(run.data.eval), ids(run.data.comparison)
+  assert not chosen & compared
+  assert chosen | compared == ids(whole.eval)
+  # The rows of the synthetic task repeat no prompt here: a quarter chooses.
+  assert (len(run.data.eval), len(run.data.comparison)) == (3, 9)
+  told = parts.describe_counts(run.data.counts)
+  assert '3 choose the best checkpoint, 9 are left for the comparison' in told
+  # Neither how many are compared nor another start moves a row.
+  config.evaluate.prompts = 2
+  again = load_run(config, workdir).data
+  assert again.eval.digest == run.data.eval.digest
+  assert again.comparison.digest == run.data.comparison.digest
+
+
+def test_too_few_held_out_rows_for_a_choice_are_refused(
+    tmp_path: pathlib.Path,
+) -> None:
+  config = _config(data__eval_rows=3, export__which='best')
+  with pytest.raises(ValueError, match='3 held-out rows.*data.eval_rows'):
+    load_run(config, epath.Path(tmp_path))
 
 
 def test_a_named_model_brings_its_tokenizer(tmp_path: pathlib.Path) -> None:
