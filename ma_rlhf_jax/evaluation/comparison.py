@@ -63,7 +63,8 @@ def write(
   """Writes a comparison, and replaces one made with the same settings only.
 
   The run's own result is also what the marker of the stage `evaluate` holds,
-  and beside it lies `verdict.json`, the list of the symptoms' codes. Every process must call this; the first one writes.
+  and beside it lies `verdict.json`, the list of the symptoms' codes. Every
+  process must call this; the first one writes.
 
   Returns:
     The file.

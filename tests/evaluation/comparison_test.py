@@ -55,7 +55,7 @@ def test_the_own_result_is_marked_done(workdir: epath.Path) -> None:
 def test_other_settings_stand_beside_the_own_result(
     workdir: epath.Path,
 ) -> None:
-  own = comparison.write(workdir, _made(7)).read_bytes()
+  own = comparison.write(workdir, _made(7), ['kl_above_max']).read_bytes()
   done = (workdir / 'evaluate' / 'done.json').read_bytes()
   few = comparison.write(workdir, _made(3))
   greedy = comparison.write(workdir, _made(7, temperature=0.0))
@@ -65,11 +65,13 @@ def test_other_settings_stand_beside_the_own_result(
   assert both.name == 'comparison-prompts=3,temperature=0.0.json'
   assert (workdir / 'evaluate' / 'comparison.json').read_bytes() == own
   assert (workdir / 'evaluate' / 'done.json').read_bytes() == done
-  assert len(_files(workdir)) == 5
+  assert len(_files(workdir)) == 6
   # The same settings again replace their own file alone.
   comparison.write(workdir, _made(3))
-  assert len(_files(workdir)) == 5
+  assert len(_files(workdir)) == 6
   assert comparison.read(workdir) == [_made(7)]
+  verdict = (workdir / 'evaluate' / 'verdict.json').read_text()
+  assert json.loads(verdict) == ['kl_above_max']  # that of the run itself
 
 
 def test_without_an_own_result_the_others_are_read(workdir: epath.Path) -> None:
