@@ -449,7 +449,8 @@ def warnings(config: ConfigDict) -> list[str]:
         f'rollout.top_k={r.top_k}, top_p={r.top_p}, min_new_tokens='
         f'{r.min_new_tokens}: responses are drawn from a filtered distribution '
         'and trained as if drawn from the whole one, which biases the gradient;'
-        ' watch sampler/kl and sampler/cut_mass'
+        ' watch sampler/kl and sampler/cut_mass. objective/kl and eval/kl are '
+        'not the KL of the policies then, eval/policy_kl is'
     )
   if config.ppo.logprob_temperature not in (0, r.temperature):
     found.append(

@@ -187,6 +187,7 @@ def test_the_comparison_is_printed_and_kept(
   assert set(rows) == {
       'score',
       'kl',
+      'policy_kl',
       'gold',
       'length',
       'ended',
@@ -197,6 +198,7 @@ def test_the_comparison_is_printed_and_kept(
   assert low <= mean <= high
   assert rows['kl']['sft'] == pytest.approx([0, 0, 0], abs=1e-5)
   assert rows['kl']['ppo'][0] != 0
+  assert rows['policy_kl'] == rows['kl']  # drawn at temperature 1, unfiltered
   assert '16 held-out prompts, mean [95 % interval]' in printed
   assert 'win rate by gold' in printed
   assert _done(workdir, 'evaluate') == {'comparison': found}

@@ -252,8 +252,10 @@ def explained_variance(
   chex.assert_equal_shape([values_BM, returns_BM, mask_BM])
 
   def variance(x_BM: Array) -> Array:
-    mean = masking.masked_mean(x_BM, mask_BM)
-    return masking.masked_mean(jnp.square(x_BM - mean), mask_BM)
+    # The rounding of the first mean may exceed a small spread.
+    for _ in range(2):
+      x_BM = x_BM - masking.masked_mean(x_BM, mask_BM)
+    return masking.masked_mean(jnp.square(x_BM), mask_BM)
 
   total = variance(returns_BM)
   size = masking.masked_mean(jnp.square(returns_BM), mask_BM)

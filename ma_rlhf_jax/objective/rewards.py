@@ -78,7 +78,8 @@ def adapted_kl_coef(
 
   Args:
     kl_coef: scalar, reward-model units per nat.
-    kl: scalar, nats per response, measured in this step.
+    kl: scalar, nats per response, `objective/kl` of this step. Of filtered
+      responses it is not the KL of the policies, nor is then the target.
     target: nats per response, > 0.
     horizon: responses in which the coefficient can change by a factor of about
       e^0.2, where a step has few of them.
@@ -115,13 +116,16 @@ def kl_estimates(
   k1 = sum_t log_ratio_t; k3 = mean_t (exp(-log_ratio_t) - 1 + log_ratio_t)
 
   Args:
-    logprobs_BT: float, nats, under the policy that sampled.
+    logprobs_BT: float, nats, under the policy.
     ref_logprobs_BT: float, nats, under the reference policy.
     mask_BT: bool, true on real response tokens; the rest may hold anything.
 
   Returns:
-    k1_B: nats per response, unbiased, may be negative.
+    k1_B: nats per response, may be negative.
     k3: nats per token, scalar >= 0, mean over all real tokens.
+    Both are unbiased where tokens were drawn from exactly what gave `logprobs`.
+    Drawn with filters, or at another temperature, they are of no two
+    distributions.
 
   Source: http://joschu.net/blog/kl-approx.html
   """

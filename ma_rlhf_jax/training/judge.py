@@ -51,8 +51,9 @@ class Judged:
       the tokens that are the most frequent one, see `repetition`), `gold` where
       the task knows it, and two k1 estimates in nats from the reference. `kl`:
       log of policy over reference of this response, both at the temperature of
-      the log-probs and unfiltered. Where the response was drawn with a filter
-      or at another temperature, its mean is the KL of no two distributions.
+      the log-probs and unfiltered. Where the response was drawn with a filter,
+      or at another temperature than that, its mean is the KL of no two
+      distributions.
       `policy_kl`: the same of another response to the prompt, drawn at
       temperature 1 without filters, and at that temperature, so that its mean
       is the KL of the policies themselves.

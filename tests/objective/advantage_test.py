@@ -65,3 +65,29 @@ def test_oracle_gae():
 def test_piecewise_is_one_inside_and_lambda_at_ends():
   got = _jit_piecewise(_jit_macro_actions(STARTS, MASK), 0.25)
   assert got[:2, :5].tolist() == [[1, 0.25, 0.25, 1, 0.25], [1, 1, 0.25, 1, 1]]
+
+
+def test_rewards_to_go_by_hand():
+  # Macro actions of 2 + 1 + 2 tokens and of 3.
+  rewards = np.where(
+      MASK, [[1.0, 2, 4, 3, 5, 0], [6, 2, 4, 0, 0, 0]] + [[0] * 6], math.nan
+  )
+  macro = _jit_macro_actions(STARTS, MASK)
+  found = lambda **how: jax.device_get(
+      advantage.rewards_to_go(rewards, macro, gamma=0.5, **how)
+  )
+  # Sums 3 4 8 and 12: 3 + .5 * (4 + .5 * 8), 4 + .5 * 8
+  np.testing.assert_allclose(
+      found(discount='macro', reward='sum')[:, :3],
+      [[7, 8, 8], [12, 0, 0], [0, 0, 0]],
+  )
+  # Means 1.5 4 4 and 4.
+  np.testing.assert_allclose(
+      found(discount='macro', reward='mean')[:, :3],
+      [[4.5, 6, 4], [4, 0, 0], [0, 0, 0]],
+  )
+  # Each token: 1 + 2/2 + 4/4 + 3/8 + 5/16, 4 + 3/2 + 5/4, 3 + 5/2; 6 + 1 + 1
+  np.testing.assert_allclose(
+      found(discount='token', reward='sum')[:, :3],
+      [[3.6875, 6.75, 5.5], [8, 0, 0], [0, 0, 0]],
+  )

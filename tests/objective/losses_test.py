@@ -374,6 +374,25 @@ def test_explained_variance_by_hand():
   assert float(explained_variance(values, constant, mask)) == 0
 
 
+def test_a_spread_that_may_be_rounding_is_none():
+  # 3.3 up to one unit in the last place (2.4e-7), as sums of rewards are.
+  mask = np.ones((8, 16), bool)
+  returns = np.full((8, 16), 3.3, np.float32)
+  returns[:, ::2] = np.nextafter(returns[:, ::2], np.float32(4))
+  values = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+  assert float(explained_variance(values, returns, mask)) == 0
+  # A spread of a thousandth is one: values 3.3 explain nothing of it, and
+  # values that know half of it three quarters.
+  returns = np.float32(3.3) + np.float32(1e-3) * values
+  half = np.float32(3.3) + np.float32(5e-4) * values
+  found = float(explained_variance(half, returns, mask))
+  np.testing.assert_allclose(found, 0.75, atol=2e-3)
+  constant = np.full((8, 16), 7.0, np.float32)
+  np.testing.assert_allclose(
+      explained_variance(constant, returns, mask), 0, atol=2e-3
+  )
+
+
 def test_sft_loss_by_hand():
   logprobs = _fill(np.array([[-1.0, -2, 9], [-3, -4, -5], [9] * 3]))
   # (1.5 + 4) / 2; 15 / 5
