@@ -57,20 +57,17 @@ _ERRORS = (
 )
 
 
-def _finish(
-    run: Run, name: str, step: int, exports: dict, **facts: Any
-) -> None:
+def _finish(run: Run, name: str, step: int, exports: dict) -> None:
   """Writes the folders of a stage's models, then its marker."""
-  hashes = {}
   for stage, (kind, shape, params) in exports.items():
     folder = sources.product(run.workdir, stage)
     # A start that was killed before the marker may have left the folder.
     exporting.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
     if shape.lora is not None:
       _save_adapter(run, stage, step, kind, shape, params)
-    hashes[stage] = workdir_lib.params_sha256(params)
+  products = sources.product_digests(run.workdir, name)
   workdir_lib.mark_done(
-      run.workdir, name, {'step': step, 'params_sha256': hashes, **facts}
+      run.workdir, name, {'step': step, 'products': products}
   )
 
 
@@ -152,16 +149,7 @@ def train_ppo(run: Run) -> None:
   exports = {'ppo': ('policy', stage.shapes.policy, params.policy)}
   if params.critic is not None:
     exports['critic'] = ('scalar', stage.shapes.critic, params.critic)
-  _finish(
-      run,
-      'ppo',
-      step,
-      exports,
-      used_sha256={
-          'sft': workdir_lib.params_sha256(stage.ref_policy),
-          'reward_model': workdir_lib.params_sha256(stage.reward_model),
-      },
-  )
+  _finish(run, 'ppo', step, exports)
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -212,6 +200,8 @@ def train(run: Run) -> None:
 def _open(config: ConfigDict, path: str) -> tuple[Run, list[str]]:
   """The run in its workdir, once it is checked, and the stages to train."""
   workdir = workdir_lib.open_workdir(path, config)
+  if processes.is_first():
+    sources.discard_damaged(config, workdir)
   check_products(config, workdir)
   run = load_run(config, workdir)
   sources.check(run)

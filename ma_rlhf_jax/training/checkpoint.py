@@ -4,13 +4,15 @@ A step is one folder with two items, committed together:
 
   <folder>/<step>/state   a dict of pytrees, {'policy': TrainState, ...}
   <folder>/<step>/meta    JSON: step, position in the data, root key, metric
+  <folder>/<step>/ma_rlhf_manifest.json   the SHA-256 of each file of both
 
 An interrupted save leaves a folder `<step>.orbax-checkpoint-tmp...`, which is
 never read and is removed at the next start; an interrupted removal of an old
 step leaves part of it, which the next save removes. A folder that cannot be
 restored is renamed to `damaged-<step>` once an older one could be, so that its
 step can be saved again. Orbax notices missing, cut and unreadable files; it
-does not notice a flipped bit in the data.
+does not notice a flipped bit in the data, so every file is compared with its
+digest before a step is restored (see `step_digests`).
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.training import step_digests
 
 State = dict[str, Any]
 
@@ -60,7 +63,8 @@ class Checkpoints:
     Args:
       folder: absolute path, may be gs://.
       keep: how many of the newest checkpoints stay on disk, beside the best;
-        >= 1. With 1, nothing but the best is left to fall back on.
+        >= 1. With 1, nothing but the best is left to fall back on where the
+        newest is damaged.
       best_metric: name of the metric that decides which is best; a leading '-'
         means that less is better. Values saved under another name count for
         nothing.
@@ -74,13 +78,17 @@ class Checkpoints:
     self._sign = -1.0 if best_metric.startswith('-') else 1.0
     self._metric = best_metric.removeprefix('-')
     self._quality: dict[int, float] = {}
+    handler = step_digests.StateHandler()
     self._manager = _Manager(
         self.folder,
         item_handlers={
-            'state': ocp.StandardCheckpointHandler(),
+            'state': handler,
             'meta': ocp.JsonCheckpointHandler(),
         },
         options=ocp.CheckpointManagerOptions(
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=handler.write_manifest
+            ),
             preservation_policy=_NewestAndBest(keep, self._quality),
             cleanup_tmp_directories=True,
             # Folders may be seen late by other hosts; all must agree.
@@ -146,7 +154,7 @@ class Checkpoints:
     self._manager.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            state=step_digests.StateSave(state), meta=ocp.args.JsonSave(meta)
         ),
         force=True,
     )
@@ -209,6 +217,7 @@ class Checkpoints:
 
   def _read_quality(self, step: int) -> None:
     try:
+      step_digests.verify_meta(self.folder / str(step))
       meta = self._manager.restore(
           step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
       ).meta
@@ -229,11 +238,13 @@ class Checkpoints:
     """The checkpoint of `step`; None, with the reason in `failures`."""
     try:
       with processes.together():
+        step_digests.verify(self.folder / str(step))
+      with processes.together():
         _check_dtypes(abstract, self._manager.item_metadata(step)['state'])
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
+                state=step_digests.StateRestore(abstract),
                 meta=ocp.args.JsonRestore(),
             ),
         )
