@@ -73,7 +73,9 @@ def read_sealed(path: epath.PathLike) -> dict[str, Any]:
   if not isinstance(found, str) or len(found) != _SEAL_LENGTH:
     return content | {name: found}
   if name != _SEAL or digest(content) != found:
-    raise DamagedError(f'{path} is damaged: its content does not fit its digest')
+    raise DamagedError(
+        f'{path} is damaged: its content does not fit its digest'
+    )
   return content
 
 
@@ -159,7 +161,9 @@ def read(folder: epath.PathLike) -> Entries | None:
   except FileNotFoundError:
     return None
   if not isinstance(content.get('files'), dict):
-    raise DamagedError(f'{epath.Path(folder) / NAME} is damaged: it has no files')
+    raise DamagedError(
+        f'{epath.Path(folder) / NAME} is damaged: it has no files'
+    )
   return content['files']
 
 
@@ -203,7 +207,9 @@ def _compare(folder: epath.Path, wanted: Entries) -> None:
   for name, entry in wanted.items():
     path = folder / name
     if not path.exists():
-      raise DamagedError(f'{path} is damaged: {NAME} lists it, and it is missing')
+      raise DamagedError(
+          f'{path} is damaged: {NAME} lists it, and it is missing'
+      )
     if (size := path.stat().length) != entry['bytes']:
       raise DamagedError(
           f'{path} is damaged: it has {size} bytes, {NAME} says '

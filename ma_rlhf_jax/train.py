@@ -30,7 +30,14 @@ from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import host_memory, processes
 from ma_rlhf_jax.parallel.mesh import shape_here
 from ma_rlhf_jax.publishing import card
-from ma_rlhf_jax.training import checkpoint, metrics, origins, sources
+from ma_rlhf_jax.training import (
+    checkpoint,
+    health,
+    metrics,
+    origins,
+    sources,
+)
+from ma_rlhf_jax.training import products as products_lib
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO
@@ -50,6 +57,7 @@ _WORKDIR = flags.DEFINE_string(
 _SET_UP_ERRORS = (ValueError, OSError, ImportError, processes.ProcessError)
 _ERRORS = (
     metrics.NonFiniteError,
+    health.RuinedError,
     checkpoint.CheckpointError,
     folders.NoSpaceError,
     sources.SourceError,
@@ -65,10 +73,8 @@ def _finish(run: Run, name: str, step: int, exports: dict) -> None:
     exporting.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
     if shape.lora is not None:
       _save_adapter(run, stage, step, kind, shape, params)
-  products = sources.product_digests(run.workdir, name)
-  workdir_lib.mark_done(
-      run.workdir, name, {'step': step, 'products': products}
-  )
+  products = products_lib.digests(run.workdir, name)
+  workdir_lib.mark_done(run.workdir, name, {'step': step, 'products': products})
 
 
 def _save_adapter(
@@ -201,7 +207,7 @@ def _open(config: ConfigDict, path: str) -> tuple[Run, list[str]]:
   """The run in its workdir, once it is checked, and the stages to train."""
   workdir = workdir_lib.open_workdir(path, config)
   if processes.is_first():
-    sources.discard_damaged(config, workdir)
+    products_lib.discard_damaged(config, workdir)
   check_products(config, workdir)
   run = load_run(config, workdir)
   sources.check(run)

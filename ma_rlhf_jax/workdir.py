@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import datetime
 import functools
 import importlib.metadata
-import json
 import logging
 import pathlib
 import platform
@@ -236,8 +235,8 @@ def _config_of_a_start(workdir: epath.Path, why: str) -> dict[str, Any]:
     _warn_once(f'{why}; the config is taken from {path.name}')
     return stored
   raise WorkdirError(
-      f'{why}, and no run-*.json beside it is whole; restore the file, or start '
-      'in a new --workdir'
+      f'{why}, and no run-*.json beside it is whole; restore the file, or '
+      'start in a new --workdir'
   )
 
 

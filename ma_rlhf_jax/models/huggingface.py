@@ -138,7 +138,9 @@ def _fetch(name: str) -> pathlib.Path:
   try:
     manifest.verify(local)
   except manifest.DamagedError as error:
-    raise manifest.DamagedError(f'{name}, as it was fetched: {error}') from error
+    raise manifest.DamagedError(
+        f'{name}, as it was fetched: {error}'
+    ) from error
   return local
 
 

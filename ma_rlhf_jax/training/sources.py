@@ -8,7 +8,6 @@ next stage reads it from there as it would read any other folder.
 from collections.abc import Callable
 import dataclasses
 import functools
-import logging
 import pathlib
 from typing import TypeVar
 
@@ -16,7 +15,6 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import heads, huggingface, kernels, lora, presets
@@ -25,8 +23,6 @@ from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training.run import Run
 
 T = TypeVar('T')
-
-_log = logging.getLogger(__name__)
 
 
 class SourceError(ValueError):
@@ -56,49 +52,6 @@ def adapter(workdir: epath.PathLike, stage: str) -> str:
   """The folder of a stage's adapters in a workdir, beside its model."""
   folder = 'ppo/critic_adapter' if stage == 'critic' else f'{stage}/adapter'
   return str(epath.Path(workdir) / folder)
-
-
-def product_digests(workdir: epath.PathLike, stage: str) -> dict[str, str]:
-  """Folder in the workdir -> digest of its manifest, of what a stage has made.
-
-  Args:
-    workdir: of the run.
-    stage: 'sft', 'reward_model' or 'ppo'.
-  """
-  root = epath.Path(workdir)
-  digests = {}
-  for part in (stage, 'critic') if stage == 'ppo' else (stage,):
-    for folder in (product(workdir, part), adapter(workdir, part)):
-      if (made := manifest.digest_of(folder)) is not None:
-        digests[str(epath.Path(folder).relative_to(root))] = made
-  return digests
-
-
-def discard_damaged(config: ConfigDict, workdir: epath.PathLike) -> None:
-  """Marks stages as not done whose product is no longer as it was written.
-
-  They go on after their last checkpoint, which makes the product again. Only
-  stages of the config, whose data and models are at hand, are looked at. One
-  process calls this.
-  """
-  for stage in config.stages:
-    done = workdir_lib.read_done(workdir, stage) or {}
-    try:
-      for folder, digest in done.get('products', {}).items():
-        _check_product(epath.Path(workdir) / folder, digest)
-    except manifest.DamagedError as error:
-      _log.warning('%s', error)
-      workdir_lib.mark_undone(workdir, stage)
-
-
-def _check_product(folder: epath.Path, digest: str) -> None:
-  remedy = 'the folder is made again from the last checkpoint'
-  manifest.verify(folder, remedy=remedy)
-  if manifest.digest_of(folder) != digest:
-    raise manifest.DamagedError(
-        f'{folder} is damaged: it holds no {manifest.NAME}, or another one than '
-        f'done.json of its stage names; {remedy}'
-    )
 
 
 def _named(field: str, value: str, stage: str) -> Source:

@@ -11,7 +11,6 @@ its manifest, and a kill leaves either both or neither:
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import json
 import logging
 import re
 from typing import Any
