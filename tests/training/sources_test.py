@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import exporting, heads, lora, presets
@@ -362,7 +363,8 @@ def test_an_embedding_too_small_for_the_tokenizer_is_refused(
   folder = tmp_path / 'bare'
   params = draw('policy', SHAPE, 0)
   exporting.save(folder, params, SHAPE, 'policy', store.tokenizer)
-  (folder / 'tokenizer_config.json').unlink()
+  for name in ('tokenizer_config.json', manifest.NAME):
+    (folder / name).unlink()
   run = tiny.run(tmp_path, _config(store), tokenizer=store.larger)
   with pytest.raises(SourceError) as caught:
     sources.load(run, Source('ppo.policy_init', str(folder)), 'policy')
