@@ -302,7 +302,7 @@ def base() -> ConfigDict:
   c.mesh.tensor = 1
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 100  # updates between checkpoints
-  c.checkpoint.keep = 1  # newest checkpoints kept, beside the best
+  c.checkpoint.keep = 2  # newest kept, beside the best; 2 = one to fall back on
   # What makes a checkpoint the best; '-' = less is better. In PPO only where
   # eval/kl <= ppo.max_kl.
   c.checkpoint.best_metric = ConfigDict()

@@ -33,11 +33,13 @@ from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.training import (
     automatic,
     checkpoint,
+    health,
     metrics,
     origins,
     sources,
     symptoms,
 )
+from ma_rlhf_jax.training import products as products_lib
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO
@@ -58,6 +60,7 @@ _SET_UP_ERRORS = (ValueError, OSError, ImportError, processes.ProcessError)
 _ERRORS = (
     metrics.NonFiniteError,
     symptoms.SymptomError,
+    health.RuinedError,
     checkpoint.CheckpointError,
     folders.NoSpaceError,
     sources.SourceError,
@@ -65,21 +68,16 @@ _ERRORS = (
 )
 
 
-def _finish(
-    run: Run, name: str, step: int, exports: dict, **facts: Any
-) -> None:
+def _finish(run: Run, name: str, step: int, exports: dict) -> None:
   """Writes the folders of a stage's models, then its marker."""
-  hashes = {}
   for stage, (kind, shape, params) in exports.items():
     folder = sources.product(run.workdir, stage)
     # A start that was killed before the marker may have left the folder.
     exporting.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
     if shape.lora is not None:
       _save_adapter(run, stage, step, kind, shape, params)
-    hashes[stage] = workdir_lib.params_sha256(params)
-  workdir_lib.mark_done(
-      run.workdir, name, {'step': step, 'params_sha256': hashes, **facts}
-  )
+  products = products_lib.digests(run.workdir, name)
+  workdir_lib.mark_done(run.workdir, name, {'step': step, 'products': products})
 
 
 def _save_adapter(
@@ -162,17 +160,7 @@ def train_ppo(run: Run) -> None:
   exports = {'ppo': ('policy', stage.shapes.policy, params.policy)}
   if params.critic is not None:
     exports['critic'] = ('scalar', stage.shapes.critic, params.critic)
-  _finish(
-      run,
-      'ppo',
-      step,
-      exports,
-      symptoms=stage.watch.found,
-      used_sha256={
-          'sft': workdir_lib.params_sha256(stage.ref_policy),
-          'reward_model': workdir_lib.params_sha256(stage.reward_model),
-      },
-  )
+  _finish(run, 'ppo', step, exports, symptoms=stage.watch.found)
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -223,6 +211,8 @@ def train(run: Run) -> None:
 def _open(config: ConfigDict, path: str) -> tuple[Run, list[str]]:
   """The run in its workdir, once it is checked, and the stages to train."""
   workdir = workdir_lib.open_workdir(path, config)
+  if processes.is_first():
+    products_lib.discard_damaged(config, workdir)
   check_products(config, workdir)
   run = load_run(config, workdir)
   sources.check(run)

@@ -4,13 +4,15 @@
 <workdir>/run-0001.json     each start: command, versions, git, devices
 <workdir>/<stage>/done.json what the stage made; written last, so that a
                             stage is done when this file is there and whole
+
+Each of these files holds the SHA-256 of its own content, and is not used where
+it does not fit.
 """
 
 from collections.abc import Mapping
 import datetime
-import hashlib
+import functools
 import importlib.metadata
-import json
 import logging
 import pathlib
 import platform
@@ -22,11 +24,10 @@ from typing import Any
 from etils import epath
 import jax
 from ml_collections import ConfigDict
-import numpy as np
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.parallel import processes
-from ma_rlhf_jax.parallel.mesh import gathered
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
         + '\nRun with another --workdir, or restore these values, or delete'
         ' the folder'
     )
+  elif not _is_whole(workdir / 'config.json'):
+    _write_json(workdir / 'config.json', stored)
   starts = [int(p.stem[4:]) for p in workdir.glob('run-[0-9]*.json')]
   start = 1 + max(starts, default=0)
   _write_json(workdir / f'run-{start:04d}.json', _describe_start(config))
@@ -177,35 +180,22 @@ def mark_done(
 def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
   """What `mark_done` wrote; None while the stage is not done.
 
-  A marker cut by a kill counts as none: the stage's last update is made again.
+  A damaged marker counts as none: the stage goes on after its last checkpoint,
+  and makes its product again.
   """
   path = epath.Path(workdir) / stage / 'done.json'
   try:
-    return json.loads(path.read_text())
+    return manifest.read_sealed(path)
   except FileNotFoundError:
     return None
-  except ValueError as error:
-    _log.warning('%s is cut (%s): %s is not done', path, error, stage)
+  except manifest.DamagedError as error:
+    _warn_once(f'{error}; {stage} counts as not done')
     return None
 
 
-def params_sha256(params: Any) -> str:
-  """SHA-256 (hex) of a tree of arrays: paths, dtypes, shapes and bytes.
-
-  The order and the type of containers do not count, nor do shardings. Every
-  process must call this.
-  """
-  leaves = {
-      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  total = hashlib.sha256()
-  for path in sorted(leaves):
-    array = np.ascontiguousarray(gathered(leaves[path]))
-    header = [path, array.dtype.name, list(np.shape(leaves[path]))]
-    total.update(json.dumps(header).encode())
-    total.update(array.reshape(-1).view(np.uint8))
-  return total.hexdigest()
+def mark_undone(workdir: epath.PathLike, stage: str) -> None:
+  """Removes the marker of a stage, whose product is then made again."""
+  (epath.Path(workdir) / stage / 'done.json').unlink(missing_ok=True)
 
 
 def _stored_config(workdir: epath.Path) -> dict[str, Any] | None:
@@ -225,14 +215,43 @@ def _stored_config(workdir: epath.Path) -> dict[str, Any] | None:
       )
     return None
   try:
-    return json.loads((workdir / 'config.json').read_text())
-  except ValueError as error:
+    return manifest.read_sealed(workdir / 'config.json')
+  except manifest.DamagedError as error:
     if names == {'config.json'}:  # killed while it was written
       return None
-    raise WorkdirError(
-        f'{workdir / "config.json"} cannot be read ({error}); restore it from'
-        ' the `config` of a run-*.json beside it'
-    ) from error
+    return _config_of_a_start(workdir, str(error))
+
+
+def _config_of_a_start(workdir: epath.Path, why: str) -> dict[str, Any]:
+  """The config that the first undamaged run-*.json of a workdir holds.
+
+  It is that of the first start but for fields that a later one may change.
+  """
+  for path in sorted(workdir.glob('run-[0-9]*.json')):
+    try:
+      stored = manifest.read_sealed(path)['config']
+    except (manifest.DamagedError, KeyError):
+      continue
+    _warn_once(f'{why}; the config is taken from {path.name}')
+    return stored
+  raise WorkdirError(
+      f'{why}, and no run-*.json beside it is whole; restore the file, or '
+      'start in a new --workdir'
+  )
+
+
+def _is_whole(path: epath.Path) -> bool:
+  try:
+    manifest.read_sealed(path)
+  except manifest.DamagedError:
+    return False
+  return True
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+  """Warns of a damaged file once, however often it is read."""
+  _log.warning('%s', text)
 
 
 def _describe_start(config: ConfigDict) -> dict[str, Any]:
@@ -288,7 +307,7 @@ def _git(file: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2, allow_nan=False) + '\n')
+  path.write_text(manifest.sealed(value))
 
 
 def is_workdir(path: epath.PathLike) -> bool:

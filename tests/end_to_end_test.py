@@ -14,12 +14,14 @@ import subprocess
 import sys
 from typing import Any
 
+import orbax.checkpoint as ocp
 import pytest
 
-from ma_rlhf_jax import workdir as workdir_lib
-from ma_rlhf_jax.models import huggingface
+from ma_rlhf_jax import manifest
+from ma_rlhf_jax.models import fingerprint, huggingface
 from ma_rlhf_jax.training import metrics as metrics_lib
 from ma_rlhf_jax.training import symptoms
+from tests.hashing import params_sha256
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STAGES = ('sft', 'reward_model', 'ppo')
@@ -135,7 +137,7 @@ def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _loaded_sha256(workdir: pathlib.Path, stage: str, kind: str) -> str:
   folder = workdir / stage / 'hf'
   shape = huggingface.read_shape(folder)
-  return workdir_lib.params_sha256(huggingface.load_params(folder, shape, kind))
+  return params_sha256(huggingface.load_params(folder, shape, kind))
 
 
 def test_each_stage_logs_every_update_and_ends_with_its_marker(
@@ -201,23 +203,41 @@ def test_the_comparison_is_printed_and_kept(
   assert rows['policy_kl'] == rows['kl']  # drawn at temperature 1, unfiltered
   assert '16 held-out prompts, mean [95 % interval]' in printed
   assert 'win rate by gold' in printed
-  assert _done(workdir, 'evaluate') == {'comparison': found}
+  assert _done(workdir, 'evaluate')['comparison'] == found
   assert 'verdict: ' in printed
   codes = json.loads((workdir / 'evaluate' / 'verdict.json').read_text())
   assert set(codes) <= set(symptoms.CODES)
+
+
+def _saved_sha256(workdir: pathlib.Path, stage: str, role: str) -> str:
+  """Of the parameters in the last checkpoint of a stage."""
+  steps = [int(p.name) for p in (workdir / stage / 'checkpoints').iterdir()]
+  folder = workdir / stage / 'checkpoints' / str(max(steps)) / 'state'
+  with ocp.StandardCheckpointer() as reader:
+    return params_sha256(reader.restore(folder)[role]['params'])
 
 
 def test_what_is_written_is_what_was_trained(
     first: tuple[pathlib.Path, str],
 ) -> None:
   workdir, _ = first
-  for stage, kind in (('sft', 'policy'), ('reward_model', 'scalar')):
-    want = _done(workdir, stage)['params_sha256'][stage]
-    assert _loaded_sha256(workdir, stage, kind) == want
-    assert _done(workdir, 'ppo')['used_sha256'][stage] == want
-  made = _done(workdir, 'ppo')['params_sha256']
-  assert _loaded_sha256(workdir, 'ppo', 'policy') == made['ppo']
-  assert made['ppo'] != _done(workdir, 'sft')['params_sha256']['sft']
+  roles = {'sft': 'policy', 'reward_model': 'reward_model', 'ppo': 'policy'}
+  found = {}
+  for stage, role in roles.items():
+    kind = 'scalar' if role == 'reward_model' else 'policy'
+    found[stage] = _loaded_sha256(workdir, stage, kind)
+    assert found[stage] == _saved_sha256(workdir, stage, role)
+    hf = f'{stage}/hf'
+    want = manifest.digest_of(workdir / hf)
+    assert _done(workdir, stage)['products'][hf] == want
+  assert found['ppo'] != found['sft']
+  origins = json.loads((workdir / 'ppo' / 'origins.json').read_text())
+  for role, stage in (
+      ('reference policy', 'sft'),
+      ('reward model', 'reward_model'),
+  ):
+    used = origins[role]['sha256_of_files']
+    assert used == fingerprint.of_folder(workdir / stage / 'hf')
 
 
 def test_the_exported_policy_loads_in_transformers(
@@ -272,12 +292,14 @@ def test_a_variant_shares_sft_and_reward_model_by_hash(
         printed
     )
     assert not (variant / stage).exists()
-    made = _done(workdir, stage)['params_sha256'][stage]
-    assert _done(variant, 'ppo')['used_sha256'][stage] == made
   assert _rows(variant / 'ppo')[1]['macro/length_mean'] == 1
-  assert _done(variant, 'ppo')['params_sha256'] != (
-      _done(workdir, 'ppo')['params_sha256']
-  )
+  used = [
+      json.loads((folder / 'ppo' / 'origins.json').read_text())
+      for folder in (workdir, variant)
+  ]
+  for role in ('reference policy', 'reward model'):
+    assert used[0][role]['sha256_of_files'] == used[1][role]['sha256_of_files']
+  assert _done(variant, 'ppo')['products'] != _done(workdir, 'ppo')['products']
   config = json.loads((variant / 'config.json').read_text())
   assert config['macro.ngram'] == 1
   assert (variant / 'evaluate' / 'comparison.json').is_file()

@@ -59,6 +59,7 @@ def test_a_finished_stage_comes_out_whole(
       'config.json',
       'export_check.json',
       'generation_config.json',
+      'ma_rlhf_manifest.json',
       'model.safetensors',
       'tokenizer.json',
       'tokenizer_config.json',

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import dataclasses
-import json
 import os
 import pathlib
 import subprocess
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import recipe_flag, train
+from ma_rlhf_jax import manifest, recipe_flag, train
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models.presets import Lora
 from ma_rlhf_jax.validation import ConfigError
@@ -230,15 +229,14 @@ def test_a_product_is_written_over_what_a_killed_start_left(
       lambda folder, *_, overwrite=False: saved.append((folder, overwrite)),
   )
   run = tiny.run(tmp_path, tiny.config())
-  params = tiny.params('policy', 0)
-  exports = {'sft': ('policy', tiny.SHAPE, params)}
-  train._finish(run, 'sft', 5, exports, note='x')
+  exports = {'sft': ('policy', tiny.SHAPE, tiny.params('policy', 0))}
+  (tmp_path / 'sft' / 'hf').mkdir(parents=True)
+  digest = manifest.write(tmp_path / 'sft' / 'hf')
+  train._finish(run, 'sft', 5, exports)
   assert saved == [(f'{tmp_path}/sft/hf', True)]
-  digest = workdir_lib.params_sha256(params)
-  assert json.loads((tmp_path / 'sft' / 'done.json').read_text()) == {
+  assert workdir_lib.read_done(tmp_path, 'sft') == {
       'step': 5,
-      'params_sha256': {'sft': digest},
-      'note': 'x',
+      'products': {'sft/hf': digest},
   }
 
 

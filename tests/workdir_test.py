@@ -1,6 +1,5 @@
 """A workdir takes the run that it belongs to and refuses all others."""
 
-import hashlib
 import json
 import logging
 import os
@@ -10,13 +9,12 @@ import sys
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import structs
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.workdir import (
@@ -24,7 +22,6 @@ from ma_rlhf_jax.workdir import (
     default_workdir,
     mark_done,
     open_workdir,
-    params_sha256,
     read_done,
 )
 
@@ -61,9 +58,9 @@ def test_a_new_workdir_holds_config_and_start(tmp_path, monkeypatch):
   config = _config(seed=3)
   workdir = open_workdir('runs/x', config)
   assert workdir == epath.Path(tmp_path / 'runs' / 'x')
-  stored = json.loads((workdir / 'config.json').read_text())
+  stored = manifest.read_sealed(workdir / 'config.json')
   assert stored == config_lib.flatten(config)
-  start = json.loads((workdir / 'run-0001.json').read_text())
+  start = manifest.read_sealed(workdir / 'run-0001.json')
   assert start['command'] == ['train', '--config.seed=3']
   assert start['config'] == stored
   assert start['packages']['jax'] == jax.__version__
@@ -116,14 +113,37 @@ def test_files_and_folders_of_something_else_are_refused(tmp_path):
   assert (open_workdir(hidden, _config()) / 'config.json').exists()
 
 
-def test_a_config_cut_by_a_kill_is_written_again_or_named(tmp_path):
+def test_a_damaged_config_is_taken_from_a_start_or_named(tmp_path, caplog):
+  folder = tmp_path / 'run'
+  open_workdir(folder, _config(seed=3))
+  file, start = folder / 'config.json', folder / 'run-0001.json'
+  whole = file.read_text()
+  # Still JSON, of another run.
+  for damaged in (whole.replace('"seed": 3', '"seed": 7'), whole[:100], ''):
+    file.write_text(damaged)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+      _, found = workdir_lib.read_config(folder)
+      assert found.seed == 3
+      with pytest.raises(WorkdirError, match='seed: stored 3, now 7'):
+        open_workdir(folder, _config(seed=7))
+    assert 'is damaged' in caplog.text and start.name in caplog.text
+    open_workdir(folder, _config(seed=3))
+    assert file.read_text() == whole
+    workdir_lib._warn_once.cache_clear()
+  file.write_text(whole.replace('"seed": 3', '"seed": 7'))
+  for path in folder.glob('run-*.json'):
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 7'))
+  with pytest.raises(WorkdirError, match='config.json is damaged.*--workdir'):
+    open_workdir(folder, _config(seed=7))
+
+
+def test_a_config_cut_in_the_first_moment_is_written_again(tmp_path):
   folder = tmp_path / 'run'
   open_workdir(folder, _config())
   whole = (folder / 'config.json').read_text()
   (folder / 'config.json').write_text(whole[:100])
-  with pytest.raises(WorkdirError, match='config.json cannot be read'):
-    open_workdir(folder, _config())
-  (folder / 'run-0001.json').unlink()  # killed in its first moment
+  (folder / 'run-0001.json').unlink()
   open_workdir(folder, _config())
   assert (folder / 'config.json').read_text() == whole
 
@@ -140,7 +160,7 @@ def test_other_processes_must_see_what_the_first_wrote(tmp_path, monkeypatch):
 
 
 def test_a_stage_is_done_once_its_marker_is_whole(tmp_path, caplog):
-  product = {'step': 40, 'params_sha256': 'ab', 'hf': 'sft/hf'}
+  product = {'step': 40, 'products': {'sft/hf': 'ab'}}
   assert read_done(tmp_path, 'sft') is None
   mark_done(tmp_path, 'sft', product)
   assert read_done(tmp_path, 'sft') == product
@@ -151,39 +171,16 @@ def test_a_stage_is_done_once_its_marker_is_whole(tmp_path, caplog):
     for cut in range(len(whole) - 1):  # the last character is the newline
       path.write_text(whole[:cut])
       assert read_done(tmp_path, 'sft') is None
-  assert str(path) in caplog.text
-
-
-def test_params_sha256_is_the_hash_of_sorted_headers_and_bytes():
-  params = {'b': jnp.array([[1.5, -2.0]], jnp.bfloat16), 'a': {'x': 7}}
-  want = hashlib.sha256(
-      b'["a/x", "int64", []]'
-      + (7).to_bytes(8, 'little')
-      # bfloat16: 1.5 = 0x3fc0, -2 = 0xc000
-      + b'["b", "bfloat16", [1, 2]]'
-      + b'\xc0\x3f\x00\xc0'
-  ).hexdigest()
-  assert params_sha256(params) == want
-
-
-def test_params_sha256_sees_values_names_dtypes_and_shapes_only():
-  w = jnp.arange(6.0).reshape(2, 3)
-  want = params_sha256({'a': {'w': w}, 'b': w + 1})
-  mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
-  placed = jax.device_put(w, jax.NamedSharding(mesh, jax.P(None, 'data')))
-  same = {'b': np.asfortranarray(w + 1), 'a': {'w': placed}}
-  assert params_sha256(same) == want
-  state = structs.TrainState(step=w, params=w, opt_state=None)
-  assert params_sha256(state) == params_sha256({'step': w, 'params': w})
-  others = [
-      {'a': {'w': w}, 'b': w + 2},
-      {'a': {'w': w}, 'c': w + 1},
-      {'a': {'w': w.T.reshape(3, 2)}, 'b': w + 1},
-      {'a': {'w': w.reshape(3, 2)}, 'b': w + 1},
-      {'a': {'w': w}, 'b': (w + 1).view(jnp.int32)},
-      {'a': {'w': w.at[0, 0].set(-0.0)}, 'b': w + 1},
-  ]
-  assert want not in map(params_sha256, others)
+      workdir_lib._warn_once.cache_clear()
+    path.write_text(whole.replace('40', '41'))  # whole JSON, another step
+    assert read_done(tmp_path, 'sft') is None
+  assert f'{path} is damaged' in caplog.text
+  path.write_text(whole)
+  assert read_done(tmp_path, 'sft') == product
+  path.write_text('{"step": 3, "params_sha256": {}}')  # of an earlier version
+  assert read_done(tmp_path, 'sft') == {'step': 3, 'params_sha256': {}}
+  workdir_lib.mark_undone(tmp_path, 'sft')
+  assert read_done(tmp_path, 'sft') is None
 
 
 def test_git_is_recorded_only_for_a_file_that_the_checkout_tracks(tmp_path):

@@ -12,11 +12,11 @@ import io
 import json
 import logging
 from typing import TYPE_CHECKING
-import zipfile
 
 from etils import epath
 import numpy as np
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.parallel import processes
@@ -158,7 +158,10 @@ def encode_examples(
 
 
 def save(path: epath.PathLike, encoded: EncodedSet, counts: Counts) -> None:
-  """Writes a set and its counts; the marker `<path>.done` comes last."""
+  """Writes a set and its counts.
+
+  The marker `<path>.done` comes last and holds the SHA-256 of the file.
+  """
   buffer = io.BytesIO()
   arrays = {
       f'{name}_{part}': getattr(getattr(encoded, name), part)
@@ -175,14 +178,23 @@ def save(path: epath.PathLike, encoded: EncodedSet, counts: Counts) -> None:
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(buffer.getvalue())
-  epath.Path(f'{path}.done').write_text('')
+  written = hashlib.sha256(buffer.getvalue()).hexdigest()
+  epath.Path(f'{path}.done').write_text(written + '\n')
 
 
 def load(path: epath.PathLike) -> tuple[EncodedSet, Counts]:
-  """What `save` wrote."""
-  stored = np.load(
-      io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False
-  )
+  """What `save` wrote.
+
+  Raises:
+    DamagedError: if the file does not have the SHA-256 of its marker.
+  """
+  content = epath.Path(path).read_bytes()
+  written = epath.Path(f'{path}.done').read_bytes().strip()
+  if hashlib.sha256(content).hexdigest().encode() != written:
+    raise manifest.DamagedError(
+        f'{path} is damaged: its SHA-256 is not that in {path}.done'
+    )
+  stored = np.load(io.BytesIO(content), allow_pickle=False)
   ragged = {
       name: Ragged(stored[f'{name}_flat'], stored[f'{name}_offsets'])
       for name in tasks.Example._fields
@@ -217,8 +229,8 @@ def load_or_encode(
   if epath.Path(f'{path}.done').exists():
     try:
       return load(path)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as why:
-      logging.warning('%s is damaged (%s); it is made again', path, why)
+    except (manifest.DamagedError, FileNotFoundError) as why:
+      logging.warning('%s; it is made again', why)
   encoded, counts = encode_examples(
       examples, tokenizer, prompt_len=prompt_len, response_len=response_len
   )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.encoding import (
@@ -63,13 +65,22 @@ def _tokenizer(
   if config.tokenizer.path:
     return tokenizer_lib.load_tokenizer(config.tokenizer.path)
   folder = str(workdir / 'tokenizer')
-  if not tokenizer_lib.is_whole(folder):
+  if not _is_whole(folder):
     tokenizer_lib.train_tokenizer(
         [text for example in texts for text in example],
         config.tokenizer.vocab_size,
         folder,
     )
   return tokenizer_lib.load_tokenizer(folder)
+
+
+def _is_whole(folder: str) -> bool:
+  """Whether a tokenizer was trained in this folder, and is undamaged."""
+  try:
+    return tokenizer_lib.is_whole(folder)
+  except manifest.DamagedError as error:
+    logging.warning('%s', error)
+    return False
 
 
 def _drop_truncated(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.data import tokenizer_files
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ MIN_PIECES = 28
 MAX_ALPHABET_SHARE = 0.5
 # Either makes a tokenizer.
 _VOCABULARIES = ('tokenizer.json', 'tokenizer.model')
-# transformers reads it last and first, so it marks a folder as whole.
-_MARKER = 'tokenizer_config.json'
+_SETTINGS = 'tokenizer_config.json'
 
 
 def has_vocabulary(folder: str) -> bool:
@@ -243,7 +243,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> None:
   Args:
     texts: what to learn from.
     vocab_size: ids in all; fewer come out where the texts hold too few pieces.
-    folder: where to write (also gs://); its tokenizer_config.json comes last.
+    folder: where to write (also gs://); its manifest comes last.
 
   Raises:
     ValueError: if `vocab_size` leaves too few learned pieces.
@@ -264,9 +264,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> None:
   path = epath.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
   (path / 'tokenizer.json').write_text(_build(pieces, merges).to_str(True))
-  (path / _MARKER).write_text(json.dumps(settings, indent=2))
+  (path / _SETTINGS).write_text(json.dumps(settings, indent=2))
+  manifest.write(path, manifest.entries(path, ['tokenizer.json', _SETTINGS]))
 
 
 def is_whole(folder: str) -> bool:
-  """Whether `train_tokenizer` has finished in this folder."""
-  return (epath.Path(folder) / _MARKER).exists()
+  """Whether `train_tokenizer` has finished in this folder.
+
+  Raises:
+    DamagedError: if it has, and a file is not as it was written.
+  """
+  return manifest.verify(folder, remedy='it is made again')

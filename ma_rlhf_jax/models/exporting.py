@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.models import folders, lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import (
@@ -108,6 +109,7 @@ def save(
         write_tokenizer(draft, tokenizer)
         written = str(jnp.dtype(dtype or leaves[tensors[0].path].dtype))
         _write_configs(draft, config, kind, tokenizer, written)
+        manifest.write(draft)
 
 
 def _write_tensors(

@@ -16,6 +16,7 @@ import tempfile
 from etils import epath
 from flax import traverse_util
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.data import files
 from ma_rlhf_jax.models import config_json, streaming, weight_files
 from ma_rlhf_jax.models.heads import abstract_params
@@ -37,13 +38,21 @@ def resolve(name: str) -> pathlib.Path:
 
   What comes from a bucket lies in a temporary folder until the process ends,
   what comes from the hub in its cache (alone asked under HF_HUB_OFFLINE=1).
+  Where a folder has a manifest its files are compared with it, weights of a
+  local folder when they are loaded.
 
   Raises:
     FileNotFoundError: if there is no such folder, or the hub gives none.
     OSError: if what is fetched does not fit on the disk.
+    DamagedError: if a file does not fit the manifest of the folder.
   """
-  if '://' in name:
-    return _fetch(name)
+  folder = _fetch(name) if '://' in name else _local(name)
+  manifest.verify(folder, manifest.is_small)
+  return folder
+
+
+def _local(name: str) -> pathlib.Path:
+  """The folder of that name, or of the hub's cache."""
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return path
@@ -126,6 +135,12 @@ def _fetch(name: str) -> pathlib.Path:
   except OSError as error:
     shutil.rmtree(local)
     raise _full_disk(error, name, 'TMPDIR') from error
+  try:
+    manifest.verify(local)
+  except manifest.DamagedError as error:
+    raise manifest.DamagedError(
+        f'{name}, as it was fetched: {error}'
+    ) from error
   return local
 
 
@@ -191,6 +206,7 @@ def load_params(
     ValueError: if a file is broken, if tensors do not fit (lists all of them),
       if weights are nan or infinite, or
       become so in the dtypes of `config`.
+    DamagedError: if a file does not fit the manifest of the folder.
   """
   if config.lora is not None:
     raise ValueError(
@@ -198,7 +214,7 @@ def load_params(
         'lora=None and give it adapters by lora.add_adapters'
     )
   targets = traverse_util.flatten_dict(abstract_params(kind, config), sep='/')
-  with contextlib.ExitStack() as stack:
+  with manifest.verifying(folder), contextlib.ExitStack() as stack:
     found, wanted = _checked_tensors(folder, config, kind, stack)
     dtypes = {path: target.dtype for path, target in targets.items()}
     read, leaves = weight_files.Reader(found, wanted, dtypes), {}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.config import KERNELS
 from ma_rlhf_jax.models import folders, lora
 from ma_rlhf_jax.models.gemma import LORA_A, LORA_B
@@ -111,6 +112,7 @@ def save(
         save_file(host, draft / TENSORS, metadata={'format': 'pt'})
         (draft / 'README.md').write_text(card)
         _write_config(draft / CONFIG, config, kind, base)
+        manifest.write(draft, manifest.entries(draft, [CONFIG, TENSORS]))
 
 
 def _to_host(leaves: dict[str, Array], factor: _Factor) -> np.ndarray:
@@ -176,7 +178,11 @@ def load(
 
   Returns:
     The shape with `lora`, and the parameters; those of the base are shared.
+
+  Raises:
+    DamagedError: if a file does not fit the manifest of the folder.
   """
+  manifest.verify(folder)
   theirs = _read_config(folder)
   targets = [
       k for k in KERNELS if _theirs(config, k) in theirs['target_modules']

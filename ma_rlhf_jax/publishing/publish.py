@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 import numpy as np
 
-from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.models import (
     export_check,
     exporting,
@@ -182,6 +182,7 @@ def write_adapter(job: Job) -> dict[str, Any]:
     ExportCheckError: if base and adapters are not the merged model.
   """
   folder = epath.Path(sources.adapter(job.workdir, job.stage))
+  manifest.verify(folder)
   for name in (peft_folder.CONFIG, peft_folder.TENSORS):
     (folder / name).copy(job.draft / name)
   exporting.write_tokenizer(job.draft, job.tokenizer)
@@ -209,6 +210,7 @@ def write_adapter(job: Job) -> dict[str, Any]:
   # No folder name of this machine is published.
   public = job.base or lineage.public_name(name) or lineage.NO_NAME
   peft_folder.rename_base(job.draft, public)
+  manifest.write(job.draft)
   return _finish(job, shape, receipt, base=public)
 
 
@@ -251,12 +253,10 @@ def _receipt(
   for name, found in readers.items():
     if found is not None:
       export_check.require_small(name, job.kind, found)
-  trainer = 'ppo' if job.stage == 'critic' else job.stage
-  done = workdir_lib.read_done(job.workdir, trainer) or {}
   return {
       'stage': job.stage,
       'kind': job.kind,
-      'trained_params_sha256': done.get('params_sha256', {}).get(job.stage),
+      'product_sha256': manifest.digest_of(job.product),
       'dtype': dtype,
       'rows': len(job.rows),
       'tokens': sum(map(len, job.rows)),

@@ -4,16 +4,18 @@ A step is one folder with two items, committed together:
 
   <folder>/<step>/state   a dict of pytrees, {'policy': TrainState, ...}
   <folder>/<step>/meta    JSON: step, position in the data, root key, metric
+  <folder>/<step>/ma_rlhf_manifest.json   the SHA-256 of each file of both
 
 An interrupted save leaves a folder `<step>.orbax-checkpoint-tmp...`, which is
 never read and is removed at the next start; an interrupted removal of an old
 step leaves part of it, which the next save removes. A folder that cannot be
 restored is renamed to `damaged-<step>` once an older one could be, so that its
 step can be saved again. Orbax notices missing, cut and unreadable files; it
-does not notice a flipped bit in the data.
+does not notice a flipped bit: `step_digests` compares every file first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import logging
 import math
 import os
@@ -26,6 +28,7 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from ma_rlhf_jax.parallel import processes
+from ma_rlhf_jax.training import kept_steps, step_digests
 
 State = dict[str, Any]
 
@@ -74,14 +77,18 @@ class Checkpoints:
     self._sign = -1.0 if best_metric.startswith('-') else 1.0
     self._metric = best_metric.removeprefix('-')
     self._quality: dict[int, float] = {}
+    handler = step_digests.StateHandler()
     self._manager = _Manager(
         self.folder,
         item_handlers={
-            'state': ocp.StandardCheckpointHandler(),
+            'state': handler,
             'meta': ocp.JsonCheckpointHandler(),
         },
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(keep, self._quality),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=handler.write_manifest
+            ),
+            preservation_policy=kept_steps.NewestAndBest(keep, self._quality),
             cleanup_tmp_directories=True,
             # Folders may be seen late by other hosts; all must agree.
             single_host_load_and_broadcast=not processes.alone(),
@@ -102,7 +109,7 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step with the best metric, the newest of equals; None if none."""
-    return _best(self.steps(), self._quality)
+    return kept_steps.best(self.steps(), self._quality)
 
   def describe_latest(self) -> str:
     """Words for messages: where the newest checkpoint lies, or that none is."""
@@ -146,7 +153,7 @@ class Checkpoints:
     self._manager.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            state=step_digests.StateSave(state), meta=ocp.args.JsonSave(meta)
         ),
         force=True,
     )
@@ -166,7 +173,8 @@ class Checkpoints:
     for step in reversed(self.steps()):
       restored = self._try(step, abstract, failures)
       if restored is not None:
-        self._set_aside(list(failures))
+        if failures:
+          self._set_aside(list(failures))
         return restored
       _log.warning(
           'checkpoint %s cannot be restored (%s); trying the one before',
@@ -199,6 +207,44 @@ class Checkpoints:
       )
     return restored
 
+  def restore_before(self, step: int, abstract: State) -> Restored | None:
+    """The newest checkpoint before `step` that can be restored; None if none.
+
+    Args:
+      step: the one that shall not be used.
+      abstract: as for `restore_latest`.
+    """
+    self.finish()
+    failures: dict[int, str] = {}
+    for older in reversed([s for s in self.steps() if s < step]):
+      restored = self._try(older, abstract, failures)
+      if restored is not None:
+        return restored
+    return None
+
+  @contextlib.contextmanager
+  def without(self, step: int) -> Iterator[None]:
+    """A block that may save `step` again, whose folder is set aside.
+
+    It stays aside where the block succeeds. Otherwise it comes back, unless the
+    block has saved the same step once more; then it is removed.
+    """
+    quality = self._quality.get(step)
+    (aside,) = self._set_aside([step])
+    try:
+      yield
+    except FloatingPointError:
+      self.finish()
+      if step in self.steps():
+        if jax.process_index() == 0:
+          aside.rmtree()
+      else:
+        self._rename(aside, self.folder / str(step))
+        if quality is not None:
+          self._quality[step] = quality
+      self._manager.reload()
+      raise
+
   def finish(self) -> None:
     """Waits until the running save is committed; raises what it failed with."""
     self._manager.wait_until_finished()
@@ -209,6 +255,7 @@ class Checkpoints:
 
   def _read_quality(self, step: int) -> None:
     try:
+      step_digests.verify_meta(self.folder / str(step))
       meta = self._manager.restore(
           step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
       ).meta
@@ -229,11 +276,13 @@ class Checkpoints:
     """The checkpoint of `step`; None, with the reason in `failures`."""
     try:
       with processes.together():
+        step_digests.verify(self.folder / str(step))
+      with processes.together():
         _check_dtypes(abstract, self._manager.item_metadata(step)['state'])
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
+                state=step_digests.StateRestore(abstract),
                 meta=ocp.args.JsonRestore(),
             ),
         )
@@ -246,17 +295,25 @@ class Checkpoints:
       return None
     return Restored(step, items.state, items.meta)
 
-  def _set_aside(self, steps: Sequence[int]) -> None:
+  def _set_aside(self, steps: Sequence[int]) -> list[epath.Path]:
+    """Renames the folders of steps, and returns their new names."""
+    targets = []
     for step in steps:
       self._quality.pop(step, None)
       target, n = self.folder / f'damaged-{step}', 1
       while target.exists():
         target, n = self.folder / f'damaged-{step}-{n}', n + 1
-      if jax.process_index() == 0:
-        (self.folder / str(step)).rename(target)
-      multihost_utils.sync_global_devices(f'checkpoint {step} set aside')
-    if steps:
-      self._manager.reload()
+      targets.append(target)
+      self._rename(self.folder / str(step), target)
+    self._manager.reload()
+    return targets
+
+  def _rename(self, old: epath.Path, new: epath.Path) -> None:
+    """Renames a folder, on the first process, before any goes on."""
+    multihost_utils.sync_global_devices(f'{old.name} is to be {new.name}')
+    if jax.process_index() == 0:
+      old.rename(new)
+    multihost_utils.sync_global_devices(f'{old.name} is {new.name}')
 
   def _all_failed(self, failures: dict[int, str]) -> str:
     reasons = '; '.join(f'step {s}: {why}' for s, why in failures.items())
@@ -278,23 +335,6 @@ class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
     del step
     return False
-
-
-class _NewestAndBest:
-  """Orbax preservation policy: the `keep` newest steps and the best one."""
-
-  def __init__(self, keep: int, quality: dict[int, float]) -> None:
-    self._keep = keep
-    self._quality = quality
-
-  def should_preserve(
-      self, checkpoints: Sequence[Any], *, context: Any
-  ) -> list[bool]:
-    """Whether each of `checkpoints`, oldest first, stays on disk."""
-    del context
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = {*steps[-self._keep :], _best(steps, self._quality)}
-    return [step in kept for step in steps]
 
 
 def abstract_of(state: State) -> State:
@@ -335,11 +375,6 @@ def _is_no_chatter(record: logging.LogRecord) -> bool:
   return record.levelno >= logging.WARNING or 'orbax' not in record.pathname
 
 
-def _best(steps: Sequence[int], quality: dict[int, float]) -> int | None:
-  rated = [step for step in steps if step in quality]
-  return max(rated, key=lambda s: (quality[s], s), default=None)
-
-
 def _check_dtypes(abstract: State, stored: Any) -> None:
   """Raises where Orbax would cast; it compares shapes and names itself."""
   have, want = _dtypes(stored), _dtypes(abstract)
@@ -360,6 +395,6 @@ def _dtypes(tree: Any) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-  """The first 200 characters of an error, on one line, with its type."""
+  """The first 300 characters of an error, on one line, with its type."""
   text = ' '.join(str(error).split())
-  return f'{type(error).__name__}: {text[:200]}'
+  return f'{type(error).__name__}: {text[:300]}'

@@ -3,7 +3,9 @@
 import abc
 from collections.abc import Callable, Iterator
 import contextlib
+import logging
 import time
+import traceback
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -16,9 +18,14 @@ from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import Array, TrainState
-from ma_rlhf_jax.training import checkpoint, console, symptoms
+from ma_rlhf_jax.training import checkpoint, console, health, symptoms
 from ma_rlhf_jax.training import metrics as metrics_lib
 from ma_rlhf_jax.training.run import Run
+
+_log = logging.getLogger(__name__)
+
+# What an update was made of, or what it has made, cannot be used.
+_BROKEN = (metrics_lib.NonFiniteError, health.RuinedError)
 
 States = dict[str, TrainState | Array]  # models, and scalars beside them
 
@@ -216,6 +223,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
   Raises:
     NonFiniteError: on a metric that is not finite.
     SymptomError: on a symptom of a failed run that `stop` names.
+    RuinedError: before states that are not sound would be saved or returned.
     Preempted: after a signal to stop, once the update it came in is saved.
   """
   c = stage.run.config
@@ -228,15 +236,18 @@ def run_stage(stage: Stage) -> tuple[States, int]:
       best_metric=stage.best_metric + stage.run.data.eval_mark,
   ) as checkpoints:
     restored = checkpoints.restore_latest(abstract)
-    first, states = 0, stage.states
-    if restored:
-      _check_rows(stage, restored)
-      first, states = restored.step, restored.state
-      stage.watch.restore(restored.meta.get('symptoms', {}))
-    elif started:
+    if restored is None and started:
       print(f'{stage.name}: no checkpoint yet, starting at 0', flush=True)
-    stage.states = {}  # donated by the first update
-    states = _train(stage, states, first, checkpoints)
+    try:
+      states = _go_on(stage, restored, checkpoints)
+    except _BROKEN as error:
+      suspect = checkpoints.steps()[-1] if checkpoints.steps() else 0
+      # Once a step is saved, what it was made of has proved good.
+      if restored is None or restored.step != suspect:
+        raise
+      del restored
+      traceback.clear_frames(error.__traceback__)  # they hold the states
+      states = _go_on_from_before(stage, error, abstract, checkpoints)
     step = stage.num_steps
     if c.export.which == 'best':
       best = checkpoints.restore_best(abstract)
@@ -245,7 +256,64 @@ def run_stage(stage: Stage) -> tuple[States, int]:
       else:
         states, step = best.state, best.step
         stage.watch.restore(best.meta.get('symptoms', {}))
+    _check_states(stage, step, states, checkpoints)
   return states, step
+
+
+def _go_on(
+    stage: Stage,
+    restored: checkpoint.Restored | None,
+    checkpoints: checkpoint.Checkpoints,
+) -> States:
+  """Trains to the end, after a checkpoint or from the start."""
+  first, states = 0, stage.states
+  if restored:
+    _check_rows(stage, restored)
+    first, states = restored.step, restored.state
+    stage.watch.restore(restored.meta.get('symptoms', {}))
+    _check_states(stage, first, states, checkpoints)
+  stage.states = {}  # donated by the first update
+  return _train(stage, states, first, checkpoints)
+
+
+def _go_on_from_before(
+    stage: Stage,
+    error: metrics_lib.NonFiniteError | health.RuinedError,
+    abstract: States,
+    checkpoints: checkpoint.Checkpoints,
+) -> States:
+  """Trains on after the checkpoint before the newest, which has led nowhere.
+
+  The newest may be damaged in a way that its digests do not show, or have been
+  saved without them. Where the older one leads to the same end the newest was
+  sound: it comes back, and the error stands.
+  """
+  suspect = checkpoints.steps()[-1]
+  restored = checkpoints.restore_before(suspect, abstract)
+  if restored is None:
+    raise error
+  _log.warning(
+      '%s; the checkpoint of step %d may be damaged, so it is set aside and '
+      'training goes on after step %d',
+      error.what,
+      suspect,
+      restored.step,
+  )
+  with checkpoints.without(suspect):
+    return _go_on(stage, restored, checkpoints)
+
+
+def _check_states(
+    stage: Stage,
+    step: int,
+    states: States,
+    checkpoints: checkpoint.Checkpoints,
+) -> None:
+  """Stops the run before states that are not sound are saved or handed on."""
+  if problem := health.problem(states):
+    raise health.RuinedError(
+        stage.name, step, problem, checkpoints.describe_latest()
+    )
 
 
 @contextlib.contextmanager
@@ -318,6 +386,7 @@ def _train(
         best = stage.best_value(evaluate(step))
       if save or stop:
         log.flush()
+        _check_states(stage, step, states, checkpoints)
         writer.seal()
         checkpoints.save(step, states, _meta(stage, step), metric=best)
         log.restart_clock()

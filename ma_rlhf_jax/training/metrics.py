@@ -24,15 +24,19 @@ from etils import epath
 
 
 class NonFiniteError(FloatingPointError):
-  """A metric is nan or infinite; `stage`, `step` and `names` say which."""
+  """A metric is nan or infinite; `stage`, `step` and `names` say which.
+
+  `what` says it in words, without what follows from it.
+  """
 
   def __init__(
       self, stage: str, step: int, metrics: dict[str, float], checkpoint: str
   ) -> None:
     self.stage, self.step, self.names = stage, step, sorted(metrics)
     values = ', '.join(f'{name} = {metrics[name]}' for name in self.names)
+    self.what = f'{stage} step {step}: {values}'
     super().__init__(
-        f'{stage} step {step}: {values}. Last good checkpoint: {checkpoint}.'
+        f'{self.what}. Last good checkpoint: {checkpoint}.'
         ' Starting again repeats the same step; try a smaller optim.lr, a'
         " smaller optim.clip_norm or model.dtype='float32' in a new --workdir"
     )

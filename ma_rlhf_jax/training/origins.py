@@ -6,23 +6,28 @@ learns: frozen weights, a reference policy and a reward model are read again at
 each start, and must be those of the start before.
 """
 
-import json
+import logging
 
 from etils import epath
 import jax
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.models import fingerprint
 from ma_rlhf_jax.training import sources
 from ma_rlhf_jax.training.run import Run
 
+_log = logging.getLogger(__name__)
+
 _FILE = 'origins.json'
+_DIGEST = 'sha256_of_files'
 
 
 def check(run: Run, stage: str) -> None:
   """Records what a stage starts from; raises where it goes on from another.
 
   A stage without a checkpoint starts anew, so anything is right for it. One of
-  an earlier version of this package, which recorded nothing, is taken as it is.
+  an earlier version of this package, which recorded no such digest, is taken as
+  it is.
 
   Args:
     run: what the stages share.
@@ -33,7 +38,7 @@ def check(run: Run, stage: str) -> None:
   """
   folder = run.workdir / stage
   found = {
-      role: {'path': source.path, 'sha256': _fingerprint(source)}
+      role: {'path': source.path, _DIGEST: _fingerprint(source)}
       for role, source in sources.of_stage(
           run.config, run.workdir, stage
       ).items()
@@ -43,7 +48,7 @@ def check(run: Run, stage: str) -> None:
     changed = [
         f'{role} ({entry["path"]})'
         for role, entry in found.items()
-        if role in stored and stored[role]['sha256'] != entry['sha256']
+        if stored.get(role, {}).get(_DIGEST, entry[_DIGEST]) != entry[_DIGEST]
     ]
     if changed:
       raise sources.SourceError(
@@ -54,7 +59,7 @@ def check(run: Run, stage: str) -> None:
       )
   if jax.process_index() == 0 and found != stored:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(json.dumps(found, indent=2) + '\n')
+    (folder / _FILE).write_text(manifest.sealed(found))
 
 
 def newest(folder: epath.Path) -> int:
@@ -72,8 +77,11 @@ def _fingerprint(source: sources.Source) -> str:
 
 
 def _read(path: epath.Path) -> dict[str, dict[str, str]] | None:
-  """What an earlier start recorded; None if nothing, or cut by a kill."""
+  """What an earlier start recorded; None if nothing, or if it is damaged."""
   try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, ValueError):
+    return manifest.read_sealed(path)
+  except FileNotFoundError:
+    return None
+  except manifest.DamagedError as error:
+    _log.warning('%s; the models are taken as they are now', error)
     return None

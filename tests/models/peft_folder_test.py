@@ -58,6 +58,7 @@ def test_a_folder_holds_the_factors_and_how_they_are_used(
       'README.md',
       'adapter_config.json',
       'adapter_model.safetensors',
+      'ma_rlhf_manifest.json',
   }
   assert (folder / 'README.md').read_text() == '# Card\n'
   config = json.loads((folder / 'adapter_config.json').read_text())

@@ -191,6 +191,7 @@ def test_base_and_adapters_are_the_merged_model(
       'adapter_config.json',
       'adapter_model.safetensors',
       'export_check.json',
+      'ma_rlhf_manifest.json',
       'tokenizer.json',
       'tokenizer_config.json',
   }

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import exporting, heads, lora, presets
@@ -16,6 +17,7 @@ from ma_rlhf_jax.training import sources
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sources import Source, SourceError
 from tests import tiny
+from tests.hashing import params_sha256
 from tests.models.drawn import draw
 
 SHAPE = dataclasses.replace(tiny.SHAPE, vocab_size=310, num_layers=1)
@@ -97,7 +99,7 @@ def _run(store: _Store, tmp_path: pathlib.Path, **fields: str) -> Run:
 
 
 def _sha256(kind: str, seed: int) -> str:
-  return workdir_lib.params_sha256(draw(kind, SHAPE, seed))
+  return params_sha256(draw(kind, SHAPE, seed))
 
 
 def test_products_lie_in_the_folder_of_their_stage() -> None:
@@ -262,9 +264,9 @@ def test_sft_starts_from_a_folder_or_another_run(
   )
   want = presets.trained_whole(SHAPE, tiny.config().model)
   assert shape == want
-  assert workdir_lib.params_sha256(params) == _sha256('policy', 3)
+  assert params_sha256(params) == _sha256('policy', 3)
   _, of_run = sources.initial_policy(_run(store, tmp_path, sft__init='workdir'))
-  assert workdir_lib.params_sha256(of_run) == _sha256('policy', 1)
+  assert params_sha256(of_run) == _sha256('policy', 1)
 
 
 def test_random_weights_have_the_rows_of_the_tokenizer_and_a_seed(
@@ -298,9 +300,7 @@ def test_a_reward_model_starts_from_a_policy_with_a_new_head(
 ) -> None:
   run = _run(store, tmp_path, **fields)
   _, params = sources.initial_reward_model(run)
-  assert workdir_lib.params_sha256(params['backbone']) == _sha256(
-      'policy', seed
-  )
+  assert params_sha256(params['backbone']) == _sha256('policy', seed)
   assert params['head'].shape == (16,)
   assert 0.05 < float(np.std(params['head'])) < 0.6  # about 1 / sqrt(17)
 
@@ -363,7 +363,8 @@ def test_an_embedding_too_small_for_the_tokenizer_is_refused(
   folder = tmp_path / 'bare'
   params = draw('policy', SHAPE, 0)
   exporting.save(folder, params, SHAPE, 'policy', store.tokenizer)
-  (folder / 'tokenizer_config.json').unlink()
+  for name in ('tokenizer_config.json', manifest.NAME):
+    (folder / name).unlink()
   run = tiny.run(tmp_path, _config(store), tokenizer=store.larger)
   with pytest.raises(SourceError) as caught:
     sources.load(run, Source('ppo.policy_init', str(folder)), 'policy')
@@ -436,7 +437,7 @@ def test_a_run_of_another_shape_is_not_reused(
   run = _run(store, tmp_path, ppo__from_run='workdir')
   source = sources.policy_source(run.config, tmp_path)
   _, params = sources.load(run, source, 'policy')
-  assert workdir_lib.params_sha256(params) == _sha256('policy', 1)
+  assert params_sha256(params) == _sha256('policy', 1)
   run.config.model.mlp_dim = 40
   run.config.model.rope_theta = 500.0
   with pytest.raises(SourceError) as caught:
