@@ -5,14 +5,13 @@ finished run with its MA-PPO policy. `train` ends with the same comparison.
 """
 
 from collections.abc import Callable
-import json
 import sys
 
 from absl import app, flags
 import jax
 import numpy as np
 
-from ma_rlhf_jax import cluster_flags
+from ma_rlhf_jax import atomic_file, cluster_flags
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.training import judge, sources
@@ -132,8 +131,7 @@ def compare(run: Run) -> None:
   with processes.together():
     if processes.is_first():
       folder.mkdir(parents=True, exist_ok=True)
-      text = json.dumps(rows, indent=2) + '\n'
-      (folder / 'comparison.json').write_text(text)
+      atomic_file.write_json(folder / 'comparison.json', rows)
   workdir_lib.mark_done(run.workdir, 'evaluate', {'comparison': rows})
 
 

@@ -24,6 +24,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.parallel.mesh import gathered
@@ -97,7 +98,9 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   stored = _stored_config(workdir)
   if stored is None:
     workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(workdir / 'config.json', config_lib.flatten(config))
+    atomic_file.write_json(
+        workdir / 'config.json', config_lib.flatten(config)
+    )
   elif fields := config_lib.differences(stored, config):
     raise WorkdirError(
         f'{workdir} was started with another config:\n  '
@@ -107,7 +110,9 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
     )
   starts = [int(p.stem[4:]) for p in workdir.glob('run-[0-9]*.json')]
   start = 1 + max(starts, default=0)
-  _write_json(workdir / f'run-{start:04d}.json', _describe_start(config))
+  atomic_file.write_json(
+      workdir / f'run-{start:04d}.json', _describe_start(config)
+  )
   return workdir
 
 
@@ -171,7 +176,7 @@ def mark_done(
   with processes.together():
     if processes.is_first():
       folder.mkdir(parents=True, exist_ok=True)
-      _write_json(folder / 'done.json', dict(product))
+      atomic_file.write_json(folder / 'done.json', dict(product))
 
 
 def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
@@ -285,10 +290,6 @@ def _git(file: pathlib.Path) -> dict[str, Any] | None:
     }
   except (OSError, subprocess.SubprocessError):
     return None  # no git, or installed outside of a checkout
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
 def is_workdir(path: epath.PathLike) -> bool:

@@ -17,6 +17,7 @@ import zipfile
 from etils import epath
 import numpy as np
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.parallel import processes
@@ -174,7 +175,7 @@ def save(path: epath.PathLike, encoded: EncodedSet, counts: Counts) -> None:
   )
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(buffer.getvalue())
+  atomic_file.write_bytes(path, buffer.getvalue())
   epath.Path(f'{path}.done').write_text('')
 
 

@@ -9,16 +9,20 @@ import collections
 from collections.abc import Iterable, Sequence
 import hashlib
 import json
+import logging
 import tempfile
 from typing import TYPE_CHECKING
 
 from etils import epath
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax.data import tokenizer_files
 
 if TYPE_CHECKING:
   import tokenizers
   from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 # Gemma's layout: these, then 256 byte tokens, then what was learned.
 SPECIAL_TOKENS = ('<pad>', '<eos>', '<bos>', '<unk>')
@@ -30,8 +34,9 @@ MIN_PIECES = 28
 MAX_ALPHABET_SHARE = 0.5
 # Either makes a tokenizer.
 _VOCABULARIES = ('tokenizer.json', 'tokenizer.model')
-# transformers reads it last and first, so it marks a folder as whole.
-_MARKER = 'tokenizer_config.json'
+# What `train_tokenizer` makes, and what it writes last: the SHA-256 of each.
+_TRAINED = ('tokenizer.json', 'tokenizer_config.json')
+_MARKER = 'digests.json'
 
 
 def has_vocabulary(folder: str) -> bool:
@@ -243,7 +248,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> None:
   Args:
     texts: what to learn from.
     vocab_size: ids in all; fewer come out where the texts hold too few pieces.
-    folder: where to write (also gs://); its tokenizer_config.json comes last.
+    folder: where to write (also gs://); the digests of its files come last.
 
   Raises:
     ValueError: if `vocab_size` leaves too few learned pieces.
@@ -263,10 +268,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> None:
   }
   path = epath.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
-  (path / 'tokenizer.json').write_text(_build(pieces, merges).to_str(True))
-  (path / _MARKER).write_text(json.dumps(settings, indent=2))
+  made = (_build(pieces, merges).to_str(True), json.dumps(settings, indent=2))
+  digests = {}
+  for name, text in zip(_TRAINED, made, strict=True):
+    atomic_file.write_text(path / name, text)
+    digests[name] = _sha256(text.encode())
+  atomic_file.write_json(path / _MARKER, digests)
+
+
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
 
 
 def is_whole(folder: str) -> bool:
-  """Whether `train_tokenizer` has finished in this folder."""
-  return (epath.Path(folder) / _MARKER).exists()
+  """Whether a folder holds what `train_tokenizer` wrote, bit for bit.
+
+  Of a folder without digests, which earlier versions wrote, it is asked whether
+  both files are JSON. Why a folder is not whole is logged.
+  """
+  path = epath.Path(folder)
+  if not any((path / name).exists() for name in (_MARKER, *_TRAINED)):
+    return False
+  try:
+    contents = {name: (path / name).read_bytes() for name in _TRAINED}
+    for content in contents.values():
+      json.loads(content)
+    if not (path / _MARKER).exists():
+      return True
+    digests = json.loads((path / _MARKER).read_bytes())
+    found = {name: _sha256(content) for name, content in contents.items()}
+    changed = 'other digests' if digests != found else ''
+  except (FileNotFoundError, ValueError) as error:
+    changed = str(error)
+  if changed:
+    _log.warning('%s is damaged (%s); it is made again', folder, changed)
+  return not changed

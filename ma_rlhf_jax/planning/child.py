@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.models import presets
 from ma_rlhf_jax.planning import abstract, flops, residency
@@ -35,13 +36,6 @@ def _end_with_caller() -> None:
   """Nobody waits for minutes of compiling when the caller was killed."""
   if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _write(path: pathlib.Path, answer: dict[str, Any]) -> None:
-  """Writes JSON that is whole once it is there."""
-  part = path.with_suffix('.part')
-  part.write_text(json.dumps(answer))
-  part.rename(path)
 
 
 def bytes_in(pattern: re.Pattern, message: str) -> int | None:
@@ -142,7 +136,7 @@ def _compile(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
     program = stage.programs()[job['program']]
     traced, facts = _facts(program, residency.residents(stage), config)
     facts['weights'] = _weights(program.args, _shape(config).vocab_size)
-    _write(pathlib.Path(job['facts']), facts)
+    atomic_file.write_json(job['facts'], facts)
     options = {'xla_dump_to': job['dump'], 'xla_dump_hlo_as_text': True}
     try:
       compiled = traced.lower().compile(compiler_options=options)
@@ -166,7 +160,7 @@ def main(path: str) -> None:
   config = config_lib.restore(job['config'])
   do = _compile if job['program'] else _survey
   mesh = abstract.mesh_over(config, devices_of(job['topology']))
-  _write(pathlib.Path(job['answer']), do(job, config, mesh))
+  atomic_file.write_json(job['answer'], do(job, config, mesh))
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import time
 from absl import app, flags
 import jax
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import recipe_flag
 from ma_rlhf_jax.benching import measure
@@ -78,7 +79,7 @@ def bench() -> str:
     )
   report['config'] = config_lib.flatten(config)
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1))
+    atomic_file.write_text(_JSON.value, json.dumps(report, indent=1))
   return measure.table(report)
 
 

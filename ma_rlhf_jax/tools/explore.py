@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from ma_rlhf_jax import recipe_flag, switches, validation
+from ma_rlhf_jax import atomic_file, recipe_flag, switches, validation
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.prompts import parse_line, text_problem
@@ -378,7 +378,7 @@ def main(argv: list[str]) -> None:
     print(explore_view.text(told, _ROWS.value, color))
     if _HTML.value:
       page = explore_view.page(told, _ROWS.value)
-      pathlib.Path(_HTML.value).write_text(page, encoding='utf-8')
+      atomic_file.write_text(_HTML.value, page)
       print(f'written: {_HTML.value}')
   except (ValueError, OSError, ImportError) as error:
     sys.exit(f'error: {error}')

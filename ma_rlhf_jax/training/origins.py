@@ -11,6 +11,7 @@ import json
 from etils import epath
 import jax
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax.models import fingerprint
 from ma_rlhf_jax.training import sources
 from ma_rlhf_jax.training.run import Run
@@ -54,7 +55,7 @@ def check(run: Run, stage: str) -> None:
       )
   if jax.process_index() == 0 and found != stored:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(json.dumps(found, indent=2) + '\n')
+    atomic_file.write_json(folder / _FILE, found)
 
 
 def newest(folder: epath.Path) -> int:
