@@ -5,8 +5,8 @@ Ctrl-C raises no KeyboardInterrupt, which is lost in a callback of the garbage
 collector and prints a traceback out of an import. What happens instead:
 
   the main thread runs Python    it ends the process there
-  the main thread is in C++      (a compile, a wait for a device) a second thread
-                                 ends the process after half a second
+  the main thread is in C++      (a compile, a wait for a device) a second
+                                 thread ends the process after half a second
   in a `held` block              the process ends after the block
   in a `noted` block             the block is told, and decides
   a second Ctrl-C                ends the process at once
@@ -175,7 +175,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-  """A block that the first Ctrl-C does not end; yields whether there was one."""
+  """A block that the first Ctrl-C does not end; yields whether it came."""
   _state.noted += 1
   try:
     yield lambda: _state.asked

@@ -74,6 +74,17 @@ def _absolute(path: epath.PathLike) -> epath.Path:
   return epath.Path(pathlib.Path.cwd()) / workdir
 
 
+def place(path: epath.PathLike) -> epath.Path:
+  """The absolute path of a workdir that is there, or may be made.
+
+  Raises:
+    WorkdirError: if the path is a file or a folder of something else.
+  """
+  workdir = _absolute(path)
+  _stored_config(workdir)
+  return workdir
+
+
 def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   """Creates a workdir or takes up the one there, and records this start.
 
@@ -98,9 +109,7 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   stored = _stored_config(workdir)
   if stored is None:
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic_file.write_json(
-        workdir / 'config.json', config_lib.flatten(config)
-    )
+    atomic_file.write_json(workdir / 'config.json', config_lib.flatten(config))
   elif fields := config_lib.differences(stored, config):
     raise WorkdirError(
         f'{workdir} was started with another config:\n  '
@@ -222,8 +231,9 @@ def _stored_config(workdir: epath.Path) -> dict[str, Any] | None:
         f'--workdir={workdir} is a file; give a folder or a new path'
     )
   names = {path.name for path in workdir.iterdir()}
+  names = {name for name in names if not name.startswith('.')}
   if 'config.json' not in names:
-    if any(not name.startswith('.') for name in names):
+    if names:
       raise WorkdirError(
           f'--workdir={workdir} is not empty and holds no config.json, so it is'
           f' no workdir (found {", ".join(sorted(names)[:5])}); give a new path'

@@ -12,9 +12,9 @@ _PACKAGE = 'ma_rlhf_jax'
 # Data flows down this list; a module imports from its own line or above. The
 # last line is the shell, which may import anything.
 _ROOMS = (
-    ('config', 'structs', 'masking', 'switches'),
+    ('config', 'structs', 'masking', 'switches', 'atomic_file', 'interrupts'),
     ('parallel',),
-    ('workdir',),
+    ('workdir', 'workdir_lock'),
     ('data',),
     ('models',),
     ('macro',),

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 import hashlib
 import json
 import logging
-import tempfile
 from typing import TYPE_CHECKING
 
 from etils import epath
 
-from ma_rlhf_jax import atomic_file
+from ma_rlhf_jax import atomic_file, interrupts
 from ma_rlhf_jax.data import tokenizer_files
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def load_tokenizer(path: str) -> 'PreTrainedTokenizerBase':
     )
   if '://' not in path:
     return check_tokenizer(tokenizer_files.load(path), path)
-  with tempfile.TemporaryDirectory() as local:
+  with interrupts.temporary_folder() as local:
     for file in epath.Path(path).glob('*token*'):
       file.copy(epath.Path(local) / file.name)
     return check_tokenizer(tokenizer_files.load(local), path)

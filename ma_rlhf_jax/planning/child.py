@@ -8,6 +8,7 @@ it wants.
 
 import ctypes
 import json
+import os
 import pathlib
 import re
 import signal
@@ -32,10 +33,12 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def _end_with_caller() -> None:
+def _end_with_caller(caller: int) -> None:
   """Nobody waits for minutes of compiling when the caller was killed."""
   if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != caller:  # it was killed while this process began
+    sys.exit(f'process {caller}, which wanted this compile, has ended')
 
 
 def bytes_in(pattern: re.Pattern, message: str) -> int | None:
@@ -155,8 +158,8 @@ def _compile(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
 
 def main(path: str) -> None:
   """Does the job of that file."""
-  _end_with_caller()
   job = json.loads(pathlib.Path(path).read_text())
+  _end_with_caller(job['caller'])
   config = config_lib.restore(job['config'])
   do = _compile if job['program'] else _survey
   mesh = abstract.mesh_over(config, devices_of(job['topology']))

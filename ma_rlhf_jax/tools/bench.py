@@ -14,12 +14,16 @@ import pathlib
 import sys
 import time
 
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
+
 from absl import app, flags
 import jax
 
-from ma_rlhf_jax import atomic_file
+from ma_rlhf_jax import atomic_file, recipe_flag
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import recipe_flag
 from ma_rlhf_jax.benching import measure
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.parallel import host_memory

@@ -12,9 +12,13 @@ import gzip
 import math
 import pathlib
 import sys
-import tempfile
 from typing import TYPE_CHECKING, Any
 import zlib
+
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
 
 from absl import app, flags
 import jax
@@ -183,7 +187,7 @@ def load_tokenizer(
   """The tokenizer of what is named, or one trained on the texts."""
   if name:
     return tokenizer_lib.load_tokenizer(str(_folder(name)))
-  with tempfile.TemporaryDirectory() as folder:
+  with interrupts.temporary_folder() as folder:
     tokenizer_lib.train_tokenizer(texts, _VOCAB_SIZE, folder)
     return tokenizer_lib.load_tokenizer(folder)
 

@@ -14,6 +14,11 @@ import signal
 import sys
 import time
 
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
+
 # No device is wanted here, wherever this runs. Read by jax when imported.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
@@ -165,8 +170,6 @@ def main(argv: list[str]) -> None:
     _say(f'answered in {time.monotonic() - start:.0f} s')
   except (ValueError, OSError, compiling.CompileError) as error:
     sys.exit(f'error: {error}')
-  except KeyboardInterrupt:
-    sys.exit(130)
 
 
 if __name__ == '__main__':
