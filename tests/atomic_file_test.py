@@ -1,6 +1,7 @@
 """A file is whole or as it was, at whatever moment its writer is killed."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -72,3 +73,29 @@ def test_what_kills_left_is_removed(tmp_path: pathlib.Path) -> None:
   atomic_file.remove_parts(tmp_path)
   left = {p.name for p in tmp_path.iterdir()}
   assert left == {'a.jsonl', 'b.part', '.c'}
+
+
+# A file that is written in its place, and why a kill does no harm there.
+_IN_PLACE = {
+    'data/outputs.py': 'rows as they come, named .partial until they are whole',
+    'models/exporting.py': 'the draft of a folder',
+    'models/folders.py': 'a lock, which is empty',
+    'models/peft_folder.py': 'the draft of a folder',
+    'parallel/cluster.py': '/dev/null',
+    'planning/compiling.py': 'a temporary folder of this process',
+    'publishing/publish.py': 'the draft of a folder',
+    'workdir_lock.py': 'a lock, which is empty',
+}
+_WRITES = re.compile(
+    r"""\.write_(?:text|bytes)\(|open\([^)]*['"][wxa]b?['"]|mode = '[wxa]'"""
+)
+
+
+def test_nothing_else_writes_a_file_in_its_place() -> None:
+  package = pathlib.Path(atomic_file.__file__).parent
+  found = set()
+  for path in package.rglob('*.py'):
+    text = path.read_text().replace('atomic_file.write_', 'atomic_file.')
+    if path.name != 'atomic_file.py' and _WRITES.search(text):
+      found.add(str(path.relative_to(package)))
+  assert found == set(_IN_PLACE)

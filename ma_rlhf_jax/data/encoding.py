@@ -176,7 +176,7 @@ def save(path: epath.PathLike, encoded: EncodedSet, counts: Counts) -> None:
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   atomic_file.write_bytes(path, buffer.getvalue())
-  epath.Path(f'{path}.done').write_text('')
+  atomic_file.write_text(f'{path}.done', '')
 
 
 def load(path: epath.PathLike) -> tuple[EncodedSet, Counts]:

@@ -1,6 +1,7 @@
 """Which rows each stage gets."""
 
 import pathlib
+import shutil
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -75,6 +76,21 @@ def test_the_trained_tokenizer_is_kept(prepared: tuple) -> None:
   )
   assert tokenizer_lib.fingerprint(named) == tokenizer_lib.fingerprint(same)
   assert not (workdir / 'other' / 'tokenizer').exists()
+
+
+def test_a_tokenizer_that_a_kill_cut_is_trained_again(
+    prepared: tuple, tmp_path: pathlib.Path
+) -> None:
+  """Its own file: there is nothing that could be downloaded again."""
+  _, tokenizer, workdir = prepared
+  shutil.copytree(workdir / 'tokenizer', tmp_path / 'tokenizer')
+  path = tmp_path / 'tokenizer' / 'tokenizer_config.json'
+  whole = path.read_bytes()
+  path.write_bytes(whole[:40])
+  (tmp_path / 'tokenizer' / 'digests.json').unlink(missing_ok=True)
+  _, again = parts.prepare(_config(), None, tmp_path)
+  assert path.read_bytes() == whole
+  assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_synthetic_rows_fit_the_default_lengths(tmp_path: pathlib.Path) -> None:
