@@ -201,15 +201,12 @@ def _commands(root: pathlib.Path) -> dict[str, tuple[int, tuple[str, ...]]]:
 @pytest.mark.slow
 def test_at_40_random_moments_it_is_one_line_and_130(place: _Place) -> None:
   draw = random.Random(int(os.environ.get('MA_RLHF_SEED', '0')))
-  begin = time.monotonic()
   whole = place.root / 'whole'
   arguments = f'--config={place.root / "recipe.py"}', f'--workdir={whole}'
   assert place.start('train', *arguments).wait() == 0
-  longest = time.monotonic() - begin
   for name, (times, command) in _commands(place.root).items():
-    # Ends at 12 s where it is not known how long it takes; shorter where it
-    # turned out to have ended.
-    latest = longest if 'train' in name else 12.0
+    # A run goes on where it was interrupted, so that all of it is met.
+    latest = 30.0 if 'train' in name else 12.0
     workdir = place.root / name.replace(' ', '_')
     left = times
     while left:
@@ -218,7 +215,7 @@ def test_at_40_random_moments_it_is_one_line_and_130(place: _Place) -> None:
       said = _interrupted(place, seconds, *command, *more)
       print(f'{name} after {seconds:.2f} s: {said!r}', flush=True)
       if said is None:
-        latest = max(1.5, 0.7 * latest)
+        latest = max(1.5, 0.8 * latest)
         shutil.rmtree(place.root / 'export', ignore_errors=True)
         if name == 'train':
           assert _digests(workdir) == _digests(whole)
