@@ -241,9 +241,14 @@ class Lock:
         (self.folder / HOLDER).unlink()
       if not found or found.key == self.holder.key:
         (self.folder / MUTEX).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # they are not empty
-      for folder in self._made:
-        os.rmdir(folder)
+    _remove(self._made)
+
+
+def _remove(folders: list[epath.Path]) -> None:
+  """Removes folders, the inner one first, unless something is in them."""
+  with contextlib.suppress(OSError):
+    for folder in folders:
+      os.rmdir(folder)
 
 
 def _refuse(folder: epath.Path, holder: Holder) -> NoReturn:
@@ -281,29 +286,41 @@ def acquire(path: epath.PathLike, clock: Clock | None = None) -> Lock:
     HeldError: if a process holds it that is alive.
     OSError: if nothing can be written there.
   """
-  folder, clock = epath.Path(path), clock or Clock()
+  folder = epath.Path(path)
   parents = () if _in_bucket(folder) else (folder, *folder.parents)
   made = [parent for parent in parents if not parent.exists()]
-  silent = None
+  try:
+    return Lock(folder, _claimed(folder, clock or Clock()), made)
+  except OSError:
+    if made:
+      with contextlib.suppress(OSError):
+        (folder / MUTEX).unlink(missing_ok=True)
+    _remove(made)
+    raise
+
+
+def _claimed(folder: epath.Path, clock: Clock) -> Holder:
+  """This process as the holder of a folder, once nobody else is."""
+  silent = None  # a holder of another host that gave no sign of life
   while True:
     with _one_at_a_time(folder) as alone:
-      found = read(folder)
       folder.mkdir(parents=True, exist_ok=True)
-      mine = this_process(folder)
+      mine, found = this_process(folder), read(folder)
       alive = _lives(found, mine) if found else False
       if alive:
         _refuse(folder, found)
-      if alive is False or found == silent:
+      free = alive is False or found == silent
+      if free:
         _write(folder, mine)
-        found = None
-    if found:
+    if not free:
       _await(folder, found, clock)
       silent = found
       continue
-    if not alone:
-      clock.sleep(_SETTLE)
-    if alone or (kept := read(folder)) and kept.key == mine.key:
-      return Lock(folder, mine, made)
+    if alone:
+      return mine
+    clock.sleep(_SETTLE)
+    if (kept := read(folder)) and kept.key == mine.key:
+      return mine
 
 
 @contextlib.contextmanager

@@ -183,6 +183,18 @@ def test_signs_of_life_are_written_and_another_holder_ends_the_process(
   assert lib.HOLDER in _names(tmp_path)  # which is the other's
 
 
+def test_a_full_disk_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def full(*unused: Any) -> None:
+    raise OSError('no space left')
+
+  monkeypatch.setattr(lib, '_write', full)
+  with pytest.raises(OSError, match='no space left'):
+    lib.acquire(tmp_path / 'runs' / 'a')
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_holder_file_is_nobodys(tmp_path: pathlib.Path) -> None:
   for text in ('', '{"key": 1', '[]', '{"key": "a"}', '{"folder": 3}'):
     (tmp_path / lib.HOLDER).write_text(text)
