@@ -4,14 +4,20 @@
 finished run with its MA-PPO policy. `train` ends with the same comparison.
 """
 
+import contextlib
 import functools
 import sys
+
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
 
 from absl import app, flags
 import jax
 import numpy as np
 
-from ma_rlhf_jax import cluster_flags
+from ma_rlhf_jax import cluster_flags, workdir_lock
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.evaluation import comparison, statistics
 from ma_rlhf_jax.parallel import processes
@@ -162,7 +168,10 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'--prompts={prompts}: an interval needs at least 2')
     if prompts:
       config.evaluate.prompts = prompts
-    with processes.ending_together():
+    with processes.ending_together(), contextlib.ExitStack() as stack:
+      with processes.together():
+        if processes.is_first():
+          stack.enter_context(workdir_lock.hold(folder))
       run = processes.first_then_rest(lambda: load_run(config, folder))
       precision = matmul_precision(config.model.matmul_precision)
       with jax.set_mesh(run.mesh), precision:

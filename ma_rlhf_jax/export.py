@@ -12,6 +12,11 @@ import shlex
 import signal
 import sys
 
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
+
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict

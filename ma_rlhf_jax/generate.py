@@ -29,6 +29,11 @@ import dataclasses
 import sys
 import time
 
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
+
 from absl import app, flags
 import jax
 
@@ -108,10 +113,12 @@ def answer_file(request: Request) -> None:
   with contextlib.ExitStack() as stack:
     output = outputs.Output(request.output, request.overwrite)
     stack.callback(lambda: _say(output.abandon()))
+    stack.enter_context(interrupts.at_end(output.abandon))
     with session_lib.opened(request, found) as session:
       _write_all(session, given, prompts, output)
-    output.commit()
-    stack.pop_all()
+    with interrupts.held():
+      output.commit()
+      stack.pop_all()
   _say(f'written: {request.output}')
 
 
@@ -171,7 +178,8 @@ def _terminal() -> chat.Terminal:
   def read() -> str | None:
     while asked:
       try:
-        return input('Human: ')
+        with interrupts.raising():
+          return input('Human: ')
       except EOFError:
         print()
         return None
@@ -188,6 +196,15 @@ def _terminal() -> chat.Terminal:
   return chat.Terminal(read, write, _say, 'Assistant: ' if asked else '')
 
 
+def _until_ctrl_c(pieces: Iterator[str]) -> Iterator[str]:
+  """An answer that Ctrl-C stops before its next piece."""
+  with interrupts.noted() as stopped:
+    for piece in pieces:
+      if stopped():
+        raise KeyboardInterrupt
+      yield piece
+
+
 def converse(request: Request, terminal: chat.Terminal) -> None:
   """A conversation on a terminal."""
   with session_lib.opened(request, _find(request)) as session:
@@ -198,7 +215,7 @@ def converse(request: Request, terminal: chat.Terminal) -> None:
       if width not in compiled:
         terminal.note(f'(compiling for prompts of up to {width} tokens)')
         compiled.add(width)
-      return session.answer(text)
+      return _until_ctrl_c(session.answer(text))
 
     terminal.note(f'a conversation in the format of HH: {chat.HELP}')
     chat.chat(terminal, answer, session.fits)
@@ -233,8 +250,6 @@ def main(argv: list[str]) -> None:
         f'{request.batch_size} with --max_new_tokens={request.max_new_tokens}; '
         f'make these smaller, or --tensor larger: {str(error).splitlines()[0]}'
     )
-  except KeyboardInterrupt:
-    sys.exit(130)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -21,6 +21,8 @@ from typing import Any
 
 from etils import epath
 
+from ma_rlhf_jax import atomic_file
+
 NAME = 'ma_rlhf_manifest.json'
 _SEAL = 'sha256'
 _SEAL_LENGTH = 64  # hex digits
@@ -49,6 +51,11 @@ def sealed(content: Mapping[str, Any]) -> str:
   """The text of a JSON file that holds `content` and the digest of it."""
   whole = {**content, _SEAL: digest(content)}
   return json.dumps(whole, indent=2, allow_nan=False) + '\n'
+
+
+def write_sealed(path: epath.PathLike, content: Mapping[str, Any]) -> None:
+  """Writes `sealed(content)`, whole or not at all."""
+  atomic_file.write_text(path, sealed(content))
 
 
 def read_sealed(path: epath.PathLike) -> dict[str, Any]:
@@ -146,7 +153,7 @@ def write(folder: epath.PathLike, found: Entries | None = None) -> str:
   if found is None:
     found = entries(folder, files_under(folder))
   content = {'files': found}
-  (epath.Path(folder) / NAME).write_text(sealed(content))
+  write_sealed(epath.Path(folder) / NAME, content)
   return digest(content)
 
 

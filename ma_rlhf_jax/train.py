@@ -10,18 +10,32 @@ After 75 or a crash the same command goes on.
 """
 
 from collections.abc import Callable
-import os
+from contextlib import ExitStack
 import shlex
 import sys
 import time
 from typing import Any, NoReturn
+
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c(
+      'interrupted; the same command goes on from the newest checkpoint, or '
+      'begins the stage anew'
+  )
 
 from absl import app, flags
 from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from ma_rlhf_jax import cluster_flags, recipe_flag, switches, validation
+from ma_rlhf_jax import (
+    cluster_flags,
+    recipe_flag,
+    switches,
+    validation,
+    workdir_lock,
+)
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.evaluate import compare
@@ -297,11 +311,26 @@ def main(argv: list[str]) -> None:
     _run(config_flags.get_config_filename(flags.FLAGS['config']))
 
 
+def _hold(config: ConfigDict, recipe: str, stack: ExitStack) -> str:
+  """The path of the workdir, which is this run's until the stack is left."""
+  path = _WORKDIR.value or workdir_lib.default_workdir(recipe, config)
+  with processes.together():
+    if processes.is_first():
+      stack.enter_context(workdir_lock.hold(workdir_lib.place(path)))
+  return path
+
+
 def _run(recipe: str) -> None:
-  try:
-    run = set_up(recipe_flag.CONFIG.value, recipe, _WORKDIR.value)
-  except _SET_UP_ERRORS as error:
-    _exit(error)
+  with ExitStack() as stack:
+    config = recipe_flag.CONFIG.value
+    try:
+      run = set_up(config, recipe, _hold(config, recipe, stack))
+    except _SET_UP_ERRORS as error:
+      _exit(error)
+    _train(run)
+
+
+def _train(run: Run) -> None:
   precision = matmul_precision(run.config.model.matmul_precision)
   with jax.set_mesh(run.mesh), precision:
     try:
@@ -316,17 +345,6 @@ def _run(recipe: str) -> None:
     except processes.Preempted as why:
       print(f'told to stop: {why}; the same command goes on', flush=True)
       sys.exit(processes.EXIT_AGAIN)
-    except KeyboardInterrupt:
-      if not processes.alone():
-        raise
-      print(
-          'interrupted; the same command goes on from the newest checkpoint, '
-          'or begins the stage anew',
-          flush=True,
-      )
-      # Threads that still compile or run would crash in a normal end.
-      sys.stderr.flush()
-      os._exit(130)
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -74,6 +74,17 @@ def _absolute(path: epath.PathLike) -> epath.Path:
   return epath.Path(pathlib.Path.cwd()) / workdir
 
 
+def place(path: epath.PathLike) -> epath.Path:
+  """The absolute path of a workdir that is there, or may be made.
+
+  Raises:
+    WorkdirError: if the path is a file or a folder of something else.
+  """
+  workdir = _absolute(path)
+  _stored_config(workdir)
+  return workdir
+
+
 def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   """Creates a workdir or takes up the one there, and records this start.
 
@@ -98,7 +109,7 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   stored = _stored_config(workdir)
   if stored is None:
     workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(workdir / 'config.json', config_lib.flatten(config))
+    manifest.write_sealed(workdir / 'config.json', config_lib.flatten(config))
   elif fields := config_lib.differences(stored, config):
     raise WorkdirError(
         f'{workdir} was started with another config:\n  '
@@ -107,10 +118,12 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
         ' the folder'
     )
   elif not _is_whole(workdir / 'config.json'):
-    _write_json(workdir / 'config.json', stored)
+    manifest.write_sealed(workdir / 'config.json', stored)
   starts = [int(p.stem[4:]) for p in workdir.glob('run-[0-9]*.json')]
   start = 1 + max(starts, default=0)
-  _write_json(workdir / f'run-{start:04d}.json', _describe_start(config))
+  manifest.write_sealed(
+      workdir / f'run-{start:04d}.json', _describe_start(config)
+  )
   return workdir
 
 
@@ -174,7 +187,7 @@ def mark_done(
   with processes.together():
     if processes.is_first():
       folder.mkdir(parents=True, exist_ok=True)
-      _write_json(folder / 'done.json', dict(product))
+      manifest.write_sealed(folder / 'done.json', dict(product))
 
 
 def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
@@ -207,8 +220,9 @@ def _stored_config(workdir: epath.Path) -> dict[str, Any] | None:
         f'--workdir={workdir} is a file; give a folder or a new path'
     )
   names = {path.name for path in workdir.iterdir()}
+  names = {name for name in names if not name.startswith('.')}
   if 'config.json' not in names:
-    if any(not name.startswith('.') for name in names):
+    if names:
       raise WorkdirError(
           f'--workdir={workdir} is not empty and holds no config.json, so it is'
           f' no workdir (found {", ".join(sorted(names)[:5])}); give a new path'
@@ -304,10 +318,6 @@ def _git(file: pathlib.Path) -> dict[str, Any] | None:
     }
   except (OSError, subprocess.SubprocessError):
     return None  # no git, or installed outside of a checkout
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-  path.write_text(manifest.sealed(value))
 
 
 def is_workdir(path: epath.PathLike) -> bool:

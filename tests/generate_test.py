@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 import pytest
 
-from ma_rlhf_jax import generate
+from ma_rlhf_jax import generate, interrupts
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.generation import chat
 from ma_rlhf_jax.generation import session as session_lib
@@ -350,6 +350,15 @@ def test_prompts_are_measured_before_a_weight_is_read(
   with pytest.raises(ValueError, match='line 3 has 1. tokens'):
     _run(place, tmp_path, max_prompt_len=12)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_stops_one_answer_before_its_next_piece():
+  pieces = generate._until_ctrl_c(iter(['a', 'b', 'c']))
+  assert next(pieces) == 'a'
+  interrupts._answer(1)  # what the handler calls
+  with pytest.raises(KeyboardInterrupt):
+    next(pieces)
+  assert ''.join(generate._until_ctrl_c(iter(['a', 'b']))) == 'ab'
 
 
 def test_an_early_end_keeps_what_is_done(

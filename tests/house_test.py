@@ -12,9 +12,10 @@ _PACKAGE = 'ma_rlhf_jax'
 # Data flows down this list; a module imports from its own line or above. The
 # last line is the shell, which may import anything.
 _ROOMS = (
-    ('config', 'structs', 'masking', 'switches', 'manifest'),
+    ('config', 'structs', 'masking', 'switches')
+    + ('atomic_file', 'interrupts', 'manifest'),
     ('parallel',),
-    ('workdir',),
+    ('workdir', 'workdir_lock'),
     ('data',),
     ('models',),
     ('macro',),

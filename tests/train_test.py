@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import manifest, recipe_flag, train
+from ma_rlhf_jax import manifest, recipe_flag, train, workdir_lock
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models.presets import Lora
 from ma_rlhf_jax.validation import ConfigError
@@ -307,26 +307,28 @@ def test_too_little_memory_is_one_line_with_the_step() -> None:
   assert said.endswith('RESOURCE_EXHAUSTED: 9 GB') and '\n' not in said
 
 
-def test_an_interrupt_ends_at_once_with_its_code(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+def test_a_start_in_the_workdir_of_a_live_run_changes_nothing(
+    tmp_path: pathlib.Path,
 ) -> None:
-  """Threads that compile would crash in the end of the interpreter."""
+  with workdir_lock.hold(tmp_path / 'run'):
+    before = sorted((tmp_path / 'run').iterdir())
+    message = _message(_TINY, f'--workdir={tmp_path / "run"}')
+    assert sorted((tmp_path / 'run').iterdir()) == before
+  assert f'--workdir={tmp_path / "run"} is held by process' in message
+  assert f'kill {os.getpid()}' in message and '\n' not in message
 
-  def interrupted(run: Any) -> None:
-    raise KeyboardInterrupt
 
-  def ended(code: int) -> None:
-    raise SystemExit(code)
-
-  run = types.SimpleNamespace(mesh=tiny.mesh(1, 1, 1), config=tiny.config())
-  monkeypatch.setattr(train, 'set_up', lambda *_: run)
-  monkeypatch.setattr(train, 'train', interrupted)
-  monkeypatch.setattr(os, '_exit', ended)
-  _parsed(_TINY)
-  with pytest.raises(SystemExit) as caught:
-    train._run(_TINY)
-  assert caught.value.code == 130
-  assert 'interrupted; the same command goes on' in capfd.readouterr().out
+def test_a_start_that_cannot_run_leaves_no_folder_behind(
+    tmp_path: pathlib.Path,
+) -> None:
+  workdir = tmp_path / 'runs' / 'a'
+  assert 'no.jsonl' in _message(
+      _TINY,
+      f'--workdir={workdir}',
+      '--config.data.task=hh',
+      '--config.data.path=no.jsonl',
+  )
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('precision', ['default', 'highest'])
@@ -336,12 +338,10 @@ def test_programs_are_traced_with_the_precision_of_the_config(
   config = tiny.config(model__matmul_precision=precision)
   run = types.SimpleNamespace(mesh=tiny.mesh(1, 1, 1), config=config)
   seen = []
-  monkeypatch.setattr(train, 'set_up', lambda *_: run)
   monkeypatch.setattr(train, '_try_it', lambda _: '')
   monkeypatch.setattr(
       train, 'train', lambda _: seen.append(tiny.matmuls_are_exact())
   )
-  _parsed(_TINY)
-  train._run(_TINY)
+  train._train(run)
   assert seen == [precision == 'highest']
   assert not tiny.matmuls_are_exact()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 import numpy as np
 
-from ma_rlhf_jax import manifest
+from ma_rlhf_jax import atomic_file, manifest
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.parallel import processes
@@ -177,9 +177,9 @@ def save(path: epath.PathLike, encoded: EncodedSet, counts: Counts) -> None:
   )
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(buffer.getvalue())
+  atomic_file.write_bytes(path, buffer.getvalue())
   written = hashlib.sha256(buffer.getvalue()).hexdigest()
-  epath.Path(f'{path}.done').write_text(written + '\n')
+  atomic_file.write_text(f'{path}.done', written + '\n')
 
 
 def load(path: epath.PathLike) -> tuple[EncodedSet, Counts]:

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping
 import contextlib
 import json
-import os
 import pathlib
 from typing import Any, TextIO
+
+from ma_rlhf_jax import atomic_file
 
 Row = Mapping[str, Any]
 
@@ -119,14 +120,11 @@ class Output:
 
   def commit(self) -> None:
     """Puts the rows in the order of the input, and the file in its place."""
-    self._file.seek(0)
-    self._file.truncate()
-    for index in sorted(self._rows):
-      self._file.writelines(self._rows[index])
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    with atomic_file.opened(self._path) as file:
+      for index in sorted(self._rows):
+        file.write(''.join(self._rows[index]).encode())
     self._file.close()
-    self._partial.replace(self._path)
+    self._partial.unlink()
 
   def abandon(self) -> str:
     """Closes without `commit`; an empty partial file is removed.

@@ -9,17 +9,19 @@ import collections
 from collections.abc import Iterable, Sequence
 import hashlib
 import json
-import tempfile
+import logging
 from typing import TYPE_CHECKING
 
 from etils import epath
 
-from ma_rlhf_jax import manifest
+from ma_rlhf_jax import atomic_file, interrupts, manifest
 from ma_rlhf_jax.data import tokenizer_files
 
 if TYPE_CHECKING:
   import tokenizers
   from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 # Gemma's layout: these, then 256 byte tokens, then what was learned.
 SPECIAL_TOKENS = ('<pad>', '<eos>', '<bos>', '<unk>')
@@ -58,7 +60,7 @@ def load_tokenizer(path: str) -> 'PreTrainedTokenizerBase':
     )
   if '://' not in path:
     return check_tokenizer(tokenizer_files.load(path), path)
-  with tempfile.TemporaryDirectory() as local:
+  with interrupts.temporary_folder() as local:
     for file in epath.Path(path).glob('*token*'):
       file.copy(epath.Path(local) / file.name)
     return check_tokenizer(tokenizer_files.load(local), path)
@@ -263,15 +265,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str) -> None:
   }
   path = epath.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
-  (path / 'tokenizer.json').write_text(_build(pieces, merges).to_str(True))
-  (path / _SETTINGS).write_text(json.dumps(settings, indent=2))
+  text = _build(pieces, merges).to_str(True)
+  atomic_file.write_text(path / 'tokenizer.json', text)
+  atomic_file.write_json(path / _SETTINGS, settings)
   manifest.write(path, manifest.entries(path, ['tokenizer.json', _SETTINGS]))
 
 
 def is_whole(folder: str) -> bool:
   """Whether `train_tokenizer` has finished in this folder.
 
+  Of a folder without a manifest, which earlier versions wrote, it is asked
+  whether its files are JSON.
+
   Raises:
     DamagedError: if it has, and a file is not as it was written.
   """
-  return manifest.verify(folder, remedy='it is made again')
+  remedy = 'it is made again'
+  if manifest.verify(folder, remedy=remedy):
+    return True
+  for name in ('tokenizer.json', _SETTINGS):
+    path = epath.Path(folder) / name
+    try:
+      json.loads(path.read_bytes())
+    except FileNotFoundError:
+      return False
+    except ValueError as error:
+      raise manifest.DamagedError(
+          f'{path} is damaged ({error}); {remedy}'
+      ) from error
+  return True

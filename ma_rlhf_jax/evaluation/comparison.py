@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
@@ -75,10 +76,9 @@ def write(
   with processes.together():
     if processes.is_first():
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(record, indent=2) + '\n')
+      atomic_file.write_json(path, record)
       if path.name == OWN:
-        codes = json.dumps(list(symptoms)) + '\n'
-        (path.parent / 'verdict.json').write_text(codes)
+        atomic_file.write_json(path.parent / 'verdict.json', list(symptoms))
   if path.name == OWN:
     workdir_lib.mark_done(workdir, 'evaluate', {'comparison': record})
   return path

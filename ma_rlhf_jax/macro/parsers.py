@@ -12,6 +12,7 @@ has limits of time.
 
 from collections.abc import Sequence
 from concurrent import futures
+import contextlib
 import importlib
 import json
 import os
@@ -30,6 +31,7 @@ from typing import Any, Protocol, TextIO
 from absl import logging
 from etils import epath
 
+from ma_rlhf_jax import interrupts
 from ma_rlhf_jax.macro import parsing
 
 _FUNCTION = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*')
@@ -307,6 +309,12 @@ class _Process:
     """Whether it is not started again."""
     return self._deaths >= MAX_DEATHS
 
+  def kill(self) -> None:
+    """Ends the process at once, and for good."""
+    self._deaths = MAX_DEATHS
+    if (process := self._process) is not None:
+      _kill_group(process)
+
   def close(self) -> int | None:
     """Ends the process; its exit code."""
     process, self._process = self._process, None
@@ -344,6 +352,8 @@ class _CommandParser:
     for process in self._processes:
       self._idle.put(process)
     self._threads = futures.ThreadPoolExecutor(workers)
+    self._interrupted = contextlib.ExitStack()
+    self._interrupted.enter_context(interrupts.at_end(self._kill))
     # A wrong command fails here, and models are loaded side by side.
     answers = self._threads.map(lambda p: p.ask('A test.'), self._processes)
     if not all(_has_trees(answer) for answer in list(answers)):
@@ -393,6 +403,11 @@ class _CommandParser:
     self._threads.shutdown()
     for process in self._processes:
       process.close()
+    self._interrupted.close()
+
+  def _kill(self) -> None:
+    for process in self._processes:
+      process.kill()
 
 
 def make(name: str, workers: int) -> Parser:

@@ -10,11 +10,11 @@ import pathlib
 import re
 import shutil
 import stat
-import tempfile
 
 from etils import epath
 import safetensors
 
+from ma_rlhf_jax import interrupts
 from ma_rlhf_jax.parallel import processes
 
 _LOCK = 'lock'
@@ -67,7 +67,7 @@ def whole(
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = {'dir': target.parent, 'prefix': f'.{target.name}-'}
   with (
-      tempfile.TemporaryDirectory(**beside) as scratch,
+      interrupts.temporary_folder(**beside) as scratch,
       _locked(pathlib.Path(scratch)),
   ):
     draft = pathlib.Path(scratch) / 'new'
@@ -77,7 +77,11 @@ def whole(
       with processes.together():
         if processes.is_first():
           _follow_umask(draft)
-          _rename(draft, target) if local else _upload(draft, target, marker)
+          if local:
+            with interrupts.held():
+              _rename(draft, target)
+          else:
+            _upload(draft, target, marker)
     except (OSError, safetensors.SafetensorError) as error:
       if (number := _full(error)) is None:
         raise

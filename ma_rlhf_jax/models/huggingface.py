@@ -9,14 +9,12 @@ import errno
 import functools
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 
 from etils import epath
 from flax import traverse_util
 
-from ma_rlhf_jax import manifest
+from ma_rlhf_jax import interrupts, manifest
 from ma_rlhf_jax.data import files
 from ma_rlhf_jax.models import config_json, streaming, weight_files
 from ma_rlhf_jax.models.heads import abstract_params
@@ -126,14 +124,17 @@ def _fetch(name: str) -> pathlib.Path:
     raise FileNotFoundError(
         f'{name!r} holds no config.json; name the folder of a whole export'
     )
-  local = pathlib.Path(tempfile.mkdtemp(prefix='ma_rlhf_jax-'))
-  atexit.register(shutil.rmtree, local, ignore_errors=True)
+  stack = contextlib.ExitStack()
+  local = pathlib.Path(
+      stack.enter_context(interrupts.temporary_folder(prefix='ma_rlhf_jax-'))
+  )
+  atexit.register(stack.close)
   try:
     for pattern in _FETCHED:
       for file in source.glob(pattern):
         file.copy(local / file.name)
   except OSError as error:
-    shutil.rmtree(local)
+    stack.close()
     raise _full_disk(error, name, 'TMPDIR') from error
   try:
     manifest.verify(local)

@@ -8,6 +8,7 @@ it wants.
 
 import ctypes
 import json
+import os
 import pathlib
 import re
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.models import presets
 from ma_rlhf_jax.parallel.mesh import matmul_precision
@@ -32,17 +34,12 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def _end_with_caller() -> None:
+def _end_with_caller(caller: int) -> None:
   """Nobody waits for minutes of compiling when the caller was killed."""
   if sys.platform == 'linux':
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _write(path: pathlib.Path, answer: dict[str, Any]) -> None:
-  """Writes JSON that is whole once it is there."""
-  part = path.with_suffix('.part')
-  part.write_text(json.dumps(answer))
-  part.rename(path)
+  if os.getppid() != caller:  # it was killed while this process began
+    sys.exit(f'process {caller}, which wanted this compile, has ended')
 
 
 def bytes_in(pattern: re.Pattern, message: str) -> int | None:
@@ -143,7 +140,7 @@ def _compile(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
     program = stage.programs()[job['program']]
     traced, facts = _facts(program, residency.residents(stage), config)
     facts['weights'] = _weights(program.args, _shape(config).vocab_size)
-    _write(pathlib.Path(job['facts']), facts)
+    atomic_file.write_json(job['facts'], facts)
     options = {'xla_dump_to': job['dump'], 'xla_dump_hlo_as_text': True}
     try:
       compiled = traced.lower().compile(compiler_options=options)
@@ -162,12 +159,12 @@ def _compile(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
 
 def main(path: str) -> None:
   """Does the job of that file."""
-  _end_with_caller()
   job = json.loads(pathlib.Path(path).read_text())
+  _end_with_caller(job['caller'])
   config = config_lib.restore(job['config'])
   do = _compile if job['program'] else _survey
   mesh = abstract.mesh_over(config, devices_of(job['topology']))
-  _write(pathlib.Path(job['answer']), do(job, config, mesh))
+  atomic_file.write_json(job['answer'], do(job, config, mesh))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ a compile; then the child is ended, unless the whole compile is wanted.
 """
 
 from collections.abc import Callable, Iterable
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ import time
 from typing import Any
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import interrupts
 from ma_rlhf_jax.planning import buffers, hlo, traffic
 from ma_rlhf_jax.planning.topology import Topology
 
@@ -108,19 +110,27 @@ class Child:
         'topology': topology.name,
         'program': program,
         'rows': rows,
+        'caller': os.getpid(),
         'dump': str(self._dump),
         'facts': str(self._path / 'facts.json'),
         'answer': str(self._path / 'answer.json'),
         **more,
     }
     (self._path / 'job.json').write_text(json.dumps(job))
+    self._interrupted = contextlib.ExitStack()
+    with interrupts.held():
+      self._process = self._start(_environment(topology))
+      self._interrupted.enter_context(interrupts.at_end(self.close))
+
+  def _start(self, environment: dict[str, str]) -> subprocess.Popen:
     module = 'ma_rlhf_jax.planning.child'
     with (self._path / 'log').open('w') as log:
-      self._process = subprocess.Popen(
+      return subprocess.Popen(
           [sys.executable, '-m', module, str(self._path / 'job.json')],
-          env=_environment(topology),
+          env=environment,
           stdout=log,
           stderr=log,
+          process_group=0,  # the Ctrl-C of a terminal is for the caller alone
       )
 
   def _dumped(self, pattern: str) -> pathlib.Path | None:
@@ -149,6 +159,7 @@ class Child:
       self._process.kill()
     self._process.wait()
     self._folder.cleanup()
+    self._interrupted.close()
 
   def _json(self, name: str) -> dict[str, Any]:
     path = self._path / f'{name}.json'

@@ -14,11 +14,16 @@ import pathlib
 import sys
 import time
 
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
+
 from absl import app, flags
 import jax
 
+from ma_rlhf_jax import atomic_file, recipe_flag
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import recipe_flag
 from ma_rlhf_jax.benching import measure
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.parallel import host_memory
@@ -79,7 +84,7 @@ def bench() -> str:
     )
   report['config'] = config_lib.flatten(config)
   if _JSON.value:
-    pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1))
+    atomic_file.write_text(_JSON.value, json.dumps(report, indent=1))
   return measure.table(report)
 
 

@@ -12,9 +12,13 @@ import gzip
 import math
 import pathlib
 import sys
-import tempfile
 from typing import TYPE_CHECKING, Any
 import zlib
+
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
 
 from absl import app, flags
 import jax
@@ -22,7 +26,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from ma_rlhf_jax import recipe_flag, switches, validation
+from ma_rlhf_jax import atomic_file, recipe_flag, switches, validation
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.prompts import parse_line, text_problem
@@ -184,7 +188,7 @@ def load_tokenizer(
   """The tokenizer of what is named, or one trained on the texts."""
   if name:
     return tokenizer_lib.load_tokenizer(str(_folder(name)))
-  with tempfile.TemporaryDirectory() as folder:
+  with interrupts.temporary_folder() as folder:
     tokenizer_lib.train_tokenizer(texts, _VOCAB_SIZE, folder)
     return tokenizer_lib.load_tokenizer(folder)
 
@@ -380,7 +384,7 @@ def main(argv: list[str]) -> None:
     print(explore_view.text(told, _ROWS.value, color))
     if _HTML.value:
       page = explore_view.page(told, _ROWS.value)
-      pathlib.Path(_HTML.value).write_text(page, encoding='utf-8')
+      atomic_file.write_text(_HTML.value, page)
       print(f'written: {_HTML.value}')
   except (ValueError, OSError, ImportError) as error:
     sys.exit(f'error: {error}')

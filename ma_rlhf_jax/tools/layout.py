@@ -10,7 +10,11 @@ them. No model is loaded and nothing is trained.
 from collections.abc import Sequence
 import dataclasses
 import sys
-import tempfile
+
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
 
 from absl import app, flags
 from etils import epath
@@ -296,7 +300,7 @@ def show(config: ConfigDict, row: int) -> str:
   validation.validate(config)
   if row < 0:
     raise ValueError(f'--row={row} must be at least 0')
-  with tempfile.TemporaryDirectory() as folder:
+  with interrupts.temporary_folder() as folder:
     run = load_run(config, epath.Path(folder))
     return '\n\n'.join(describe(run, table) for table in tables(run, row))
 

@@ -27,6 +27,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 from typing import Any, TextIO
 
@@ -152,8 +153,15 @@ def run(parser: Parser, lines: Iterable[str], out: TextIO) -> None:
     print(json.dumps({**row, **trees}), file=out, flush=True)
 
 
+def _end_on_ctrl_c(*unused: Any) -> None:
+  os.write(2, b'interrupted\n')
+  os._exit(130)  # no traceback, and no thread of a parser that goes on
+
+
 def main() -> None:
   """Reads the flags and loads the parser."""
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, _end_on_ctrl_c)
   flags = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )

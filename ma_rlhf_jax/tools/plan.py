@@ -10,17 +10,21 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
+
+from ma_rlhf_jax import interrupts
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+  interrupts.end_on_ctrl_c()
 
 # No device is wanted here, wherever this runs. Read by jax when imported.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import app, flags  # noqa: E402
 
-from ma_rlhf_jax import recipe_flag, validation  # noqa: E402
+from ma_rlhf_jax import atomic_file, recipe_flag, validation  # noqa: E402
 from ma_rlhf_jax.data import outputs  # noqa: E402
 from ma_rlhf_jax.planning import (  # noqa: E402
     abstract,
@@ -163,12 +167,10 @@ def main(argv: list[str]) -> None:
     found = plan()
     if _JSON.value:
       made = report.as_json(found, recipe_flag.CONFIG.value, _PRICE.value)
-      pathlib.Path(_JSON.value).write_text(json.dumps(made, indent=1))
+      atomic_file.write_text(_JSON.value, json.dumps(made, indent=1))
     _say(f'answered in {time.monotonic() - start:.0f} s')
   except (ValueError, OSError, compiling.CompileError) as error:
     sys.exit(f'error: {error}')
-  except KeyboardInterrupt:
-    sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import interrupts
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.parallel import processes
@@ -351,6 +352,7 @@ def _train(
       console.Progress(
           stage.name, stage.num_steps, first, silent=not processes.is_first()
       ) as progress,
+      interrupts.at_end(writer.seal),
   ):
     log = _Log(stage, writer, progress, checkpoints)
 

@@ -5,7 +5,7 @@ bucket. Each start of a run writes its own parts, and a part is rewritten whole
 until it is sealed, just before a checkpoint:
 
   <folder>/metrics/0001-0001.jsonl   start 1, up to its first checkpoint
-  <folder>/metrics/0001-0002.jsonl   start 1, after it; killed while written
+  <folder>/metrics/0001-0002.jsonl   start 1, after it; then it was killed
   <folder>/metrics/0002-0001.jsonl   start 2, resumed from that checkpoint
 
 A kill can thus lose only lines after the last checkpoint, which the next start
@@ -21,6 +21,8 @@ import time
 from typing import Any, Protocol
 
 from etils import epath
+
+from ma_rlhf_jax import atomic_file
 
 
 class NonFiniteError(FloatingPointError):
@@ -154,6 +156,7 @@ class _JsonLines:
     del first_step
     self._folder = folder / 'metrics'
     self._folder.mkdir(parents=True, exist_ok=True)
+    atomic_file.remove_parts(self._folder)
     self._start = 1 + max((start for start, _, _ in _parts(folder)), default=0)
     self._part = 1
     self._stage = stage
@@ -178,7 +181,7 @@ class _JsonLines:
 
   def _flush(self) -> None:
     name = f'{self._start:04d}-{self._part:04d}.jsonl'
-    (self._folder / name).write_text(''.join(self._lines))
+    atomic_file.write_text(self._folder / name, ''.join(self._lines))
     self._flushed = time.monotonic()
 
 

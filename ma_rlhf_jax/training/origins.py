@@ -59,7 +59,7 @@ def check(run: Run, stage: str) -> None:
       )
   if jax.process_index() == 0 and found != stored:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(manifest.sealed(found))
+    manifest.write_sealed(folder / _FILE, found)
 
 
 def newest(folder: epath.Path) -> int:

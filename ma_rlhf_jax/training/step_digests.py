@@ -19,7 +19,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from ma_rlhf_jax import manifest
+from ma_rlhf_jax import atomic_file, manifest
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _hash_own(folder: epath.Path) -> None:
       if mine in (part.removeprefix('ocdbt.') for part in name.split('/'))
   ]
   text = manifest.sealed(manifest.entries(folder, own))
-  (folder / _PART.format(jax.process_index())).write_text(text)
+  atomic_file.write_text(folder / _PART.format(jax.process_index()), text)
 
 
 def verify(step: epath.Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -104,3 +106,26 @@ def test_rows_of_another_run_are_replaced_on_demand_only(
   outputs.check(path, overwrite=True)
   outputs.Output(path, overwrite=True).commit()
   assert pathlib.Path(path).read_text() == '' and not partial.exists()
+
+
+_KILLED = """
+import os, signal, sys
+from ma_rlhf_jax.data import outputs
+
+output = outputs.Output(sys.argv[1])
+for i in (2, 0, 1):
+  output.add(i, [{'row': i}])
+output.flush()
+os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+output.commit()
+"""
+
+
+def test_a_kill_while_rows_are_put_in_order_loses_none(
+    tmp_path: pathlib.Path,
+) -> None:
+  path = tmp_path / 'o.jsonl'
+  done = subprocess.run([sys.executable, '-c', _KILLED, str(path)])
+  assert done.returncode == -9 and not path.exists()
+  rows = _rows(tmp_path / 'o.jsonl.partial')
+  assert [row['row'] for row in rows] == [2, 0, 1]

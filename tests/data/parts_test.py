@@ -1,12 +1,14 @@
 """Which rows each stage gets."""
 
 import pathlib
+import shutil
 
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.tasks import load_examples, split_parts
@@ -75,6 +77,21 @@ def test_the_trained_tokenizer_is_kept(prepared: tuple) -> None:
   )
   assert tokenizer_lib.fingerprint(named) == tokenizer_lib.fingerprint(same)
   assert not (workdir / 'other' / 'tokenizer').exists()
+
+
+def test_a_tokenizer_that_a_kill_cut_is_trained_again(
+    prepared: tuple, tmp_path: pathlib.Path
+) -> None:
+  """Its own file: there is nothing that could be downloaded again."""
+  _, tokenizer, workdir = prepared
+  shutil.copytree(workdir / 'tokenizer', tmp_path / 'tokenizer')
+  path = tmp_path / 'tokenizer' / 'tokenizer_config.json'
+  whole = path.read_bytes()
+  path.write_bytes(whole[:40])
+  (tmp_path / 'tokenizer' / manifest.NAME).unlink()
+  _, again = parts.prepare(_config(), None, tmp_path)
+  assert path.read_bytes() == whole
+  assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_synthetic_rows_fit_the_default_lengths(tmp_path: pathlib.Path) -> None:

@@ -1,12 +1,15 @@
 """Round trip, BOS exactly never, special strings stay text."""
 
+from collections.abc import Callable
 import json
 import pathlib
 import random
+import shutil
 
 import pytest
 import tokenizers
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.data import tokenizer as lib
 
 TEXTS = [
@@ -153,6 +156,51 @@ def test_training_is_deterministic(
   assert lib.is_whole(str(tmp_path))
   for file in ('tokenizer.json', 'tokenizer_config.json'):
     assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+
+
+_SETTINGS, _TABLE = 'tokenizer_config.json', 'tokenizer.json'
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+  """Also False where damage is told."""
+  try:
+    return lib.is_whole(str(folder))
+  except manifest.DamagedError as error:
+    assert 'damaged' in str(error) and 'made again' in str(error)
+    return False
+
+
+@pytest.mark.parametrize('old', [False, True], ids=['', 'of an old version'])
+@pytest.mark.parametrize('name', [_SETTINGS, _TABLE])
+@pytest.mark.parametrize('damage', [lambda b: b[: len(b) // 2], None])
+def test_a_damaged_folder_is_not_whole(
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    damage: Callable[[bytes], bytes] | None,
+    name: str,
+    old: bool,
+) -> None:
+  shutil.copytree(folder, tmp_path / 'copy')
+  copy = tmp_path / 'copy'
+  if old:  # it had no digests, so only what is no JSON is seen
+    (copy / manifest.NAME).unlink()
+  assert _is_whole(copy)
+  if damage is None:
+    (copy / name).unlink()
+  else:
+    (copy / name).write_bytes(damage((copy / name).read_bytes()))
+  assert not _is_whole(copy)
+
+
+@pytest.mark.parametrize('name', [_SETTINGS, _TABLE, manifest.NAME])
+def test_a_flipped_bit_is_seen(
+    folder: pathlib.Path, tmp_path: pathlib.Path, name: str
+) -> None:
+  shutil.copytree(folder, tmp_path / 'copy')
+  content = bytearray((folder / name).read_bytes())
+  content[content.index(b'e')] ^= 1  # in a name, so that it is still JSON
+  (tmp_path / 'copy' / name).write_bytes(content)
+  assert not _is_whole(tmp_path / 'copy')
 
 
 def test_special_strings_are_never_learned(tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ def test_a_survey_tells_programs_sizes_and_operations(
       'topology': 'gpu:l4:8',
       'program': '',
       'rows': 1000,
+      'caller': os.getppid(),
       'ask_hbm': False,
       'count': True,
       'answer': str(answer),
