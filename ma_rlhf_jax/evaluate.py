@@ -15,7 +15,7 @@ import numpy as np
 from ma_rlhf_jax import cluster_flags
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
-from ma_rlhf_jax.training import judge, sources
+from ma_rlhf_jax.training import judge, origins, sources
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
 
@@ -105,6 +105,7 @@ def describe(
 def compare(run: Run) -> None:
   """Compares SFT with MA-PPO, prints the table and keeps it in `evaluate/`."""
   c = run.config
+  origins.check(run, 'ppo')  # a workdir that is named may have trained on
   policy = sources.policy_source(c, run.workdir)
   trained = sources.Source('', sources.product(run.workdir, 'ppo'))
   load = lambda source, kind: judge.Model(*sources.load(run, source, kind))
@@ -153,6 +154,8 @@ def main(argv: list[str]) -> None:
       config.evaluate.prompts = prompts
     with processes.ending_together():
       run = processes.first_then_rest(lambda: load_run(config, folder))
+      for line in sources.describe(config):
+        print(line)
       with jax.set_mesh(run.mesh):
         compare(run)
   except (ValueError, OSError) as error:

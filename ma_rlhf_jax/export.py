@@ -65,6 +65,7 @@ def export(request: Request) -> str:
   shard_bytes = _check(request)
   workdir, config = workdir_lib.read_config(request.workdir)
   _check_done(workdir, config, request)
+  config = workdir_lib.as_trained(workdir, config)
   output = epath.Path(request.output).expanduser()
   marker = peft_folder.CONFIG if request.adapter else exporting.CONFIG
   with folders.whole(

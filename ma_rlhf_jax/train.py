@@ -23,14 +23,20 @@ from ml_collections import ConfigDict, config_flags
 
 from ma_rlhf_jax import cluster_flags, recipe_flag, switches, validation
 from ma_rlhf_jax import workdir as workdir_lib
-from ma_rlhf_jax.data import parts
+from ma_rlhf_jax.data import batch_sizes, parts, tasks
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import host_memory, processes
 from ma_rlhf_jax.parallel.mesh import shape_here
 from ma_rlhf_jax.publishing import card
-from ma_rlhf_jax.training import checkpoint, metrics, origins, sources
+from ma_rlhf_jax.training import (
+    checkpoint,
+    metrics,
+    origins,
+    sources,
+    wandb_login,
+)
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO
@@ -69,6 +75,7 @@ def _finish(
     if shape.lora is not None:
       _save_adapter(run, stage, step, kind, shape, params)
     hashes[stage] = workdir_lib.params_sha256(params)
+  facts |= {'batch_size': run.config[name].batch_size}
   workdir_lib.mark_done(
       run.workdir, name, {'step': step, 'params_sha256': hashes, **facts}
   )
@@ -209,16 +216,30 @@ def train(run: Run) -> None:
       print(f'{name}: done in {time.monotonic() - start:.0f} s', flush=True)
 
 
-def _open(config: ConfigDict, path: str) -> tuple[Run, list[str]]:
-  """The run in its workdir, once it is checked, and the stages to train."""
+def _smaller(config: ConfigDict, run: Run, to_train: list[str]) -> list[str]:
+  """A note for each batch that was made smaller; raises if it cannot serve."""
+  notes = batch_sizes.describe(config, run.config, run.data.num_rows, to_train)
+  if notes:
+    devices = run.mesh.shape['data'] * run.mesh.shape['fsdp']
+    try:
+      validation.validate(run.config, devices)
+    except validation.ConfigError as error:
+      raise validation.ConfigError('\n'.join([*notes, str(error)])) from error
+  return notes
+
+
+def _open(config: ConfigDict, path: str) -> tuple[Run, list[str], list[str]]:
+  """The run in its workdir, once it is checked, stages to train, and notes."""
+  if processes.is_first():
+    wandb_login.check(config.log.sinks)
   workdir = workdir_lib.open_workdir(path, config)
   check_products(config, workdir)
-  run = load_run(config, workdir)
-  sources.check(run)
+  run = load_run(config, workdir, check_models=True)
   to_train = sources.stages_to_train(config, workdir)
+  notes = _smaller(config, run, to_train)
   if 'ppo' in to_train and (host := run.host_termination()):
     host.close()
-  return run, to_train
+  return run, to_train, notes
 
 
 def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
@@ -228,13 +249,14 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   fails on one fails on all.
   """
   validation.validate(config)
+  tasks.check_task(config.data.task)
   metrics.check_sinks(config.log.sinks)
   shape = shape_here(config.mesh)
   validation.validate(config, shape[0] * shape[1])
   path = workdir or workdir_lib.default_workdir(recipe, config)
   to_abandon = processes.is_first() and not workdir_lib.is_workdir(path)
   try:
-    run, to_train = processes.first_then_rest(lambda: _open(config, path))
+    run, to_train, notes = processes.first_then_rest(lambda: _open(config, path))
   except workdir_lib.WorkdirError:
     raise  # the folder is not this run's
   except _SET_UP_ERRORS:
@@ -242,12 +264,16 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
       workdir_lib.abandon(path)
     raise
   print(f'workdir: {run.workdir}')
+  for line in sources.describe(config):
+    print(line)
   print(parts.describe_counts(run.data.counts))
   print(f'     columns: {run.prompt_len} prompt, {run.response_len} response')
+  for note in notes:
+    print(f'note: {note}')
   if 'ppo' in to_train:
     print(switches.describe(config))
   warnings = validation.warnings(config)
-  warnings += parts.few_updates(config, run.data, to_train)
+  warnings += parts.few_updates(run.config, run.data, to_train)
   for warning in warnings:
     print(f'warning: {warning}')
   sys.stdout.flush()
