@@ -22,6 +22,7 @@ import ml_collections
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import switches
+from ma_rlhf_jax.arguments import ArgumentError
 
 # The matrices of a layer, any of which may get adapters (`lora.targets`).
 KERNELS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
@@ -373,7 +374,7 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
   for item in filter(None, (arguments or '').split(',')):
     if item in switches.VARIANTS:
       if variant not in ('', item):
-        raise switches.ArgumentError(
+        raise ArgumentError(
             f'{variant} and {item} are two variants, each with values for the '
             'same fields; leave one of them out'
         )
@@ -385,7 +386,7 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
       continue
     name, _, text = item.partition('=')
     if name not in ARGUMENTS:
-      raise switches.ArgumentError(
+      raise ArgumentError(
           f'recipe argument {name!r} is unknown; known are '
           f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5, '
           f'and the words {", ".join(switches.WORDS)}'
@@ -394,12 +395,12 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
     try:
       value = parse(text)
     except ValueError:
-      raise switches.ArgumentError(
+      raise ArgumentError(
           f'recipe argument {item!r}: {text!r} is not of type '
           f'{parse.__name__}; write for example {name}=5'
       ) from None
     if given.setdefault(field, (item, value))[1] != value:
-      raise switches.ArgumentError(
+      raise ArgumentError(
           f'{given[field][0]} and {item} contradict each other; leave one of '
           'them out'
       )

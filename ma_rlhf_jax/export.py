@@ -26,7 +26,7 @@ from ma_rlhf_jax.models import (
     peft_folder,
 )
 from ma_rlhf_jax.publishing import card, check_rows, lineage, publish
-from ma_rlhf_jax.training import checkpoint, sources
+from ma_rlhf_jax.training import checkpoint, products, sources
 
 STAGES = ('sft', 'reward_model', 'ppo', 'critic')
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}
@@ -183,7 +183,7 @@ def _check_done(
         f'{workdir} has no critic: it was trained with ppo.baseline='
         f'{config.ppo.baseline!r}; choose another --stage'
     )
-  adapter = epath.Path(sources.adapter(workdir, stage))
+  adapter = epath.Path(products.adapter(workdir, stage))
   if request.adapter and not adapter.exists():
     raise ExportError(
         f'stage {stage!r} of {workdir} has no adapters (lora.rank='

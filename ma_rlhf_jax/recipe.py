@@ -14,7 +14,7 @@ import types
 
 from ml_collections import ConfigDict
 
-from ma_rlhf_jax import switches
+from ma_rlhf_jax.arguments import ArgumentError
 from ma_rlhf_jax.config import base, flatten
 
 _MOST = 300  # characters of a line of a message
@@ -47,7 +47,7 @@ class _Named:
   ) -> None:
     if not isinstance(error, Exception) or isinstance(error, RecipeError):
       return
-    if isinstance(error, switches.ArgumentError):  # not the fault of the file
+    if isinstance(error, ArgumentError):  # not the fault of the file
       raise RecipeError(str(error)) from error
     lines = _lines(self._path, trace)
     if isinstance(error, SyntaxError) and not lines:
@@ -98,7 +98,7 @@ def load(named: str) -> ConfigDict:
     make = getattr(_module(path), 'get_config', None)
     if not callable(make):
       raise RecipeError(
-          f"{path}: it defines no get_config; write `def get_config(arguments="
+          f'{path}: it defines no get_config; write `def get_config(arguments='
           "''):`, which returns a config"
       )
     given = (arguments,) if colon else ()

@@ -5,18 +5,15 @@ A variant or a control is a table of explicit values, named after the colon of
 are worked out from what variants and arguments beside them say; flags win.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import textwrap
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from ma_rlhf_jax import arguments
+
 Values = dict[str, Any]
-
-
-class ArgumentError(ValueError):
-  """What follows the colon of --config cannot be used."""
-
 
 _OURS: Values = {
     'macro.reward': 'sum',
@@ -69,7 +66,7 @@ _RLOO_SAMPLES = 4
 
 def _tokens_per_macro(config: ConfigDict, control: str) -> int:
   if config.macro.termination != 'fixed' or config.macro.ngram < 2:
-    raise ArgumentError(
+    raise arguments.ArgumentError(
         f'{control} matches macro actions of a fixed number of tokens above 1, '
         f'but macro.termination={config.macro.termination!r} and macro.ngram='
         f'{config.macro.ngram}; write for example :ngram=5,{control}'
@@ -161,16 +158,10 @@ def select_variant(config: ConfigDict, word: str) -> None:
   config.update_from_flattened_dict(values)
 
 
-# Controls that are worked out from macro.ngram before they set it to 1.
-_MATCHED = ('lambda_matched', 'kl_matched')
-# Rules that read macro.ngram; parsing does where a sentence has no tree.
-_OF_NGRAM = ('fixed', 'parsing')
-
-
 def select_controls(
     config: ConfigDict,
     words: Sequence[str],
-    given: Mapping[str, tuple[str, Any]] | None = None,
+    given: arguments.Given | None = None,
 ) -> None:
   """Sets what controls, then set-ups stand for.
 
@@ -183,25 +174,18 @@ def select_controls(
     ArgumentError: if a control means nothing for this config, or contradicts
       another one or an argument.
   """
-  said: dict[str, tuple[str, Any]] = dict(given or {})
-  if any(word in _MATCHED for word in words):
-    said.pop('macro.ngram', None)  # it is the n that they match
+  said = arguments.kept(given or {}, words)
   for word in dict.fromkeys(words):
     for name, value in CONTROLS.get(word, lambda c: {})(config).items():
       other, set_to = said.setdefault(name, (word, value))
       if set_to != value:
-        raise ArgumentError(
+        raise arguments.ArgumentError(
             f'{other} sets {name}={set_to!r} and {word} sets it to {value!r}; '
             'leave one of them out'
         )
   values = {name: value for name, (_, value) in said.items()}
-  rule = values.get('macro.termination', config.macro.termination)
-  if 'macro.ngram' in (given or {}) and rule not in _OF_NGRAM:
-    raise ArgumentError(
-        f'{given["macro.ngram"][0]} means nothing with macro.termination='
-        f'{rule!r}, which reads no macro.ngram; leave one of them out'
-    )
   config.update_from_flattened_dict(values)
+  arguments.check_ngram(given or {}, config.macro.termination)
   for word in dict.fromkeys(words):
     if word in SETUPS:
       config.update_from_flattened_dict(SETUPS[word](config))

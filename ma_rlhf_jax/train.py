@@ -34,6 +34,7 @@ from ma_rlhf_jax.training import (
     checkpoint,
     metrics,
     origins,
+    products,
     sources,
     wandb_login,
 )
@@ -85,7 +86,7 @@ def _save_adapter(
     run: Run, stage: str, step: int, kind: str, shape: GemmaConfig, params: Any
 ) -> None:
   """Writes what a stage's adapters learned, beside its merged model."""
-  folder = sources.adapter(run.workdir, stage)
+  folder = products.adapter(run.workdir, stage)
   base = sources.base(run.config, run.workdir, stage)
   subject = card.Subject(
       run.config, run.workdir, stage, shape, folder, step=step, base=base
@@ -256,7 +257,9 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   path = workdir or workdir_lib.default_workdir(recipe, config)
   to_abandon = processes.is_first() and not workdir_lib.is_workdir(path)
   try:
-    run, to_train, notes = processes.first_then_rest(lambda: _open(config, path))
+    run, to_train, notes = processes.first_then_rest(
+        lambda: _open(config, path)
+    )
   except workdir_lib.WorkdirError:
     raise  # the folder is not this run's
   except _SET_UP_ERRORS:
@@ -280,16 +283,29 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   return run
 
 
+def _shell_quoted(text: str) -> str:
+  """`text` as one word of bash or zsh; nothing in it reaches the terminal."""
+  escapes = {'\\': '\\\\', "'": "\\'", '\n': '\\n', '\t': '\\t'}
+  spell = lambda c: c if c.isprintable() else f'\\U{ord(c):08x}'
+  return "$'" + ''.join(escapes.get(c) or spell(c) for c in text) + "'"
+
+
+def _own_prompt(run: Run) -> str:
+  """The shortest of the first held-out prompts that can be typed."""
+  rows = run.data.eval.prompt
+  prompts = [run.text(rows[i]) for i in range(min(64, len(rows)))]
+  typed = [p for p in prompts if p.strip() and '\0' not in p]
+  return min(typed, key=len, default='')
+
+
 def _try_it(run: Run) -> str:
   """Where everything is, and a command that uses the policy."""
   told = f'workdir: {run.workdir}'
   if any(workdir_lib.read_done(run.workdir, s) for s in ('ppo', 'sft')):
-    prompt = card.example_prompt(run.config.data.task)
-    for plain, spelt in (('\\', '\\\\'), ("'", "\\'"), ('\n', '\\n')):
-      prompt = prompt.replace(plain, spelt)
     told += (
         f'\ntry it: {shlex.quote(sys.executable)} -m ma_rlhf_jax.generate '
-        f"--model={shlex.quote(str(run.workdir))} --prompt=$'{prompt}'"
+        f'--model={shlex.quote(str(run.workdir))} '
+        f'--prompt={_shell_quoted(_own_prompt(run))}'
     )
   return told
 

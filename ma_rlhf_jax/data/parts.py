@@ -118,7 +118,7 @@ def _check_sizes(
 
 
 def _check_cache(folder: str) -> None:
-  """Raises where `data.cache_dir` cannot be written to, before a row is read."""
+  """Raises where `data.cache_dir` cannot be written to."""
   try:
     if folder:
       epath.Path(folder).mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,6 @@ from ma_rlhf_jax.training import products
 from ma_rlhf_jax.training.products import (
     Source,
     SourceError,
-    adapter,
     product,
 )
 from ma_rlhf_jax.training.run import Run, Setup

@@ -6,7 +6,6 @@ Its runs belong to stages. Their files lie in `<workdir>/<stage>/wandb`.
 from collections.abc import Sequence
 import inspect
 import os
-import pathlib
 import re
 import uuid
 
@@ -56,7 +55,7 @@ def local_folder(folder: epath.Path) -> str | None:
 
   That is so where WANDB_DIR says it, and where the workdir is in a bucket.
   """
-  if 'WANDB_DIR' in os.environ or not isinstance(folder, pathlib.Path):
+  if 'WANDB_DIR' in os.environ or '://' in str(folder):
     return None
   folder.mkdir(parents=True, exist_ok=True)
   return str(folder)
