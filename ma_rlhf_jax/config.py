@@ -22,6 +22,7 @@ import ml_collections
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import switches
+from ma_rlhf_jax.arguments import ArgumentError
 
 # The matrices of a layer, any of which may get adapters (`lora.targets`).
 KERNELS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
@@ -390,19 +391,26 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
     arguments: the text after the colon of --config; may be empty.
 
   Raises:
-    ValueError: on an unknown name or a value of the wrong type.
+    ArgumentError: on an unknown name, a value of the wrong type, or where two
+      of them contradict each other.
   """
-  controls = []
+  controls, given, variant = [], {}, ''
   for item in filter(None, (arguments or '').split(',')):
     if item in switches.VARIANTS:
+      if variant not in ('', item):
+        raise ArgumentError(
+            f'{variant} and {item} are two variants, each with values for the '
+            'same fields; leave one of them out'
+        )
       switches.select_variant(config, item)
+      variant = item
       continue
     if item in switches.WORDS:
       controls.append(item)
       continue
     name, _, text = item.partition('=')
     if name not in ARGUMENTS:
-      raise ValueError(
+      raise ArgumentError(
           f'recipe argument {name!r} is unknown; known are '
           f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5, '
           f'and the words {", ".join(switches.WORDS)}'
@@ -411,12 +419,17 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
     try:
       value = parse(text)
     except ValueError:
-      raise ValueError(
+      raise ArgumentError(
           f'recipe argument {item!r}: {text!r} is not of type '
           f'{parse.__name__}; write for example {name}=5'
       ) from None
+    if given.setdefault(field, (item, value))[1] != value:
+      raise ArgumentError(
+          f'{given[field][0]} and {item} contradict each other; leave one of '
+          'them out'
+      )
     config.update_from_flattened_dict({field: value})
-  switches.select_controls(config, controls)
+  switches.select_controls(config, controls, given)
   return config
 
 

@@ -22,7 +22,7 @@ from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.evaluation import comparison, statistics
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.parallel.mesh import matmul_precision
-from ma_rlhf_jax.training import judge, sources, symptoms
+from ma_rlhf_jax.training import judge, origins, products, sources, symptoms
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
 
@@ -119,8 +119,9 @@ def compare(run: Run) -> None:
   See `evaluation.comparison` for the files.
   """
   c = run.config
+  origins.check(run, 'ppo')  # a workdir that is named may have trained on
   policy = sources.policy_source(c, run.workdir)
-  trained = sources.Source('', sources.product(run.workdir, 'ppo'))
+  trained = products.Source('', products.product(run.workdir, 'ppo'))
   load = lambda source, kind: judge.Model(*sources.load(run, source, kind))
   sft = load(policy, 'policy')
   scorer = load(sources.reward_model_source(c, run.workdir), 'scalar')
@@ -173,6 +174,8 @@ def main(argv: list[str]) -> None:
         if processes.is_first():
           stack.enter_context(workdir_lock.hold(folder))
       run = processes.first_then_rest(lambda: load_run(config, folder))
+      for line in sources.describe(config):
+        print(line)
       precision = matmul_precision(config.model.matmul_precision)
       with jax.set_mesh(run.mesh), precision:
         compare(run)

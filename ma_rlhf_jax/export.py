@@ -31,7 +31,7 @@ from ma_rlhf_jax.models import (
     peft_folder,
 )
 from ma_rlhf_jax.publishing import card, check_rows, lineage, publish
-from ma_rlhf_jax.training import checkpoint, sources
+from ma_rlhf_jax.training import checkpoint, products, sources
 
 STAGES = ('sft', 'reward_model', 'ppo', 'critic')
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}
@@ -70,12 +70,13 @@ def export(request: Request) -> str:
   shard_bytes = _check(request)
   workdir, config = workdir_lib.read_config(request.workdir)
   _check_done(workdir, config, request)
+  config = workdir_lib.as_trained(workdir, config)
   output = epath.Path(request.output).expanduser()
   marker = peft_folder.CONFIG if request.adapter else exporting.CONFIG
   with folders.whole(
       output, marker=marker, overwrite=request.overwrite
   ) as draft:
-    product = huggingface.resolve(sources.product(workdir, request.stage))
+    product = huggingface.resolve(products.product(workdir, request.stage))
     tokenizer = tokenizer_lib.load_tokenizer(str(product))
     kind = card.kind(request.stage)
     job = publish.Job(
@@ -187,7 +188,7 @@ def _check_done(
         f'{workdir} has no critic: it was trained with ppo.baseline='
         f'{config.ppo.baseline!r}; choose another --stage'
     )
-  adapter = epath.Path(sources.adapter(workdir, stage))
+  adapter = epath.Path(products.adapter(workdir, stage))
   if request.adapter and not adapter.exists():
     raise ExportError(
         f'stage {stage!r} of {workdir} has no adapters (lora.rank='

@@ -1,22 +1,42 @@
 """The flag --config of the commands: a recipe, its arguments, its fields."""
 
+import difflib
 import pathlib
 import re
 import sys
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from ma_rlhf_jax.config import base, default_recipe, flatten
+from ma_rlhf_jax import recipe
+from ma_rlhf_jax.config import ARGUMENTS, base, default_recipe, flatten
 from ma_rlhf_jax.training import automatic
 
 ARGV: list[str] = []  # the command line as `parse` spells it
 
-CONFIG = config_flags.DEFINE_config_file(
+
+class _Parser(flags.ArgumentParser):
+  """Reads a recipe; what is wrong with it is a `recipe.RecipeError`."""
+
+  def parse(self, argument: str) -> ConfigDict:
+    return recipe.load(argument)
+
+  def flag_type(self) -> str:
+    return 'recipe'
+
+
+def define(name: str, help_string: str) -> flags.FlagHolder:
+  """A flag that names a recipe, whose fields are flags too."""
+  holder = config_flags.DEFINE_config_file(
+      name, None, help_string, sys_argv=ARGV
+  )
+  flags.FLAGS[name].parser = _Parser()
+  return holder
+
+
+CONFIG = define(
     'config',
-    None,
     'The recipe, and its arguments after a colon. Default: configs/tiny.py.',
-    sys_argv=ARGV,
 )
 
 
@@ -38,9 +58,42 @@ def _words(error: BaseException) -> str:
   """The message; that of the cause where ml_collections wraps one."""
   while 'Traceback' in str(error) and error.__context__ is not None:
     error = error.__context__
-  if isinstance(error.args[0], KeyError):
-    return f'the config has no field {error.args[0].args[0]}'
-  return str(error)
+  return recipe.words(error)
+
+
+def _unknown_flag(name: str) -> str:
+  """What to say of a flag that there is not: its name, and close ones."""
+  fields = {f'config.{field}': field.rpartition('.')[2] for field in _fields()}
+  known = {name: name for name in flags.FLAGS} | fields
+  own = name.rpartition('.')[2]
+  close = difflib.get_close_matches(own, set(known.values()), cutoff=0.75)
+  found = sorted(flag for flag, last in known.items() if last in close)[:5]
+  said = f'unknown command line flag {name!r}'
+  if found:
+    return f'{said}; did you mean {", ".join(f"--{flag}" for flag in found)}?'
+  return f'{said}; --helpshort lists the flags, and fields are --config.FIELD'
+
+
+def _check_arguments() -> None:
+  """Raises where a field is set to two values, by an argument and a flag."""
+  flag = flags.FLAGS['config']
+  set_to = config_flags.get_override_values(flag)
+  arguments = config_flags.get_config_filename(flag).partition(':')[2]
+  for item in arguments.split(','):
+    name, _, text = item.partition('=')
+    if name not in ARGUMENTS:
+      continue
+    field, parse_value = ARGUMENTS[name]
+    if field in set_to and set_to[field] != parse_value(text):
+      raise recipe.RecipeError(
+          f'{item} after the colon of --config and --config.{field}='
+          f'{set_to[field]} contradict each other; leave one of them out'
+      )
+
+
+def _fields() -> list[str]:
+  """Every field of a config, as flags spell it."""
+  return [field.replace('from_run', 'from') for field in flatten(base())]
 
 
 def _last_tuples(argv: list[str]) -> list[str]:
@@ -79,8 +132,17 @@ def parse(argv: list[str]) -> list[str]:
   spelt = _last_tuples(spelt)
   ARGV[:] = spelt
   try:
-    return flags.FLAGS(spelt)
-  except (flags.Error, AttributeError, ValueError, OSError) as error:
+    rest = flags.FLAGS(spelt)
+    _check_arguments()
+    return rest
+  except flags.UnrecognizedFlagError as error:
+    sys.exit(f'error: {_unknown_flag(error.flagname)}')
+  except (
+      recipe.RecipeError,
+      flags.Error,
+      AttributeError,
+      KeyError,
+      ValueError,
+      OSError,
+  ) as error:
     sys.exit(f'error: {_words(error)}')
-  except SyntaxError as error:
-    sys.exit(f'error: a recipe must be Python: {error}')

@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ma_rlhf_jax import arguments
+
 Values = dict[str, Any]
 
 _OURS: Values = {
@@ -64,7 +66,7 @@ _RLOO_SAMPLES = 4
 
 def _tokens_per_macro(config: ConfigDict, control: str) -> int:
   if config.macro.termination != 'fixed' or config.macro.ngram < 2:
-    raise ValueError(
+    raise arguments.ArgumentError(
         f'{control} matches macro actions of a fixed number of tokens above 1, '
         f'but macro.termination={config.macro.termination!r} and macro.ngram='
         f'{config.macro.ngram}; write for example :ngram=5,{control}'
@@ -156,28 +158,34 @@ def select_variant(config: ConfigDict, word: str) -> None:
   config.update_from_flattened_dict(values)
 
 
-def select_controls(config: ConfigDict, words: Sequence[str]) -> None:
+def select_controls(
+    config: ConfigDict,
+    words: Sequence[str],
+    given: arguments.Given | None = None,
+) -> None:
   """Sets what controls, then set-ups stand for.
 
   Args:
     config: what variants and arguments have made of it; is changed.
     words: keys of `CONTROLS` and `SETUPS`, in any order.
+    given: field -> (argument, value) of what arguments have set.
 
   Raises:
-    ValueError: if a control means nothing for this config, or two of them
-      contradict each other.
+    ArgumentError: if a control means nothing for this config, or contradicts
+      another one or an argument.
   """
-  said: dict[str, tuple[str, Any]] = {}
+  said = arguments.kept(given or {}, words)
   for word in dict.fromkeys(words):
     for name, value in CONTROLS.get(word, lambda c: {})(config).items():
       other, set_to = said.setdefault(name, (word, value))
       if set_to != value:
-        raise ValueError(
+        raise arguments.ArgumentError(
             f'{other} sets {name}={set_to!r} and {word} sets it to {value!r}; '
             'leave one of them out'
         )
   values = {name: value for name, (_, value) in said.items()}
   config.update_from_flattened_dict(values)
+  arguments.check_ngram(given or {}, config.macro.termination)
   for word in dict.fromkeys(words):
     if word in SETUPS:
       config.update_from_flattened_dict(SETUPS[word](config))

@@ -37,7 +37,7 @@ from ma_rlhf_jax import (
     workdir_lock,
 )
 from ma_rlhf_jax import workdir as workdir_lib
-from ma_rlhf_jax.data import parts
+from ma_rlhf_jax.data import batch_sizes, parts, tasks
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
@@ -50,10 +50,12 @@ from ma_rlhf_jax.training import (
     health,
     metrics,
     origins,
+    product_digests,
+    products,
     sources,
     symptoms,
+    wandb_login,
 )
-from ma_rlhf_jax.training import products as products_lib
 from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
 from ma_rlhf_jax.training.ppo import PPO
@@ -82,23 +84,28 @@ _ERRORS = (
 )
 
 
-def _finish(run: Run, name: str, step: int, exports: dict) -> None:
+def _finish(
+    run: Run, name: str, step: int, exports: dict, **facts: Any
+) -> None:
   """Writes the folders of a stage's models, then its marker."""
   for stage, (kind, shape, params) in exports.items():
-    folder = sources.product(run.workdir, stage)
+    folder = products.product(run.workdir, stage)
     # A start that was killed before the marker may have left the folder.
     exporting.save(folder, params, shape, kind, run.tokenizer, overwrite=True)
     if shape.lora is not None:
       _save_adapter(run, stage, step, kind, shape, params)
-  products = products_lib.digests(run.workdir, name)
-  workdir_lib.mark_done(run.workdir, name, {'step': step, 'products': products})
+  facts |= {'batch_size': run.config[name].batch_size}
+  made = product_digests.digests(run.workdir, name)
+  workdir_lib.mark_done(
+      run.workdir, name, {'step': step, 'products': made, **facts}
+  )
 
 
 def _save_adapter(
     run: Run, stage: str, step: int, kind: str, shape: GemmaConfig, params: Any
 ) -> None:
   """Writes what a stage's adapters learned, beside its merged model."""
-  folder = sources.adapter(run.workdir, stage)
+  folder = products.adapter(run.workdir, stage)
   base = sources.base(run.config, run.workdir, stage)
   subject = card.Subject(
       run.config, run.workdir, stage, shape, folder, step=step, base=base
@@ -222,18 +229,32 @@ def train(run: Run) -> None:
       print(f'{name}: done in {time.monotonic() - start:.0f} s', flush=True)
 
 
-def _open(config: ConfigDict, path: str) -> tuple[Run, list[str]]:
-  """The run in its workdir, once it is checked, and the stages to train."""
+def _smaller(config: ConfigDict, run: Run, to_train: list[str]) -> list[str]:
+  """A note for each batch that was made smaller; raises if it cannot serve."""
+  notes = batch_sizes.describe(config, run.config, run.data.num_rows, to_train)
+  if notes:
+    devices = run.mesh.shape['data'] * run.mesh.shape['fsdp']
+    try:
+      validation.validate(run.config, devices)
+    except validation.ConfigError as error:
+      raise validation.ConfigError('\n'.join([*notes, str(error)])) from error
+  return notes
+
+
+def _open(config: ConfigDict, path: str) -> tuple[Run, list[str], list[str]]:
+  """The run in its workdir, once it is checked, stages to train, and notes."""
+  if processes.is_first():
+    wandb_login.check(config.log.sinks)
   workdir = workdir_lib.open_workdir(path, config)
   if processes.is_first():
-    products_lib.discard_damaged(config, workdir)
+    product_digests.discard_damaged(config, workdir)
   check_products(config, workdir)
-  run = load_run(config, workdir)
-  sources.check(run)
+  run = load_run(config, workdir, check_models=True)
   to_train = sources.stages_to_train(config, workdir)
+  notes = _smaller(config, run, to_train)
   if 'ppo' in to_train and (host := run.host_termination()):
     host.close()
-  return run, to_train
+  return run, to_train, notes
 
 
 def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
@@ -243,13 +264,16 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   fails on one fails on all.
   """
   validation.validate(config)
+  tasks.check_task(config.data.task)
   metrics.check_sinks(config.log.sinks)
   shape = shape_here(config.mesh)
   validation.validate(config, shape[0] * shape[1])
   path = workdir or workdir_lib.default_workdir(recipe, config)
   to_abandon = processes.is_first() and not workdir_lib.is_workdir(path)
   try:
-    run, to_train = processes.first_then_rest(lambda: _open(config, path))
+    run, to_train, notes = processes.first_then_rest(
+        lambda: _open(config, path)
+    )
   except workdir_lib.WorkdirError:
     raise  # the folder is not this run's
   except _SET_UP_ERRORS:
@@ -257,30 +281,47 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
       workdir_lib.abandon(path)
     raise
   print(f'workdir: {run.workdir}')
+  for line in sources.describe(config):
+    print(line)
   print(parts.describe_counts(run.data.counts))
   print(f'     columns: {run.prompt_len} prompt, {run.response_len} response')
+  for note in notes:
+    print(f'note: {note}')
   if 'ppo' in to_train:
     print(switches.describe(config))
   if chosen := automatic.describe(config, run.config):
     print(chosen)
   warnings = validation.warnings(config)
-  warnings += parts.few_updates(config, run.data, to_train)
+  warnings += parts.few_updates(run.config, run.data, to_train)
   for warning in warnings:
     print(f'warning: {warning}')
   sys.stdout.flush()
   return run
 
 
+def _shell_quoted(text: str) -> str:
+  """`text` as one word of bash or zsh; nothing in it reaches the terminal."""
+  escapes = {'\\': '\\\\', "'": "\\'", '\n': '\\n', '\t': '\\t'}
+  spell = lambda c: c if c.isprintable() else f'\\U{ord(c):08x}'
+  return "$'" + ''.join(escapes.get(c) or spell(c) for c in text) + "'"
+
+
+def _own_prompt(run: Run) -> str:
+  """The shortest of the first held-out prompts that can be typed."""
+  rows = run.data.eval.prompt
+  prompts = [run.text(rows[i]) for i in range(min(64, len(rows)))]
+  typed = [p for p in prompts if p.strip() and '\0' not in p]
+  return min(typed, key=len, default='')
+
+
 def _try_it(run: Run) -> str:
   """Where everything is, and a command that uses the policy."""
   told = f'workdir: {run.workdir}'
   if any(workdir_lib.read_done(run.workdir, s) for s in ('ppo', 'sft')):
-    prompt = card.example_prompt(run.config.data.task)
-    for plain, spelt in (('\\', '\\\\'), ("'", "\\'"), ('\n', '\\n')):
-      prompt = prompt.replace(plain, spelt)
     told += (
         f'\ntry it: {shlex.quote(sys.executable)} -m ma_rlhf_jax.generate '
-        f"--model={shlex.quote(str(run.workdir))} --prompt=$'{prompt}'"
+        f'--model={shlex.quote(str(run.workdir))} '
+        f'--prompt={_shell_quoted(_own_prompt(run))}'
     )
   return told
 

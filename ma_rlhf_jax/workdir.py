@@ -108,7 +108,13 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
     return workdir
   stored = _stored_config(workdir)
   if stored is None:
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise WorkdirError(
+          f'--workdir={workdir} cannot be made a folder ({error.strerror}); '
+          'give one that may be written to'
+      ) from error
     manifest.write_sealed(workdir / 'config.json', config_lib.flatten(config))
   elif fields := config_lib.differences(stored, config):
     raise WorkdirError(
@@ -209,6 +215,20 @@ def read_done(workdir: epath.PathLike, stage: str) -> dict[str, Any] | None:
 def mark_undone(workdir: epath.PathLike, stage: str) -> None:
   """Removes the marker of a stage, whose product is then made again."""
   (epath.Path(workdir) / stage / 'done.json').unlink(missing_ok=True)
+
+
+def as_trained(workdir: epath.PathLike, config: ConfigDict) -> ConfigDict:
+  """The config with the batch sizes that the stages that are done used.
+
+  They are smaller than those of the config where a stage's part of the rows
+  does not fill these.
+  """
+  config = config_lib.restore(config_lib.flatten(config))
+  for stage in ('sft', 'reward_model', 'ppo'):
+    done = read_done(workdir, stage) or {}
+    if 'batch_size' in done:
+      config[stage].batch_size = done['batch_size']
+  return config
 
 
 def _stored_config(workdir: epath.Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ _PACKAGE = 'ma_rlhf_jax'
 # Data flows down this list; a module imports from its own line or above. The
 # last line is the shell, which may import anything.
 _ROOMS = (
-    ('config', 'structs', 'masking', 'switches')
+    ('config', 'structs', 'masking', 'switches', 'arguments')
     + ('atomic_file', 'interrupts', 'manifest'),
     ('parallel',),
     ('workdir', 'workdir_lock'),
@@ -29,6 +29,7 @@ _ROOMS = (
     ('validation',),
     ('planning', 'benching'),
     (
+        'recipe',
         'recipe_flag',
         'tools',
         'train',

@@ -61,7 +61,7 @@ def test_labels_by_coin_teach_little(
           tmp_path / str(seed),
           f'--config.seed={seed}',
           '--config.data.shuffle_labels=True',
-          f'--config.ppo.policy_init={folder / str(seed)}',
+          f'--config.ppo.policy_init={folder / str(seed)}:sft',
           "--config.stages=('reward_model','ppo','evaluate')",
       )
       for seed in _SEEDS

@@ -21,7 +21,7 @@ from ma_rlhf_jax.models import (
 from ma_rlhf_jax.models.presets import GemmaConfig, Lora
 from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import sources
+from ma_rlhf_jax.training import products, sources
 from tests import tiny
 from tests.models.drawn import draw
 
@@ -135,11 +135,11 @@ def _train(made: Made, stage: str, seed: int) -> Params:
   if shape.lora is not None:
     params = _frozen(made, stage) | lora.flatten(lora.split(shape, params)[1])
     params = lora.unflatten(params)
-  folder = sources.product(made.workdir, stage)
+  folder = products.product(made.workdir, stage)
   exporting.save(folder, params, shape, kind, made.tokenizer)
   if shape.lora is not None:
     base = sources.base(made.config, made.workdir, stage)
-    folder = sources.adapter(made.workdir, stage)
+    folder = products.adapter(made.workdir, stage)
     peft_folder.save(folder, params, shape, kind, base=base, card='')
   return params
 

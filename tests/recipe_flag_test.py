@@ -109,7 +109,7 @@ def test_values_that_look_like_flags_are_left_alone() -> None:
             [_TINY, '--config.ppo.kl_coeff=1'],
             'the config has no field \'kl_coeff\'\nDid you mean "kl_coef"',
         ),
-        ([_TINY, '--wordkir=x'], "Unknown command line flag 'wordkir'"),
+        ([_TINY, '--wordkir=x'], "unknown command line flag 'wordkir'"),
     ],
 )
 def test_a_wrong_flag_ends_in_one_message(

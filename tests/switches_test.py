@@ -7,6 +7,7 @@ import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches
+from ma_rlhf_jax.arguments import ArgumentError
 
 
 def _config(arguments: str = '', **fields: Any) -> ConfigDict:
@@ -51,7 +52,43 @@ def test_what_is_said_later_wins():
   c = _config('authors,ngram=3', macro__reward='sum')
   assert (c.macro.ngram, c.macro.reward) == (3, 'sum')
   assert c.macro.empty_step  # the rest stays
-  assert _config('authors,ours').macro.reward == 'sum'
+  with pytest.raises(ArgumentError, match='authors and ours are two variants'):
+    _config('authors,ours')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ('ngram=10,token_ppo', ('ngram=10', 'token_ppo', 'macro.ngram=10')),
+        ('token_ppo,ngram=10', ('ngram=10', 'token_ppo')),
+        ('one_macro,ngram=5', ('ngram=5', 'one_macro')),
+        ('termination=ppl,token_ppo', ('termination=ppl', 'token_ppo')),
+        ('termination=ppl,ngram=3', ('ngram=3', "macro.termination='ppl'")),
+        ('ngram=3,ngram=4', ('ngram=3', 'ngram=4')),
+        ('ngram=3,termination=python,authors', ('ngram=3', 'python')),
+    ],
+)
+def test_an_argument_that_would_be_unheard_is_refused(
+    arguments: str, said: tuple[str, ...]
+):
+  with pytest.raises(ArgumentError) as caught:
+    _config(arguments)
+  assert all(part in str(caught.value) for part in said)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'ngram'),
+    [
+        ('ngram=1,token_ppo', 1),
+        ('token_ppo,lambda_matched,ngram=10', 1),
+        ('termination=parsing,ngram=3', 3),
+        ('ngram=3,ngram=3', 3),
+        ('ngram=0,one_macro', 0),
+        ('termination=fixed,token_ppo', 1),
+    ],
+)
+def test_arguments_that_words_agree_with_are_kept(arguments: str, ngram: int):
+  assert _config(arguments).macro.ngram == ngram
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import manifest, recipe_flag, train, workdir_lock
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.data import batch_sizes
 from ma_rlhf_jax.models.presets import Lora
 from ma_rlhf_jax.validation import ConfigError
 from tests import tiny
@@ -107,10 +108,65 @@ def test_data_and_models_that_are_not_there_are_named(
       f'--config.data.path={missing}',
   )
   assert f"data.path='{missing}': there is no such file" in message
+  for field, reason in (
+      ('ppo.from', 'must be the workdir of a run'),
+      ('tokenizer.path', 'is not a folder'),
+  ):
+    message = _message(
+        _TINY, f'--workdir={tmp_path / "b"}', f'--config.{field}={missing}'
+    )
+    assert f'{field}={missing}' in message and reason in message
+
+
+def test_rows_that_cannot_be_read_come_before_what_stages_need(
+    tmp_path: pathlib.Path,
+) -> None:
+  recipe = _ROOT / 'configs' / 'apps_2b.py'
+  devices = ['--config.mesh.fsdp=1', '--config.mesh.data=-1']
   message = _message(
-      _TINY, f'--workdir={tmp_path / "b"}', f'--config.ppo.from={missing}'
+      f'--config={recipe}', f'--workdir={tmp_path / "run"}', *devices
   )
-  assert f"'{missing}' is not a folder" in message
+  assert "data.task='apps'" in message and 'reward_model' not in message
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_missing_login_is_told_before_anything_is_made(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  online = types.SimpleNamespace(settings=types.SimpleNamespace(mode='online'))
+  fake = types.SimpleNamespace(
+      __spec__='installed',
+      setup=lambda: online,
+      login=lambda: False,
+      errors=types.SimpleNamespace(Error=RuntimeError),
+  )
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  message = _message(
+      _TINY, f'--workdir={tmp_path / "run"}', "--config.log.sinks=('wandb',)"
+  )
+  assert 'WANDB_API_KEY' in message and 'log.sinks' in message
+  assert '\n' not in message and not (tmp_path / 'run').exists()
+
+
+def _with_smaller_batches(rows: int) -> list[str]:
+  """The notes of a run on 2 x 2 devices that share a batch."""
+  config = tiny.config(sft__batch_size=8)
+  num_rows = {'sft': rows, 'reward_model': 64, 'ppo': 64}
+  run = types.SimpleNamespace(
+      config=batch_sizes.fitted(config, num_rows),
+      data=types.SimpleNamespace(num_rows=num_rows),
+      mesh=types.SimpleNamespace(shape={'data': 2, 'fsdp': 2, 'tensor': 1}),
+  )
+  return train._smaller(config, run, ['sft', 'reward_model', 'ppo'])
+
+
+def test_smaller_batches_are_told_and_must_split_over_the_devices() -> None:
+  assert _with_smaller_batches(8) == []
+  (note,) = _with_smaller_batches(7)
+  assert note == 'sft.batch_size=4 in place of 8: the sft part has 7 rows'
+  with pytest.raises(ConfigError, match='the sft part has 3 rows') as caught:
+    _with_smaller_batches(3)
+  assert 'the 4 devices' in str(caught.value)
 
 
 def test_the_command_itself_ends_in_one_line(tmp_path: pathlib.Path) -> None:
@@ -140,7 +196,6 @@ def _products(tmp_path: pathlib.Path, **fields: Any) -> None:
         {'stages': ('sft', 'reward_model')},
         {'stages': ('reward_model',), 'reward_model__init': 'folder'},
         {'stages': ('reward_model',), 'ppo__policy_init': 'folder'},
-        {'stages': ('ppo', 'evaluate'), 'ppo__from_run': 'folder'},
         {
             'stages': ('ppo',),
             'ppo__policy_init': 'folder',
@@ -152,6 +207,14 @@ def test_every_product_is_given_or_to_be_made(
     tmp_path: pathlib.Path, fields: dict[str, Any]
 ) -> None:
   _products(tmp_path, **fields)
+
+
+def test_a_whole_run_gives_both_products(tmp_path: pathlib.Path) -> None:
+  workdir_lib.open_workdir(tmp_path / 'from', tiny.config())
+  for stage in ('sft', 'reward_model'):
+    workdir_lib.mark_done(tmp_path / 'from', stage, {'step': 1})
+  fields = {'ppo__from_run': str(tmp_path / 'from')}
+  _products(tmp_path, stages=('ppo', 'evaluate'), **fields)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +295,13 @@ def test_a_product_is_written_over_what_a_killed_start_left(
   exports = {'sft': ('policy', tiny.SHAPE, tiny.params('policy', 0))}
   (tmp_path / 'sft' / 'hf').mkdir(parents=True)
   digest = manifest.write(tmp_path / 'sft' / 'hf')
-  train._finish(run, 'sft', 5, exports)
+  train._finish(run, 'sft', 5, exports, note='x')
   assert saved == [(f'{tmp_path}/sft/hf', True)]
   assert workdir_lib.read_done(tmp_path, 'sft') == {
       'step': 5,
       'products': {'sft/hf': digest},
+      'batch_size': 64,
+      'note': 'x',
   }
 
 
@@ -293,10 +358,26 @@ def test_the_end_names_the_workdir_and_a_command(
   ran = subprocess.run(
       ['bash', '-c', echo], capture_output=True, text=True, check=True
   )
-  assert ran.stdout == (
-      f"-m ma_rlhf_jax.generate --model={tmp_path}/it's --prompt=My boss was "
-      'late today.\nTL;DR:\n'
+  said = f"-m ma_rlhf_jax.generate --model={tmp_path}/it's --prompt="
+  assert ran.stdout.startswith(said)
+  prompt = ran.stdout.removeprefix(said).removesuffix('\n')
+  rows = [run.text(ids) for ids in run.data.eval.prompt]
+  assert prompt in rows and len(prompt) == min(map(len, filter(None, rows)))
+
+
+@pytest.mark.parametrize(
+    'text', ["it's\nTL;DR:", '\\n $x `y` "z"', 'a\tb\x1b[2Jc\r', 'é €', '']
+)
+def test_a_prompt_is_one_word_of_the_shell(text: str) -> None:
+  quoted = train._shell_quoted(text)
+  assert quoted.isprintable()
+  ran = subprocess.run(
+      ['bash', '-c', f'printf %s {quoted}'],
+      capture_output=True,
+      env={'LC_ALL': 'C.UTF-8'},
+      check=True,
   )
+  assert ran.stdout.decode() == text
 
 
 def test_too_little_memory_is_one_line_with_the_step() -> None:

@@ -24,6 +24,7 @@ from ma_rlhf_jax.workdir import (
     open_workdir,
     read_done,
 )
+from tests import tiny
 
 
 def _config(**fields: object) -> ConfigDict:
@@ -242,3 +243,22 @@ def test_the_config_of_a_workdir_is_read_back(tmp_path):
   assert read.macro.random_lengths == (4, 7)
   with pytest.raises(WorkdirError, match='no workdir'):
     workdir_lib.read_config(tmp_path / 'absent')
+
+
+def test_batches_are_those_that_stages_that_are_done_used(
+    tmp_path: pathlib.Path,
+) -> None:
+  asked = tiny.config(sft__batch_size=64, reward_model__batch_size=64)
+  workdir_lib.mark_done(tmp_path, 'sft', {'step': 1, 'batch_size': 32})
+  workdir_lib.mark_done(tmp_path, 'reward_model', {'step': 1})
+  found = workdir_lib.as_trained(tmp_path, asked)
+  assert (found.sft.batch_size, found.reward_model.batch_size) == (32, 64)
+  assert asked.sft.batch_size == 64
+
+
+def test_a_workdir_that_cannot_be_made_names_the_flag(
+    tmp_path: pathlib.Path,
+) -> None:
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(WorkdirError, match='--workdir=.*file/run cannot be made'):
+    workdir_lib.open_workdir(tmp_path / 'file' / 'run', tiny.config())

@@ -54,6 +54,11 @@ class Datasets:
     """Tells values on a part of the held-out rows from those on all; or ''."""
     return '' if self.apart is None else f' on {self.eval.digest[:12]}'
 
+  @property
+  def num_rows(self) -> dict[str, int]:
+    """Rows of each stage that trains."""
+    return {name: len(getattr(self, name)) for name in STAGES}
+
 
 STAGES = ('sft', 'reward_model', 'ppo')
 
@@ -117,12 +122,11 @@ def shuffle_labels(encoded: EncodedSet, seed: int) -> EncodedSet:
 def _check_sizes(
     config: ConfigDict, sets: dict[str, EncodedSet], stages: Sequence[str]
 ) -> None:
-  """Every part must fill one batch of its stage, and eval hold two rows."""
+  """Every stage needs a row, and eval two."""
   problems = [
-      f'the {name} part has {len(sets[name])} rows, fewer than '
-      f'{name}.batch_size={config[name].batch_size}'
+      f'the {name} part has no rows'
       for name in STAGES
-      if name in stages and len(sets[name]) < config[name].batch_size
+      if name in stages and not len(sets[name])
   ]
   if len(sets['eval']) < 2:
     problems.append(
@@ -131,10 +135,21 @@ def _check_sizes(
   if problems:
     raise ValueError(
         f'{"; ".join(problems)}. Give more rows, other data.parts='
-        f'{tuple(config.data.parts)}, smaller batches or longer '
-        'data.max_prompt_len and data.max_response_len '
-        f'(now {config_lib.lengths(config)} tokens)'
+        f'{tuple(config.data.parts)}, or longer data.max_prompt_len and '
+        f'data.max_response_len (now {config_lib.lengths(config)} tokens)'
     )
+
+
+def _check_cache(folder: str) -> None:
+  """Raises where `data.cache_dir` cannot be written to."""
+  try:
+    if folder:
+      epath.Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+        f'data.cache_dir={folder} cannot be made a folder ({error.strerror}); '
+        "give one that may be written to, or '' for the workdir"
+    ) from error
 
 
 def prepare(
@@ -155,10 +170,11 @@ def prepare(
     stages: those that will train; None = those of the config.
 
   Raises:
-    FileNotFoundError, ValueError: as `tasks.load_examples`, and where a part
-      is smaller than its stage's batch.
+    FileNotFoundError, ValueError: as `tasks.load_examples`, and where a stage
+      has no rows.
   """
   workdir = epath.Path(workdir)
+  _check_cache(config.data.cache_dir)
   train, held_out, read = tasks.load_examples(config)
   indices = tasks.split_parts(
       len(train), config.data.parts, config.data.split_seed
@@ -211,14 +227,13 @@ def few_updates(
     config: ConfigDict, data: Datasets, stages: Sequence[str]
 ) -> list[str]:
   """A warning for each of `stages` that makes less than ten updates."""
-  sets = {'sft': data.sft, 'reward_model': data.reward_model, 'ppo': data.ppo}
   return [
-      f'{name} makes {steps} update(s): {len(rows)} rows in batches of '
+      f'{name} makes {steps} update(s): {rows} rows in batches of '
       f'{config[name].batch_size}; for more set {name}.epochs, {name}.steps or '
       f'a smaller {name}.batch_size'
-      for name, rows in sets.items()
+      for name, rows in data.num_rows.items()
       if name in stages
-      and (steps := config_lib.num_steps(config[name], len(rows))) < 10
+      and (steps := config_lib.num_steps(config[name], rows)) < 10
   ]
 
 

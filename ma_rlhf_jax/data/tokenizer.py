@@ -56,7 +56,7 @@ def load_tokenizer(path: str) -> 'PreTrainedTokenizerBase':
   if ('://' in path or epath.Path(path).is_dir()) and not has_vocabulary(path):
     raise FileNotFoundError(
         f'{path} holds no {" or ".join(_VOCABULARIES)}; copy the tokenizer of '
-        'the model into it, or name another by tokenizer.path'
+        'the model into it'
     )
   if '://' not in path:
     return check_tokenizer(tokenizer_files.load(path), path)
@@ -72,7 +72,7 @@ def check_tokenizer(
   """`tokenizer`, once it is known to serve; raises as `load_tokenizer`."""
   if not tokenizer.is_fast:
     raise ValueError(
-        f'tokenizer.path={path!r} loads as {type(tokenizer).__name__}, which '
+        f'the tokenizer of {path} loads as {type(tokenizer).__name__}, which '
         'has no tokenizer.json form; save it once as a fast tokenizer'
     )
   ids = {
@@ -81,7 +81,7 @@ def check_tokenizer(
   }
   if None in ids.values() or len(set(ids.values())) < 3:
     raise ValueError(
-        f'tokenizer.path={path!r} has the special ids {ids}; pad, eos and bos '
+        f'the tokenizer of {path} has the special ids {ids}; pad, eos and bos '
         'must be three different ids; set them in its tokenizer_config.json '
         '(an unused token of the vocabulary serves as pad)'
     )

@@ -1,7 +1,7 @@
 """Models that are finished: found by name, checked, loaded for use.
 
-A name is a Hugging Face folder, a hub id, or a workdir, which stands for the
-product of one of its stages.
+A name is a Hugging Face folder, a hub id, or a workdir; see
+`training.products`.
 """
 
 import dataclasses
@@ -11,23 +11,21 @@ from typing import TYPE_CHECKING
 import jax
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import heads, huggingface, presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import sources
-from ma_rlhf_jax.training.sources import SourceError
+from ma_rlhf_jax.training import products
+from ma_rlhf_jax.training.products import SourceError
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-# Flag -> kind of model, and stages of a workdir whose product serves, the best
-# first.
+# Flag -> kind of model, and its role.
 _ROLES = {
-    'model': ('policy', ('ppo', 'sft')),
-    'reward_model': ('scalar', ('reward_model',)),
+    'model': ('policy', 'policy'),
+    'reward_model': ('scalar', 'reward model'),
 }
 
 
@@ -38,7 +36,7 @@ class Finished:
   Attributes:
     name: the flag and its value, for messages.
     folder: local.
-    stage: whose product it is, where a workdir was named; else ''.
+    source: what the name stands for, a stage of a workdir for example.
     kind: 'policy' or 'scalar'.
     shape: in the dtype in which it is computed.
     tokenizer: of the folder; None where a reward model has none.
@@ -46,16 +44,17 @@ class Finished:
 
   name: str
   folder: pathlib.Path
-  stage: str
+  source: products.Source
   kind: str
   shape: presets.GemmaConfig
   tokenizer: 'PreTrainedTokenizerBase | None'
 
   def describe(self) -> str:
-    """`--model=runs/x: the ppo product, 2,506,172,416 parameters, bfloat16`."""
-    stage = f'its {self.stage} product, ' if self.stage else ''
+    """`--model=runs/x: its stage ppo, runs/x/ppo/hf, 2,506 parameters, ...`."""
     size = f'{self.shape.num_params:,} parameters, {self.shape.dtype}'
-    return f'{self.name}: {stage}{size}'
+    source = self.source
+    made = f'its stage {source.stage}, {source.path}, ' if source.stage else ''
+    return f'{self.name}: {made}{size}'
 
   def load(self) -> Params:
     """The parameters, on the mesh of `jax.set_mesh`."""
@@ -63,28 +62,6 @@ class Finished:
       return huggingface.load_params(self.folder, self.shape, self.kind)
     except (ValueError, OSError) as error:
       raise SourceError(f'{self.name}: {error}') from error
-
-
-def locate(flag: str, value: str) -> tuple[str, str]:
-  """(path or id, stage) of what a flag stands for.
-
-  Args:
-    flag: 'model' or 'reward_model'.
-    value: a folder, a hub id or a workdir; only that has a stage.
-
-  Raises:
-    SourceError: if no stage of the workdir that serves is done.
-  """
-  name, (_, stages) = f'--{flag}={value}', _ROLES[flag]
-  if not workdir_lib.is_workdir(value):
-    return value, ''
-  for stage in stages:
-    if workdir_lib.read_done(value, stage) is not None:
-      return sources.product(value, stage), stage
-  raise SourceError(
-      f'{name} is a workdir in which none of these is done: '
-      f'{", ".join(stages)}; run its command again, or name another folder'
-  )
 
 
 def _tokenizer(
@@ -106,19 +83,19 @@ def find(flag: str, value: str, dtype: str) -> Finished:
   Raises:
     SourceError: if it cannot be used, with the flag and the reason.
   """
-  kind, _ = _ROLES[flag]
+  kind, role = _ROLES[flag]
   name = f'--{flag}={value}'
-  path, stage = locate(flag, value)
+  source = products.locate(f'--{flag}', value, role)
   model = config_lib.base().model
   model.update({'dtype': dtype, 'remat': 'none'})
   try:
-    folder = huggingface.resolve(path)
+    folder = huggingface.resolve(source.path)
     shape = presets.frozen(huggingface.read_shape(folder), model)
     huggingface.check_params(folder, shape, kind)
     tokenizer = _tokenizer(folder, kind)
   except (ValueError, OSError) as error:
     raise SourceError(f'{name}: {error}') from error
-  return Finished(name, folder, stage, kind, shape, tokenizer)
+  return Finished(name, folder, source, kind, shape, tokenizer)
 
 
 def check_pair(policy: Finished, reward_model: Finished | None) -> None:

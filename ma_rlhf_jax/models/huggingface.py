@@ -145,22 +145,28 @@ def _fetch(name: str) -> pathlib.Path:
   return local
 
 
+def refuse_adapter(folder: str | os.PathLike[str]) -> None:
+  """Raises ValueError where a folder holds an adapter in place of a model."""
+  adapter = pathlib.Path(folder) / 'adapter_config.json'
+  if adapter.is_file() and not adapter.with_name('config.json').is_file():
+    base = files.read_json(adapter).get('base_model_name_or_path')
+    raise ValueError(
+        f'{folder} is a LoRA adapter, not a model; merge it into its base '
+        f'model ({base}) and name the folder of the result'
+    )
+
+
 def read_shape(folder: str | os.PathLike[str]) -> GemmaConfig:
   """The shape that the config.json of a folder describes, in our dtypes.
 
   Raises:
     FileNotFoundError: if there is no config.json.
-    ValueError: if it describes what we do not implement; gives every reason.
+    ValueError: if it describes what we do not implement, with every reason, or
+      if the folder is an adapter.
   """
   path = pathlib.Path(folder) / 'config.json'
   if not path.is_file():
-    adapter = path.with_name('adapter_config.json')
-    if adapter.is_file():
-      base = files.read_json(adapter).get('base_model_name_or_path')
-      raise FileNotFoundError(
-          f'{folder} is a LoRA adapter, not a model; merge it into its base '
-          f'model ({base}) and name the folder of the result'
-      )
+    refuse_adapter(folder)
     raise FileNotFoundError(f'{path} is missing; it gives the shape of a model')
   theirs = files.read_json(path)
   try:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.models.presets import PRESETS, SHAPE_FIELDS, GemmaConfig
+from ma_rlhf_jax.training import sources
 
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 _SNAPSHOT = re.compile(r'/models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?$')
@@ -50,24 +51,12 @@ def base_model(config: ConfigDict, stage: str) -> str:
   Raises:
     WorkdirError: if a workdir on the way has gone.
   """
-  p = config.ppo
-  # The field that names a start, its stage there, and the stage that is the
-  # start where it is empty.
-  named, there, here = {
-      'sft': (config.sft.init, 'sft', ''),
-      'reward_model': (config.reward_model.init, 'sft', 'ppo'),
-      'ppo': (p.policy_init or p.from_run, 'sft', 'sft'),
-      'critic': (
-          p.critic_init or p.reward_model or p.from_run,
-          'critic' if p.critic_init else 'reward_model',
-          'reward_model',
-      ),
-  }[stage]
-  if not named:
-    return base_model(config, here) if here else ''
-  if not workdir_lib.is_workdir(named):
-    return named
-  return base_model(workdir_lib.read_config(named)[1], there)
+  if source := sources.named_source(config, stage):
+    if not source.workdir:
+      return source.path
+    there = workdir_lib.read_config(source.workdir)[1]
+    return base_model(there, source.stage)
+  return base_model(config, sources.OWN[stage]) if stage != 'sft' else ''
 
 
 def is_gemma(base: str, shape: GemmaConfig) -> bool:

@@ -31,7 +31,7 @@ from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.publishing import card, lineage
 from ma_rlhf_jax.publishing.check_rows import Rows
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import sources
+from ma_rlhf_jax.training import products
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ class Job:
   @functools.cached_property
   def product(self) -> pathlib.Path:
     """The folder that the stage left, on this machine."""
-    return huggingface.resolve(sources.product(self.workdir, self.stage))
+    return huggingface.resolve(products.product(self.workdir, self.stage))
 
 
 def _load(
@@ -181,7 +181,7 @@ def write_adapter(job: Job) -> dict[str, Any]:
   Raises:
     ExportCheckError: if base and adapters are not the merged model.
   """
-  folder = epath.Path(sources.adapter(job.workdir, job.stage))
+  folder = epath.Path(products.adapter(job.workdir, job.stage))
   manifest.verify(folder)
   for name in (peft_folder.CONFIG, peft_folder.TENSORS):
     (folder / name).copy(job.draft / name)

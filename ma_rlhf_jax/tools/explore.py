@@ -23,14 +23,13 @@ if __name__ == '__main__':  # before the imports below, which take seconds
 from absl import app, flags
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 import numpy as np
 
 from ma_rlhf_jax import atomic_file, recipe_flag, switches, validation
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.prompts import parse_line, text_problem
-from ma_rlhf_jax.generation import finished
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.macro.spelling import Speller
 from ma_rlhf_jax.models import huggingface
@@ -39,7 +38,7 @@ from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import MacroActions, Scored, SequenceBatch
 from ma_rlhf_jax.tools import explore_view
 from ma_rlhf_jax.tools.explore_view import Ruled, Told
-from ma_rlhf_jax.training import checkpoint, experience
+from ma_rlhf_jax.training import checkpoint, experience, products
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -49,11 +48,8 @@ _COLUMNS = ('response', 'text', 'chosen')
 _VOCAB_SIZE = 1024
 
 # --config is rule A.
-_OTHER = config_flags.DEFINE_config_file(
-    'other',
-    None,
-    'Rule B. Default: --config, its fields included, with token_ppo.',
-    sys_argv=recipe_flag.ARGV,
+_OTHER = recipe_flag.define(
+    'other', 'Rule B. Default: --config, its fields included, with token_ppo.'
 )
 _TEXT = flags.DEFINE_multi_string('text', [], 'A response; may be repeated.')
 _INPUT = flags.DEFINE_string('input', None, 'Rows: .jsonl or .jsonl.gz.')
@@ -179,7 +175,8 @@ def read_rows(path: str, column: str | None, limit: int) -> list[dict]:
 
 def _folder(model: str) -> pathlib.Path:
   """The local folder of what --model may be."""
-  return huggingface.resolve(finished.locate('model', model)[0])
+  source = products.locate('--model', model, 'policy')
+  return huggingface.resolve(source.path)
 
 
 def load_tokenizer(

@@ -348,6 +348,7 @@ def _train(
           stage.name,
           sinks=c.log.sinks if processes.is_first() else (),
           first_step=first + 1,
+          config=config_lib.flatten(c),
       ) as writer,
       console.Progress(
           stage.name, stage.num_steps, first, silent=not processes.is_first()

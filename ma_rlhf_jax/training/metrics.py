@@ -13,16 +13,16 @@ writes again, bit for bit except for the fields under `time/` and `host/`.
 """
 
 from collections.abc import Mapping, Sequence
-import hashlib
 import importlib.util
 import json
 import math
 import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from etils import epath
 
 from ma_rlhf_jax import atomic_file
+from ma_rlhf_jax.training import wandb_login
 
 
 class NonFiniteError(FloatingPointError):
@@ -88,6 +88,7 @@ class MetricsWriter:
       sinks: Sequence[str],
       first_step: int = 1,
       flush_seconds: float = 10.0,
+      config: Mapping[str, Any] | None = None,
   ) -> None:
     """Opens the sinks.
 
@@ -100,6 +101,7 @@ class MetricsWriter:
         earlier start wrote from there on.
       flush_seconds: how old a line may grow in memory before the next write
         brings it to disk; 0 = each at once.
+      config: field -> value, which W&B shows beside the run.
 
     Raises:
       ValueError: on an unknown sink.
@@ -112,9 +114,8 @@ class MetricsWriter:
         )
     check_sinks(sinks)
     folder = epath.Path(folder)
-    self._sinks = [
-        SINKS[name](folder, stage, first_step, flush_seconds) for name in sinks
-    ]
+    about = _About(folder, stage, first_step, flush_seconds, config or {})
+    self._sinks = [SINKS[name](about) for name in sinks]
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -143,25 +144,29 @@ class MetricsWriter:
       sink.close()
 
 
+class _About(NamedTuple):
+  """What a sink is told of a stage; the fields are those of MetricsWriter."""
+
+  folder: epath.Path
+  stage: str
+  first_step: int
+  flush_seconds: float
+  config: Mapping[str, Any]
+
+
 class _JsonLines:
   """The parts drawn in the module's docstring."""
 
-  def __init__(
-      self,
-      folder: epath.Path,
-      stage: str,
-      first_step: int,
-      flush_seconds: float,
-  ) -> None:
-    del first_step
-    self._folder = folder / 'metrics'
+  def __init__(self, about: _About) -> None:
+    self._folder = about.folder / 'metrics'
     self._folder.mkdir(parents=True, exist_ok=True)
     atomic_file.remove_parts(self._folder)
-    self._start = 1 + max((start for start, _, _ in _parts(folder)), default=0)
+    starts = (start for start, _, _ in _parts(about.folder))
+    self._start = 1 + max(starts, default=0)
     self._part = 1
-    self._stage = stage
+    self._stage = about.stage
     self._lines: list[str] = []
-    self._flush_seconds = flush_seconds
+    self._flush_seconds = about.flush_seconds
     self._flushed = time.monotonic()
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -186,23 +191,17 @@ class _JsonLines:
 
 
 class _TensorBoard:
-  """Event files, by tensorboardX, which needs no TensorFlow."""
+  """Scalars by step; opened anew by each start."""
 
-  def __init__(
-      self,
-      folder: epath.Path,
-      stage: str,
-      first_step: int,
-      flush_seconds: float,
-  ) -> None:
-    del stage
+  def __init__(self, about: _About) -> None:
     import tensorboardX
 
+    first_step = about.first_step
     self._writer = tensorboardX.SummaryWriter(
-        str(folder / 'tensorboard'),
+        str(about.folder / 'tensorboard'),
         # A start from the beginning writes step 0 again.
         purge_step=first_step if first_step > 1 else 0,
-        flush_secs=max(1, int(flush_seconds)),
+        flush_secs=max(1, int(about.flush_seconds)),
         # Files are named by the second, which two quick starts may share.
         filename_suffix=f'.{first_step}',
     )
@@ -219,22 +218,19 @@ class _TensorBoard:
 
 
 class _Wandb:
-  """One Weights & Biases run a folder; a restart continues it."""
+  """One run of Weights & Biases for a folder; a restart continues it."""
 
-  def __init__(
-      self,
-      folder: epath.Path,
-      stage: str,
-      first_step: int,
-      flush_seconds: float,
-  ) -> None:
-    del first_step, flush_seconds
+  def __init__(self, about: _About) -> None:
     import wandb
 
+    workdir = about.folder.parent.name
     self._run = wandb.init(
-        id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
-        name=f'{folder.parent.name}/{stage}',
-        group=folder.parent.name,
+        id=wandb_login.run_id(about.folder),
+        name=f'{workdir}/{about.stage}',
+        group=workdir,
+        dir=wandb_login.local_folder(about.folder),
+        config=dict(about.config),
+        allow_val_change=True,  # a restart may differ in resumable fields
         resume='allow',
     )
     # W&B drops rows of steps that an earlier start logged already, so the step

@@ -49,25 +49,34 @@ _STREAMS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """A workdir with its config, data and devices.
+class Setup:
+  """What is known of a run before a row is read.
 
   Attributes:
     config: the resolved config.
     workdir: where everything is written.
     mesh: the devices.
-    data: tokenised rows of each stage and of the evaluation.
     tokenizer: of policy and reward model.
-    prompt_len: P, prompt columns.
-    response_len: T, response columns.
-    gold: true quality of (prompt, response), for tasks that know it.
   """
 
   config: ConfigDict
   workdir: epath.Path
   mesh: Mesh
-  data: Datasets
   tokenizer: 'PreTrainedTokenizerBase'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Setup):
+  """A workdir with its config, data and devices.
+
+  Attributes:
+    data: tokenised rows of each stage and of the evaluation.
+    prompt_len: P, prompt columns.
+    response_len: T, response columns.
+    gold: true quality of (prompt, response), for tasks that know it.
+  """
+
+  data: Datasets
   prompt_len: int
   response_len: int
   gold: Callable[[str, str], float] | None

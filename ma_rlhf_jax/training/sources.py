@@ -1,12 +1,10 @@
-"""Where the models of a stage come from, and where they go.
+"""Where the models of a stage come from, how they are checked and loaded.
 
-Every product is a Hugging Face folder: what a stage trained lies in
-`<workdir>/<stage>/hf` (the critic of PPO in `<workdir>/ppo/critic`), and the
-next stage reads it from there as it would read any other folder.
+A stage reads what another one made, a Hugging Face folder, as it would read any
+other folder.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 import pathlib
 from typing import TypeVar
@@ -20,81 +18,94 @@ from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import heads, huggingface, kernels, lora, presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training import products
+from ma_rlhf_jax.training.products import (
+    Source,
+    SourceError,
+    product,
+)
+from ma_rlhf_jax.training.run import Run, Setup
 
 T = TypeVar('T')
 
 
-class SourceError(ValueError):
-  """A model that a field names cannot be used in this run."""
+# Use -> the fields that may name its model, the first that is set, and the role
+# in which it serves there.
+_POLICY = (('ppo.policy_init', 'policy'), ('ppo.from', 'policy'))
+_REWARD_MODEL = (
+    ('ppo.reward_model', 'reward model'),
+    ('ppo.from', 'reward model'),
+)
+_FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
+    'sft': (('sft.init', 'policy'),),
+    'reward_model': (('reward_model.init', 'policy'), *_POLICY),
+    'ppo': _POLICY,
+    'score': _REWARD_MODEL,
+    'critic': (('ppo.critic_init', 'critic'), *_REWARD_MODEL),
+    'tokenizer': (
+        ('tokenizer.path', 'tokenizer'),
+        ('sft.init', 'policy'),
+        *_POLICY,
+        *_REWARD_MODEL,
+        ('reward_model.init', 'policy'),
+        ('ppo.critic_init', 'critic'),
+    ),
+}
+# Use -> the stage of this run whose product serves where no field is set.
+OWN = {
+    'reward_model': 'sft',
+    'ppo': 'sft',
+    'score': 'reward_model',
+    'critic': 'reward_model',
+}
+# What `ppo.from` takes over of another run, in each role.
+_TAKEN_OVER = {'policy': 'sft', 'reward model': 'reward_model'}
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A model that already exists, or will once its stage is done.
+def _named(config: ConfigDict, field: str, role: str) -> Source | None:
+  """The model that a field names; None where it is empty."""
+  if field == 'ppo.from':
+    value = config.ppo.from_run
+    stage = _TAKEN_OVER[role]
+  else:
+    block, name = field.split('.')
+    value, stage = config[block][name], ''
+  return products.locate(field, value, role, stage) if value else None
 
-  Attributes:
-    field: the config field that names it; '' = made by this run.
-    path: its Hugging Face folder or hub id.
+
+def named_source(config: ConfigDict, use: str) -> Source | None:
+  """The model that a field names for a use; None where none does.
+
+  Args:
+    config: of the run.
+    use: what it is for: the stage that starts from it ('sft', 'reward_model',
+      'ppo', 'critic'), 'score' or 'tokenizer'.
+
+  Raises:
+    SourceError: where the first field that is set names nothing.
   """
-
-  field: str
-  path: str
-
-
-def product(workdir: epath.PathLike, stage: str) -> str:
-  """The folder of a stage's model in a workdir."""
-  folder = 'ppo/critic' if stage == 'critic' else f'{stage}/hf'
-  return str(epath.Path(workdir) / folder)
+  found = (_named(config, *entry) for entry in _FIELDS[use])
+  return next((source for source in found if source), None)
 
 
-def adapter(workdir: epath.PathLike, stage: str) -> str:
-  """The folder of a stage's adapters in a workdir, beside its model."""
-  folder = 'ppo/critic_adapter' if stage == 'critic' else f'{stage}/adapter'
-  return str(epath.Path(workdir) / folder)
-
-
-def _named(field: str, value: str, stage: str) -> Source:
-  """The source that `value` (folder, hub id or workdir) stands for."""
-  if value.startswith('~'):
-    value = str(epath.Path(value).expanduser())
-  if not workdir_lib.is_workdir(value):
-    return Source(field, value)
-  done = workdir_lib.read_done(
-      epath.Path(value), 'ppo' if stage == 'critic' else stage
-  )
-  if done is None:
-    raise SourceError(
-        f'{field}={value} is a workdir whose stage {stage!r} is not done; '
-        'finish it (run its command again) or name a Hugging Face folder'
-    )
-  return Source(field, product(value, stage))
+def _source(config: ConfigDict, workdir: epath.PathLike, use: str) -> Source:
+  own = Source('', product(workdir, OWN[use]))
+  return named_source(config, use) or own
 
 
 def policy_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
   """The SFT policy: where PPO and the reward model start."""
-  if config.ppo.policy_init:
-    return _named('ppo.policy_init', config.ppo.policy_init, 'sft')
-  if config.ppo.from_run:
-    return _named('ppo.from', config.ppo.from_run, 'sft')
-  return Source('', product(workdir, 'sft'))
+  return _source(config, workdir, 'ppo')
 
 
 def reward_model_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
   """The reward model of PPO."""
-  if config.ppo.reward_model:
-    return _named('ppo.reward_model', config.ppo.reward_model, 'reward_model')
-  if config.ppo.from_run:
-    return _named('ppo.from', config.ppo.from_run, 'reward_model')
-  return Source('', product(workdir, 'reward_model'))
+  return _source(config, workdir, 'score')
 
 
 def critic_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
   """Where the critic starts: the reward model unless another is named."""
-  if config.ppo.critic_init:
-    stage = 'critic'
-    return _named('ppo.critic_init', config.ppo.critic_init, stage)
-  return reward_model_source(config, workdir)
+  return _source(config, workdir, 'critic')
 
 
 def base(config: ConfigDict, workdir: epath.PathLike, stage: str) -> str:
@@ -108,15 +119,12 @@ def base(config: ConfigDict, workdir: epath.PathLike, stage: str) -> str:
   Returns:
     A hub id, a gs:// path or the absolute path of a folder.
   """
-  init = {'sft': config.sft.init, 'reward_model': config.reward_model.init}
-  if init.get(stage):
-    path = _named(f'{stage}.init', init[stage], 'sft').path
-  elif stage == 'sft':
-    return ''
-  elif stage == 'critic':
-    path = critic_source(config, workdir).path
+  if stage != 'sft':
+    path = _source(config, workdir, stage).path
+  elif source := named_source(config, 'sft'):
+    path = source.path
   else:
-    path = policy_source(config, workdir).path
+    return ''
   folder = pathlib.Path(path)
   return str(folder.resolve()) if folder.is_dir() else path
 
@@ -133,9 +141,10 @@ def of_stage(
     if config.ppo.baseline == 'critic':
       found['critic'] = critic_source(config, workdir)
     return found
-  if config[stage].init:
-    return {'policy': _named(f'{stage}.init', config[stage].init, 'sft')}
-  return {} if stage == 'sft' else {'policy': policy_source(config, workdir)}
+  if stage == 'sft':
+    source = named_source(config, 'sft')
+    return {'policy': source} if source else {}
+  return {'policy': _source(config, workdir, stage)}
 
 
 def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
@@ -160,23 +169,12 @@ def stages_to_train(config: ConfigDict, workdir: epath.PathLike) -> list[str]:
   ]
 
 
-def tokenizer_path(config: ConfigDict) -> str:
-  """The folder or id whose tokenizer the run uses; '' = train one."""
-  if config.tokenizer.path:
-    return config.tokenizer.path
-  for field, value, stage in (
-      ('sft.init', config.sft.init, 'sft'),
-      ('ppo.policy_init', config.ppo.policy_init, 'sft'),
-      ('ppo.from', config.ppo.from_run, 'sft'),
-      ('ppo.reward_model', config.ppo.reward_model, 'reward_model'),
-      ('reward_model.init', config.reward_model.init, 'sft'),
-  ):
-    if value:
-      return _named(field, value, stage).path
-  return ''
+def tokenizer_source(config: ConfigDict) -> Source | None:
+  """The folder or id whose tokenizer the run uses; None = train one."""
+  return named_source(config, 'tokenizer')
 
 
-def _check_tokenizer(run: Run, source: Source, folder: epath.Path) -> None:
+def _check_tokenizer(run: Setup, source: Source, folder: epath.Path) -> None:
   """The folder's tokenizer, where it has one, must be the run's."""
   if not (folder / 'tokenizer_config.json').exists():
     return
@@ -192,23 +190,41 @@ def _check_tokenizer(run: Run, source: Source, folder: epath.Path) -> None:
     )
 
 
-def _named_sources(
-    config: ConfigDict, workdir: epath.PathLike
-) -> list[tuple[Source, str]]:
+def _named_models(config: ConfigDict) -> list[tuple[Source, str]]:
   """The models that the config names, and the kind each is used as."""
-  starts = (
-      ('sft.init', config.sft.init),
-      ('reward_model.init', config.reward_model.init),
-  )
-  named = [(_named(f, v, 'sft'), 'policy') for f, v in starts if v]
-  named.append((policy_source(config, workdir), 'policy'))
-  named.append((reward_model_source(config, workdir), 'scalar'))
+  uses = [
+      ('sft', 'policy'),
+      ('reward_model', 'policy'),
+      ('ppo', 'policy'),
+      ('score', 'scalar'),
+  ]
   if config.ppo.baseline == 'critic':
-    named.append((critic_source(config, workdir), 'scalar'))
-  return [(source, kind) for source, kind in named if source.field]
+    uses.append(('critic', 'scalar'))
+  found = [(named_source(config, use), kind) for use, kind in uses]
+  return list(dict.fromkeys((s, kind) for s, kind in found if s))
 
 
-def check(run: Run) -> None:
+def describe(config: ConfigDict) -> list[str]:
+  """One line for each model and tokenizer that the config names."""
+  found = [source for source, _ in _named_models(config)]
+  if config.tokenizer.path:
+    found.append(tokenizer_source(config))
+  return [source.describe() for source in found]
+
+
+def check_shapes(config: ConfigDict) -> None:
+  """Raises where the config.json of a named model cannot be used.
+
+  It needs no tokenizer, no rows and no devices; fetches models of the hub.
+
+  Raises:
+    SourceError: with the field, the value and the reason.
+  """
+  for source, _ in _named_models(config):
+    read(source, huggingface.read_shape)
+
+
+def check(run: Setup) -> None:
   """Raises where a model does not fit the run; fetches those of the hub.
 
   Names, shapes and dtypes of all tensors are compared, no weight is read.
@@ -216,7 +232,7 @@ def check(run: Run) -> None:
   Raises:
     SourceError: with the field, the value and the reason.
   """
-  for source, kind in _named_sources(run.config, run.workdir):
+  for source, kind in _named_models(run.config):
     shape = inspect(run, source, kind)
     check_tensors = functools.partial(
         huggingface.check_params, config=shape, kind=kind
@@ -235,7 +251,7 @@ def _note(text: str) -> None:
 
 
 def _check_fit(
-    run: Run, source: Source, shape: presets.GemmaConfig, kind: str
+    run: Setup, source: Source, shape: presets.GemmaConfig, kind: str
 ) -> None:
   """The embedding must hold the tokenizer, the mesh must split the weights."""
   where = ' '.join(filter(None, [source.field or 'this run', source.path]))
@@ -274,7 +290,7 @@ def read(source: Source, use: Callable[[pathlib.Path], T]) -> T:
     ) from error
 
 
-def inspect(run: Run, source: Source, kind: str) -> presets.GemmaConfig:
+def inspect(run: Setup, source: Source, kind: str) -> presets.GemmaConfig:
   """The shape of a source, once tokenizer, embedding and mesh fit the run.
 
   It is that of a model that does not learn.
@@ -333,7 +349,9 @@ def load_to_train(
   return shape, lora.add_adapters(kind, shape, params, key)
 
 
-def _check_shape(run: Run, source: Source, shape: presets.GemmaConfig) -> None:
+def _check_shape(
+    run: Setup, source: Source, shape: presets.GemmaConfig
+) -> None:
   """A run that is reused must have the shape that this config asks for."""
   if source.field != 'ppo.from' or run.config.sft.init:
     return
@@ -350,26 +368,21 @@ def _check_shape(run: Run, source: Source, shape: presets.GemmaConfig) -> None:
     )
 
 
-def first_shape(
-    config: ConfigDict, workdir: epath.PathLike, vocab_size: int
-) -> presets.GemmaConfig:
+def first_shape(config: ConfigDict, vocab_size: int) -> presets.GemmaConfig:
   """The shape of the run's models: of the first one that a field names.
 
   Args:
     config: of the run.
-    workdir: of the run.
     vocab_size: entries of the tokenizer.
   """
-  for source, _ in _named_sources(config, workdir):
+  for source, _ in _named_models(config):
     return read(source, huggingface.read_shape)
   return presets.from_fields(config.model, vocab_size)
 
 
 def initial_policy(run: Run) -> tuple[presets.GemmaConfig, Params]:
   """Where SFT starts: `sft.init`, or random weights, which all learn."""
-  value = run.config.sft.init
-  if value:
-    source = _named('sft.init', value, 'sft')
+  if source := named_source(run.config, 'sft'):
     return load_to_train(run, source, 'policy', 'sft')
   shape = presets.from_fields(run.config.model, len(run.tokenizer))
   shape = presets.trained_whole(shape, run.config.model)
@@ -378,12 +391,7 @@ def initial_policy(run: Run) -> tuple[presets.GemmaConfig, Params]:
 
 def initial_reward_model(run: Run) -> tuple[presets.GemmaConfig, Params]:
   """Where the reward model starts: a policy with a new scalar head."""
-  value = run.config.reward_model.init
-  source = (
-      _named('reward_model.init', value, 'sft')
-      if value
-      else policy_source(run.config, run.workdir)
-  )
+  source = _source(run.config, run.workdir, 'reward_model')
   shape, backbone = load_to_train(run, source, 'policy', 'reward_model')
   head = heads.init_head(shape, run.key('init_reward_model'))
   return shape, {'backbone': backbone, 'head': head}

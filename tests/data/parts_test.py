@@ -157,18 +157,27 @@ def test_a_swap_takes_its_flag_along() -> None:
   )
 
 
-def test_a_part_smaller_than_its_batch_is_named(
+def test_a_part_of_no_rows_is_named(
     prepared: tuple, tmp_path: pathlib.Path
 ) -> None:
   _, tokenizer, _ = prepared
-  config = _config(**{'sft.batch_size': 21, 'ppo.batch_size': 64})
-  with pytest.raises(ValueError, match='sft part has 20 rows') as caught:
+  config = _config(**{'data.parts': (0, 1, 0)})
+  with pytest.raises(ValueError, match='sft part has no rows') as caught:
     parts.prepare(config, tokenizer, tmp_path)
-  assert 'ppo part has 40 rows, fewer than ppo.batch_size=64' in str(
-      caught.value
-  )
+  assert 'ppo part has no rows' in str(caught.value)
+  assert 'data.parts=(0, 1, 0)' in str(caught.value)
   config.stages = ('reward_model',)
   parts.prepare(config, tokenizer, tmp_path)
+
+
+def test_a_cache_that_cannot_be_a_folder_is_named(
+    prepared: tuple, tmp_path: pathlib.Path
+) -> None:
+  _, tokenizer, _ = prepared
+  (tmp_path / 'file').write_text('')
+  config = _config(**{'data.cache_dir': str(tmp_path / 'file')})
+  with pytest.raises(ValueError, match=f'data.cache_dir={tmp_path}/file '):
+    parts.prepare(config, tokenizer, tmp_path)
 
 
 def test_counts_are_told_in_a_line_a_part() -> None:

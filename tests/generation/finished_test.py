@@ -40,18 +40,20 @@ def test_a_workdir_stands_for_its_best_product(
   found = _find(value, flag)
   folder = pathlib.Path(value)
   assert found.folder == (folder / stage / 'hf' if stage else folder)
-  assert found.stage == stage
+  assert found.source.stage == stage
   told = f'--{flag}={value}: '
-  told += f'its {stage} product, ' if stage else ''
+  told += f'its stage {stage}, {folder / stage / "hf"}, ' if stage else ''
   size = f'{served.RANDOM.num_params:,}'
   assert found.describe() == f'{told}{size} parameters, float32'
 
 
 def test_a_workdir_without_a_product_is_refused(tmp_path: pathlib.Path):
   workdir_lib.open_workdir(tmp_path, tiny.config())
-  with pytest.raises(SourceError, match='in which none of these is done: ppo,'):
+  with pytest.raises(
+      SourceError, match='in which none of these stages is done: ppo'
+  ):
     _find(str(tmp_path))
-  with pytest.raises(SourceError, match='is done: reward_model; run its comma'):
+  with pytest.raises(SourceError, match='is done: reward_model; finish it'):
     _find(str(tmp_path), 'reward_model')
 
 

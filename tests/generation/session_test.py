@@ -87,7 +87,9 @@ def test_long_prompts_are_named(store: served.Store):
 def test_models_are_found_and_compared(store: served.Store):
   request = Request(store.finished, reward_model=store.workdir)
   found = session_lib.find(request)
-  assert found.policy.stage == 'ppo' and found.reward_model.kind == 'scalar'
+  assert (
+      found.policy.source.stage == 'ppo' and found.reward_model.kind == 'scalar'
+  )
   assert found.policy.shape.dtype == 'float32'  # on a CPU
   assert [model.kind for model in found.models] == ['policy', 'scalar']
   alone = session_lib.find(Request(store.policy, dtype='bfloat16'))

@@ -69,6 +69,12 @@ def test_workdirs_are_followed_to_their_own_start(
   workdir_lib.open_workdir(first, tiny.config(sft__init='google/gemma-2b'))
   other = tiny.config(ppo__from_run=str(first))
   workdir_lib.open_workdir(second, other)
+  for folder, stage in (
+      (first, 'sft'),
+      (first, 'reward_model'),
+      (second, 'sft'),
+  ):
+    workdir_lib.mark_done(folder, stage, {'step': 1})
   third = tiny.config(sft__init=str(second), ppo__reward_model='me/rm')
   bases = [lineage.base_model(third, stage) for stage in _STAGES]
   # SFT of `second` was never made; it has random weights for its start.

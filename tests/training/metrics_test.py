@@ -221,14 +221,19 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
     calls.append(arguments)
     return Run()
 
+  monkeypatch.delenv('WANDB_DIR', raising=False)
   wandb = types.SimpleNamespace(init=init, __spec__='installed')
   monkeypatch.setitem(sys.modules, 'wandb', wandb)
   for folder in ('run/ppo', 'run/ppo', 'other/ppo'):
-    with MetricsWriter(tmp_path / folder, 'ppo', sinks=('wandb',)) as writer:
+    with MetricsWriter(
+        tmp_path / folder, 'ppo', sinks=('wandb',), config={'seed': 7}
+    ) as writer:
       writer.write(3, {'objective/kl': 0.5})
   first, second, third = calls[0], calls[4], calls[8]
   assert first['id'] == second['id'] != third['id']
   assert (first['name'], first['resume']) == ('run/ppo', 'allow')
+  assert first['config'] == {'seed': 7} and first['allow_val_change']
+  assert first['dir'] == str(tmp_path / 'run' / 'ppo')
   assert calls[1:4] == [
       ('*', 'step'),
       {'step': 3, 'objective/kl': 0.5},

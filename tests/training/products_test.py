@@ -1,80 +1,137 @@
-"""A product that is no longer as it was written is made again."""
+"""What a field or flag that takes a model stands for."""
 
-import logging
 import pathlib
-import shutil
 
 import pytest
 
-from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.training import products
+from ma_rlhf_jax.training.products import Source, SourceError
 from tests import tiny
 
-STAGES = ('sft', 'reward_model', 'ppo')
+
+def _made(folder: pathlib.Path, *stages: str, **fields: str) -> str:
+  """A workdir in which these stages are done."""
+  workdir_lib.open_workdir(folder, tiny.config(**fields))
+  for stage in stages:
+    workdir_lib.mark_done(folder, stage, {'step': 1})
+  return str(folder)
 
 
-@pytest.fixture
-def workdir(tmp_path: pathlib.Path) -> pathlib.Path:
-  """Three done stages; PPO has made a policy and a critic."""
-  for name in ('sft/hf', 'reward_model/hf', 'ppo/hf', 'ppo/critic'):
-    (tmp_path / name).mkdir(parents=True)
-    (tmp_path / name / 'model.safetensors').write_text(name)
-    manifest.write(tmp_path / name)
-  for stage in STAGES:
-    made = products.digests(tmp_path, stage)
-    workdir_lib.mark_done(tmp_path, stage, {'step': 1, 'products': made})
-  return tmp_path
+def test_products_lie_in_the_folder_of_their_stage() -> None:
+  assert products.product('/w', 'sft') == '/w/sft/hf'
+  assert products.product('/w', 'ppo') == '/w/ppo/hf'
+  assert products.product('/w', 'critic') == '/w/ppo/critic'
 
 
-def _done(workdir: pathlib.Path) -> list[str]:
-  return [s for s in STAGES if workdir_lib.read_done(workdir, s)]
-
-
-def test_the_marker_names_every_folder_of_a_stage(
-    workdir: pathlib.Path,
-) -> None:
-  assert workdir_lib.read_done(workdir, 'ppo')['products'] == {
-      name: manifest.digest_of(workdir / name)
-      for name in ('ppo/hf', 'ppo/critic')
-  }
-  products.discard_damaged(tiny.config(), workdir)
-  assert _done(workdir) == list(STAGES)
+def test_adapters_lie_beside_the_model_of_their_stage() -> None:
+  assert products.adapter('/w', 'sft') == '/w/sft/adapter'
+  assert products.adapter('/w', 'ppo') == '/w/ppo/adapter'
+  assert products.adapter('/w', 'critic') == '/w/ppo/critic_adapter'
 
 
 @pytest.mark.parametrize(
-    'stage, damage',
+    ('done', 'role', 'suffix', 'want'),
     [
-        (
-            'sft',
-            lambda w: (w / 'sft/hf/model.safetensors').write_text('sft/hg'),
-        ),
-        ('reward_model', lambda w: shutil.rmtree(w / 'reward_model/hf')),
-        ('ppo', lambda w: (w / 'ppo/critic' / manifest.NAME).unlink()),
-        # whole, but another one
-        (
-            'ppo',
-            lambda w: shutil.copytree(
-                w / 'sft/hf', w / 'ppo/hf', dirs_exist_ok=True
-            ),
-        ),
+        (['sft', 'reward_model', 'ppo'], 'policy', '', 'ppo/hf'),
+        (['sft', 'reward_model', 'ppo'], 'policy', ':sft', 'sft/hf'),
+        (['sft', 'reward_model'], 'policy', '', 'sft/hf'),
+        (['sft', 'reward_model', 'ppo'], 'reward model', '', 'reward_model/hf'),
+        (['reward_model', 'ppo'], 'reward model', ':critic', 'ppo/critic'),
+        (['reward_model', 'ppo'], 'critic', '', 'ppo/critic'),
+        (['reward_model', 'ppo'], 'critic', ':reward_model', 'reward_model/hf'),
+        (['reward_model'], 'critic', '', 'reward_model/hf'),
+        (['reward_model'], 'tokenizer', '', 'reward_model/hf'),
     ],
 )
-def test_the_stage_of_a_damaged_product_is_not_done_any_more(
-    workdir: pathlib.Path, caplog: pytest.LogCaptureFixture, stage, damage
+def test_a_workdir_is_the_last_finished_stage_that_fits(
+    tmp_path: pathlib.Path, done: list[str], role: str, suffix: str, want: str
 ) -> None:
-  damage(workdir)
-  with caplog.at_level(logging.WARNING):
-    products.discard_damaged(tiny.config(), workdir)
-  assert _done(workdir) == [s for s in STAGES if s != stage]
-  (line,) = [r.getMessage() for r in caplog.records]
-  assert 'damaged' in line and f'{workdir / stage}' in line
-  assert 'made again' in line
+  run = _made(tmp_path / 'run', *done)
+  found = products.locate('f', run + suffix, role)
+  assert found == Source('f', f'{run}/{want}') and found.workdir == run
+  stage = want.replace('ppo/critic', 'critic').removesuffix('/hf')
+  assert found.describe() == (
+      f'f: {run}/{want}, stage {stage} of the workdir {run}'
+  )
 
 
-def test_stages_that_the_config_does_not_list_are_left_alone(
-    workdir: pathlib.Path,
+def test_a_run_without_a_critic_has_none_to_give(
+    tmp_path: pathlib.Path,
 ) -> None:
-  shutil.rmtree(workdir / 'sft' / 'hf')
-  products.discard_damaged(tiny.config(stages=('ppo',)), workdir)
-  assert _done(workdir) == list(STAGES)
+  run = _made(tmp_path / 'run', 'reward_model')
+  workdir_lib.mark_done(run, 'ppo', {'products': {'ppo/hf': 'x'}})
+  assert products.locate('f', run, 'critic').stage == 'reward_model'
+  with pytest.raises(SourceError, match='f=.*:critic is a workdir in which'):
+    products.locate('f', f'{run}:critic', 'critic')
+
+
+@pytest.mark.parametrize(
+    'value', ['/a/folder', 'google/gemma-2b', 'gs://bucket/model', 'a/b:c/d']
+)
+def test_other_names_stand_for_themselves(value: str) -> None:
+  assert products.locate('f', value, 'policy') == Source('f', value)
+  assert Source('f', value).describe() == f'f: {value}'
+
+
+def test_a_folder_whose_name_ends_so_is_that_folder(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.chdir(tmp_path)
+  _made(tmp_path / 'x', 'sft', 'ppo')
+  assert products.locate('f', 'x:sft', 'policy').path == 'x/sft/hf'
+  (tmp_path / 'x:sft').mkdir()
+  assert products.locate('f', 'x:sft', 'policy') == Source('f', 'x:sft')
+  run = _made(tmp_path / 'y:sft', 'sft', 'ppo')
+  assert products.locate('f', run, 'policy').path == f'{run}/ppo/hf'
+  assert products.locate('f', f'{run}:sft', 'policy').path == f'{run}/sft/hf'
+
+
+@pytest.mark.parametrize(
+    ('suffix', 'role', 'said'),
+    [
+        (':reward_model', 'policy', ['no stage', 'ppo, sft']),
+        (':nonsense', 'reward model', ["'nonsense'", 'reward_model, critic']),
+        (':ppo', 'policy', ['ppo', 'finish it']),
+    ],
+)
+def test_a_stage_that_does_not_serve_is_refused(
+    tmp_path: pathlib.Path, suffix: str, role: str, said: list[str]
+) -> None:
+  run = _made(tmp_path / 'run', 'sft')
+  with pytest.raises(SourceError) as caught:
+    products.locate('ppo.policy_init', run + suffix, role)
+  assert f'ppo.policy_init={run}{suffix}' in str(caught.value)
+  assert all(part in str(caught.value) for part in said)
+
+
+def test_a_stage_of_a_folder_that_is_no_run_is_refused(
+    tmp_path: pathlib.Path,
+) -> None:
+  with pytest.raises(SourceError, match='is no workdir'):
+    products.locate('f', f'{tmp_path}:sft', 'policy')
+
+
+def test_a_product_that_a_run_was_given_is_named(
+    tmp_path: pathlib.Path,
+) -> None:
+  run = _made(tmp_path / 'run', ppo__policy_init='google/gemma-2b')
+  with pytest.raises(SourceError, match='ppo.policy_init=google/gemma-2b'):
+    products.locate('f', run, 'policy')
+
+
+def test_a_function_is_no_reward_model() -> None:
+  with pytest.raises(SourceError, match='ppo.reward_model=my:score') as caught:
+    products.locate('ppo.reward_model', 'my:score', 'reward model')
+  assert 'function' in str(caught.value)
+  assert 'sft.init' not in str(caught.value)
+
+
+def test_a_field_that_takes_a_whole_run_takes_no_part_of_one(
+    tmp_path: pathlib.Path,
+) -> None:
+  run = _made(tmp_path / 'run', 'sft', 'ppo')
+  assert products.locate('ppo.from', run, 'policy', 'sft').stage == 'sft'
+  for value in (f'{run}:ppo', str(tmp_path), 'google/gemma-2b'):
+    with pytest.raises(SourceError, match='ppo.policy_init'):
+      products.locate('ppo.from', value, 'policy', 'sft')

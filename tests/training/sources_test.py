@@ -102,18 +102,6 @@ def _sha256(kind: str, seed: int) -> str:
   return params_sha256(draw(kind, SHAPE, seed))
 
 
-def test_products_lie_in_the_folder_of_their_stage() -> None:
-  assert sources.product('/w', 'sft') == '/w/sft/hf'
-  assert sources.product('/w', 'ppo') == '/w/ppo/hf'
-  assert sources.product('/w', 'critic') == '/w/ppo/critic'
-
-
-def test_adapters_lie_beside_the_model_of_their_stage() -> None:
-  assert sources.adapter('/w', 'sft') == '/w/sft/adapter'
-  assert sources.adapter('/w', 'ppo') == '/w/ppo/adapter'
-  assert sources.adapter('/w', 'critic') == '/w/ppo/critic_adapter'
-
-
 @pytest.mark.parametrize(
     'fields, want',
     [
@@ -162,7 +150,7 @@ def test_nothing_given_means_the_products_of_this_run(store: _Store) -> None:
   assert sources.reward_model_source(config, '/w') == reward_model
   assert sources.critic_source(config, '/w') == reward_model
   assert sources.given_stages(config, '/w') == {}
-  assert sources.tokenizer_path(config) == ''
+  assert sources.tokenizer_source(config) is None
 
 
 @pytest.mark.parametrize(
@@ -215,8 +203,12 @@ def test_the_critic_of_another_run_is_the_one_that_ppo_left(
   config = _config(store, ppo__critic_init='finished')
   want = Source('ppo.critic_init', f'{store.finished}/ppo/critic')
   assert sources.critic_source(config, '/w') == want
-  with pytest.raises(SourceError, match="stage 'critic' is not done"):
-    sources.critic_source(_config(store, ppo__critic_init='workdir'), '/w')
+  # Where PPO is not done, a critic starts from the reward model as ever.
+  want = Source('ppo.critic_init', f'{store.workdir}/reward_model/hf')
+  found = sources.critic_source(
+      _config(store, ppo__critic_init='workdir'), '/w'
+  )
+  assert found == want
 
 
 @pytest.mark.parametrize(
@@ -236,8 +228,8 @@ def test_a_workdir_whose_stage_is_not_done_is_refused(
     sources.given_stages(run.config, tmp_path)
     sources.initial_policy(run)
   message = str(caught.value)
-  assert message.startswith(f'{field}={tmp_path}/new is a workdir whose stage')
-  assert 'is not done; finish it' in message
+  assert message.startswith(f'{field}={tmp_path}/new is a workdir in which')
+  assert 'is done' in message and 'finish it' in message
 
 
 def test_the_tokenizer_is_that_of_the_first_model_named(store: _Store) -> None:
@@ -247,13 +239,48 @@ def test_the_tokenizer_is_that_of_the_first_model_named(store: _Store) -> None:
   found = []
   for name, entry in zip(order, ('scalar', 'scalar', 'workdir'), strict=True):
     given[name] = entry
-    found.append(sources.tokenizer_path(_config(store, **given)))
+    found.append(sources.tokenizer_source(_config(store, **given)).path)
   assert found == want
   given['sft__init'] = 'foreign'
   config = _config(store, **given)
-  assert sources.tokenizer_path(config) == store.foreign
+  assert sources.tokenizer_source(config).path == store.foreign
   config.tokenizer.path = 'elsewhere'
-  assert sources.tokenizer_path(config) == 'elsewhere'
+  want = Source('tokenizer.path', 'elsewhere')
+  assert sources.tokenizer_source(config) == want
+  alone = _config(store, ppo__critic_init='scalar')
+  assert sources.tokenizer_source(alone).path == store.scalar
+
+
+def test_a_run_whose_ppo_is_done_stands_for_its_ppo_policy(
+    store: _Store,
+) -> None:
+  policy = f'{store.finished}/ppo/hf'
+  for field, use in (
+      ('sft.init', 'sft'),
+      ('reward_model.init', 'reward_model'),
+      ('ppo.policy_init', 'ppo'),
+  ):
+    name = field.replace('.', '__')
+    config = _config(store, **{name: 'finished'})
+    assert sources.named_source(config, use) == Source(field, policy)
+    block, name = field.split('.')
+    config[block][name] = f'{store.finished}:sft'
+    want = Source(field, f'{store.finished}/sft/hf')
+    assert sources.named_source(config, use) == want
+  # ppo.from says itself which stages it takes over.
+  config = _config(store, ppo__from_run='finished')
+  want = Source('ppo.from', f'{store.finished}/sft/hf')
+  assert sources.policy_source(config, '/w') == want
+  assert sources.base(config, '/w', 'reward_model') == want.path
+
+
+def test_the_start_says_what_each_field_stands_for(store: _Store) -> None:
+  config = _config(store, ppo__policy_init='finished', sft__init='policy')
+  assert sources.describe(config) == [
+      f'sft.init: {store.policy}',
+      f'ppo.policy_init: {store.finished}/ppo/hf, stage ppo of the workdir '
+      f'{store.finished}',
+  ]
 
 
 def test_sft_starts_from_a_folder_or_another_run(

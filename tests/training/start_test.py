@@ -1,5 +1,6 @@
 """From a config to a run: whose tokenizer, how many devices, which rows."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
+from ma_rlhf_jax.models import exporting
+from ma_rlhf_jax.training.products import SourceError
 from ma_rlhf_jax.training.start import load_run
 from tests import tiny
+from tests.models.drawn import draw
 
 
 def _config(**fields: Any) -> ConfigDict:
@@ -86,8 +90,76 @@ def test_a_named_model_brings_its_tokenizer(tmp_path: pathlib.Path) -> None:
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
   missing = str(tmp_path / 'nothing')
-  with pytest.raises(FileNotFoundError, match='nothing.* is not a folder'):
-    load_run(_config(ppo__policy_init=missing), epath.Path(tmp_path))
+  for field in ('ppo.policy_init', 'tokenizer.path', 'ppo.critic_init'):
+    config = _config(**{field.replace('.', '__'): missing})
+    with pytest.raises(SourceError, match='is not a folder') as caught:
+      load_run(config, epath.Path(tmp_path))
+    assert str(caught.value).startswith(f'{field}={missing}: ')
+    assert 'sft.init' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'field',
+    [
+        'sft.init',
+        'reward_model.init',
+        'ppo.policy_init',
+        'ppo.reward_model',
+        'ppo.critic_init',
+    ],
+)
+def test_a_model_is_refused_before_a_row_is_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+  folder = tmp_path / 'model'
+  tokenizer_lib.train_tokenizer(['My boss was late. TL;DR:'], 300, str(folder))
+  (folder / 'config.json').write_text('{"model_type": "llama"}')
+  monkeypatch.setattr(parts, 'prepare', lambda *_: pytest.fail('rows are read'))
+  config = _config(**{field.replace('.', '__'): str(folder)})
+  with pytest.raises(SourceError, match="model_type is 'llama'") as caught:
+    load_run(config, epath.Path(tmp_path / 'run'), check_models=True)
+  assert str(caught.value).startswith(f'{field}={folder}: ')
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_row_is_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  folder = tmp_path / 'model'
+  tokenizer_lib.train_tokenizer(['My boss was late. TL;DR:'], 300, str(folder))
+  shape = dataclasses.replace(tiny.SHAPE, vocab_size=304, num_layers=1)
+  words = tokenizer_lib.load_tokenizer(str(folder))
+  params = draw('policy', shape, 1)
+  exporting.save(folder / 'hf', params, shape, 'policy', words)
+  monkeypatch.setattr(parts, 'prepare', lambda *_: pytest.fail('rows are read'))
+  config = _config(ppo__reward_model=str(folder / 'hf'))
+  with pytest.raises(SourceError, match='does not fit a reward model'):
+    load_run(config, epath.Path(tmp_path / 'run'), check_models=True)
+
+
+def test_an_adapter_is_told_to_be_merged(tmp_path: pathlib.Path) -> None:
+  folder = tmp_path / 'adapter'
+  folder.mkdir()
+  content = '{"base_model_name_or_path": "google/gemma-2b"}'
+  (folder / 'adapter_config.json').write_text(content)
+  for check in (False, True):
+    with pytest.raises(SourceError, match='sft.init=.* is a LoRA adapter') as e:
+      config = _config(sft__init=str(folder))
+      load_run(config, epath.Path(tmp_path / 'run'), check_models=check)
+    assert 'google/gemma-2b' in str(e.value) and 'copy' not in str(e.value)
+
+
+def test_batches_shrink_to_the_rows_the_same_way_at_each_start(
+    tmp_path: pathlib.Path,
+) -> None:
+  sizes = {f'{s}__batch_size': 32 for s in ('sft', 'reward_model', 'ppo')}
+  asked = _config(**sizes)
+  for _ in range(2):
+    run = load_run(asked, epath.Path(tmp_path))
+    # Parts of 24, 48 and 48 rows.
+    assert run.config.sft.batch_size == 16
+    assert run.config.reward_model.batch_size == 32
+    assert run.config.ppo.batch_size == run.rows == 32
+  assert asked.sft.batch_size == 32
 
 
 def test_a_warm_up_that_leaves_the_policy_no_step_is_refused(

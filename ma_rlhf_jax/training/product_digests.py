@@ -1,0 +1,62 @@
+"""Whether what a stage has made is still as it was written.
+
+done.json of a stage holds the digest of the manifest of each folder that the
+stage has made; the manifest holds those of the files.
+"""
+
+import logging
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from ma_rlhf_jax import manifest
+from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.training import products
+
+_log = logging.getLogger(__name__)
+
+
+def digests(workdir: epath.PathLike, stage: str) -> dict[str, str]:
+  """Folder in the workdir -> digest of its manifest, of what a stage has made.
+
+  Args:
+    workdir: of the run.
+    stage: 'sft', 'reward_model' or 'ppo'.
+  """
+  root = epath.Path(workdir)
+  made = {}
+  for part in (stage, 'critic') if stage == 'ppo' else (stage,):
+    for folder in (
+        products.product(workdir, part),
+        products.adapter(workdir, part),
+    ):
+      if (found := manifest.digest_of(folder)) is not None:
+        made[str(epath.Path(folder).relative_to(root))] = found
+  return made
+
+
+def discard_damaged(config: ConfigDict, workdir: epath.PathLike) -> None:
+  """Marks stages as not done whose product is no longer as it was written.
+
+  They go on after their last checkpoint, which makes the product again. Only
+  stages of the config, whose data and models are at hand, are looked at. One
+  process calls this.
+  """
+  for stage in config.stages:
+    done = workdir_lib.read_done(workdir, stage) or {}
+    try:
+      for folder, digest in done.get('products', {}).items():
+        _check_product(epath.Path(workdir) / folder, digest)
+    except manifest.DamagedError as error:
+      _log.warning('%s', error)
+      workdir_lib.mark_undone(workdir, stage)
+
+
+def _check_product(folder: epath.Path, digest: str) -> None:
+  remedy = 'the folder is made again from the last checkpoint'
+  manifest.verify(folder, remedy=remedy)
+  if manifest.digest_of(folder) != digest:
+    raise manifest.DamagedError(
+        f'{folder} is damaged: it holds no {manifest.NAME}, or another one '
+        f'than done.json of its stage names; {remedy}'
+    )
