@@ -44,7 +44,7 @@ def _chosen(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
 
 def resolve(
     config: ConfigDict,
-    shape: GemmaConfig,
+    shape: GemmaConfig | None,
     *,
     prompt_len: int,
     response_len: int,
@@ -54,12 +54,12 @@ def resolve(
 
   Args:
     config: of the run.
-    shape: of its policy.
+    shape: of its policy; None where it is unknown, since nothing is trained.
     prompt_len: P, tokens.
     response_len: T, tokens.
     platform: 'cpu', 'tpu' or 'gpu'.
   """
-  if platform != 'cpu':
+  if platform != 'cpu' or shape is None:
     return fixed(config)
   kept = _kept_bytes(config, shape, prompt_len + response_len)
   remat = config.model.remat

@@ -368,15 +368,22 @@ def _check_shape(
     )
 
 
-def first_shape(config: ConfigDict, vocab_size: int) -> presets.GemmaConfig:
+def first_shape(
+    config: ConfigDict, vocab_size: int
+) -> presets.GemmaConfig | None:
   """The shape of the run's models: of the first one that a field names.
 
   Args:
     config: of the run.
     vocab_size: entries of the tokenizer.
+
+  Returns:
+    The shape; None where the folder holds a tokenizer alone.
   """
   for source, _ in _named_models(config):
-    return read(source, huggingface.read_shape)
+    folder = read(source, lambda folder: folder)
+    has_shape = (epath.Path(folder) / 'config.json').exists()
+    return read(source, huggingface.read_shape) if has_shape else None
   return presets.from_fields(config.model, vocab_size)
 
 

@@ -13,7 +13,8 @@ from ma_rlhf_jax.models import export_check, exporting, huggingface
 from ma_rlhf_jax.models.export_check import ExportCheckError
 from ma_rlhf_jax.models.presets import Lora
 from ma_rlhf_jax.publishing import check_rows, publish
-from ma_rlhf_jax.training import products, sources
+from ma_rlhf_jax.training import products as products_lib
+from ma_rlhf_jax.training import sources
 from tests import products
 from tests.models.drawn import assert_same_bits
 
@@ -114,7 +115,7 @@ def test_a_model_with_adapters_is_written_whole_in_one_dtype(
   )
   adapters = Lora(2, 3.0, ('up',))
   made = products.make(tmp_path, shape, adapters, model__dtype='bfloat16')
-  stored = huggingface.resolve(products.product(made.workdir, 'sft'))
+  stored = huggingface.resolve(products_lib.product(made.workdir, 'sft'))
   assert json.loads((stored / 'config.json').read_text())['dtype'] == 'bfloat16'
   receipt = publish.write_model(_job(made, 'sft', tmp_path / 'out'), **_WHOLE)
   assert receipt['dtype'] == 'bfloat16'
@@ -206,7 +207,7 @@ def test_adapters_of_another_base_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   _without(monkeypatch, 'peft')
-  other = products.product(adapted.workdir, 'ppo')
+  other = products_lib.product(adapted.workdir, 'ppo')
   monkeypatch.setattr(publish.peft_folder, 'read_base', lambda _: other)
   with pytest.raises(ExportCheckError, match='differs from its source'):
     publish.write_adapter(_job(adapted, 'sft', tmp_path))

@@ -24,7 +24,7 @@ def _config(**fields: Any) -> ConfigDict:
 
 def _resolved(
     config: ConfigDict,
-    shape: presets.GemmaConfig = SMALL,
+    shape: presets.GemmaConfig | None = SMALL,
     platform: str = 'cpu',
     length: int = 64,
 ) -> tuple[Any, ...]:
@@ -42,6 +42,7 @@ def test_base_says_auto_and_other_devices_get_the_fixed_values() -> None:
   for platform in ('tpu', 'gpu'):
     found = _resolved(_config(), platform=platform)
     assert found == ('full', 1, 512, 'joint')
+  assert _resolved(_config(), None) == found  # a tokenizer alone
 
 
 def test_a_small_model_on_a_cpu_keeps_all_and_has_no_loop() -> None:
