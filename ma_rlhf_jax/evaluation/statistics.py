@@ -10,8 +10,8 @@ get `bounded_interval`. How often they hold the true value, simulated for n from
   share                  97.6 %   94.4 % (n = 1024, p = 0.95)
   difference of shares   97.7 %   94.2 % (n = 64, p = 0.5)
   mean                   94.8 %   91.4 % (n = 8, log-normal); and 56.4 %
-                                  (n = 8) where one of two values is rarer
-                                  than 1 in 10 and often not seen
+                                  (n = 8) where numbers take two values and
+                                  eight often show the commoner one only
 """
 
 import numpy as np
