@@ -273,10 +273,11 @@ def test_flags_are_the_fields_of_a_request():
       '--batch_size=11',
       '--seed=13',
       '--dtype=bfloat16',
+      '--matmul_precision=high',
       '--tensor=2',
   ) == Request(
       *('m', 'r', None, 'a', 'b', True, 0.5, 5, 0.25, 7, 3, 9, 11, 13),
-      *('bfloat16', 2),
+      *('bfloat16', 'high', 2),
   )
 
 

@@ -157,7 +157,7 @@ def _critic(
   return {name.removeprefix('critic/'): float(x) for name, x in told.items()}
 
 
-_LENGTH = 20
+_LENGTH = 400
 _SCORES = [1.0, 1, -1, -1]
 
 
@@ -167,8 +167,8 @@ def test_a_critic_that_knows_nothing_explains_nothing(
     ngram: int, target: str
 ) -> None:
   # One value for each response that has nothing to do with its score: errors
-  # 0, 2, -2, 0 have twice the variance of the scores. Lambda-returns, which
-  # are made of the values, would have been explained to .9.
+  # 0, 2, -2, 0 have twice the variance of the scores. Of lambda-returns, which
+  # are made of the values, .95 and .66 would be explained (n = 1 and 5).
   values = np.repeat([[1.0], [-1], [1], [-1]], _LENGTH, axis=1)
   found = _critic(values, _SCORES, ngram, critic__target=target)
   assert found['explained_variance'] == pytest.approx(-1, abs=1e-5)

@@ -151,8 +151,8 @@ def test_a_best_checkpoint_must_be_near_the_reference(tmp_path: Any):
 
 
 def test_the_loss_of_the_critic_is_half_the_squared_error(tmp_path: Any):
-  # `paper` divides a sum over tokens by macro actions; far from the values, a
-  # constant score of the reward model is most of each error.
+  # `paper` divides a sum over tokens by the number of macro actions. Scores are
+  # made large against the values, so that errors are.
   fields = {'macro__ngram': 5, 'critic__target': 'macro', 'ppo__kl_coef': 0.0}
   fields |= {'ppo__loss_reduction': 'macro', 'ppo__score_clip': 0.0}
   fields |= {'critic__clip_eps': 0.0, 'ppo__gae_lambda': 1.0}
