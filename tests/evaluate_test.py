@@ -1,10 +1,15 @@
 """The comparison of two policies: intervals, wins and the table by hand."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import evaluate
 from ma_rlhf_jax.evaluate import describe, interval, summarise, wins
 from ma_rlhf_jax.training.judge import Judged
+from ma_rlhf_jax.training.products import SourceError
+from tests import tiny
 
 
 def _judged(**numbers: list[float]) -> Judged:
@@ -67,3 +72,15 @@ def test_the_table_is_aligned_and_names_the_units() -> None:
       'nats per response, from SFT',
       f'win rate by gold  {"":20}  0.750 [0.500, 1.000]',
   ]
+
+
+def test_models_that_are_not_those_that_ppo_used_are_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  # A workdir that is named may have finished another stage since.
+  def changed(run: object, stage: str) -> None:
+    raise SourceError(f'{stage} has changed')
+
+  monkeypatch.setattr(evaluate.origins, 'check', changed)
+  with pytest.raises(SourceError, match='ppo has changed'):
+    evaluate.compare(tiny.run(tmp_path, tiny.config()))
