@@ -4,6 +4,7 @@ What is wrong with one is told with its file, its line and the cause.
 """
 
 from collections.abc import Callable
+import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -111,13 +112,12 @@ def load(named: str) -> ConfigDict:
 
 def _module(path: str) -> types.ModuleType:
   """The file as a module, run."""
-  spec = importlib.util.spec_from_file_location('recipe', path)
-  if spec is None or spec.loader is None:
-    raise RecipeError(f'{path}: a recipe is a Python file, whose name ends .py')
+  loader = importlib.machinery.SourceFileLoader('recipe', path)
+  spec = importlib.util.spec_from_loader('recipe', loader)
   module = importlib.util.module_from_spec(spec)
   sys.modules['recipe'] = module  # where dataclasses look for their module
   try:
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
   except (UnicodeDecodeError, ValueError) as error:
     if _lines(path, error.__traceback__):
       raise

@@ -14,6 +14,7 @@ from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import held_out
 from ma_rlhf_jax.evaluate import describe, summarise, wins
 from ma_rlhf_jax.training.judge import Judged
+from ma_rlhf_jax.training.products import SourceError
 from ma_rlhf_jax.training.run import Run
 from tests import tiny
 
@@ -198,3 +199,15 @@ def test_the_command_compares_on_as_many_prompts_as_it_is_told(
       'verdict.json',
   ]
   assert json.loads((tmp_path / 'evaluate' / 'verdict.json').read_text()) == []
+
+
+def test_models_that_are_not_those_that_ppo_used_are_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  # A workdir that is named may have finished another stage since.
+  def changed(run: object, stage: str) -> None:
+    raise SourceError(f'{stage} has changed')
+
+  monkeypatch.setattr(evaluate.origins, 'check', changed)
+  with pytest.raises(SourceError, match='ppo has changed'):
+    evaluate.compare(tiny.run(tmp_path, tiny.config()))

@@ -197,7 +197,7 @@ def test_an_adapter_is_no_model(tmp_path: pathlib.Path) -> None:
   base = {'base_model_name_or_path': 'google/gemma-2b', 'peft_type': 'LORA'}
   (tmp_path / 'adapter_config.json').write_text(json.dumps(base))
   with pytest.raises(
-      FileNotFoundError,
+      ValueError,
       match=r'is a LoRA adapter, .* its base model \(google/gemma-2b\)',
   ):
     huggingface.read_shape(tmp_path)
