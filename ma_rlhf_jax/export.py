@@ -6,7 +6,6 @@ says what its source says. `--push_to_hub=user/name` also uploads it.
 """
 
 import dataclasses
-import json
 import re
 import shlex
 import signal
@@ -21,6 +20,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import (
@@ -207,7 +207,7 @@ def _check_done(
 def _command(workdir: epath.Path) -> str:
   """The command that the last start of a run was given."""
   starts = sorted(workdir.glob('run-[0-9]*.json'))
-  arguments = json.loads(starts[-1].read_text())['command'][1:]
+  arguments = manifest.read_sealed(starts[-1])['command'][1:]
   return f'python -m ma_rlhf_jax.train {shlex.join(arguments)}'
 
 

@@ -22,6 +22,7 @@ from ma_rlhf_jax.models import folders, lora
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import (
     CAPS,
+    FETCHED,
     FULL,
     GEMMA2_DEFAULTS,
     INDEX,
@@ -109,7 +110,7 @@ def save(
         write_tokenizer(draft, tokenizer)
         written = str(jnp.dtype(dtype or leaves[tensors[0].path].dtype))
         _write_configs(draft, config, kind, tokenizer, written)
-        manifest.write(draft)
+        write_manifest(draft)
 
 
 def _write_tensors(
@@ -175,6 +176,16 @@ def write_tokenizer(
   for name in ('is_local', 'local_files_only'):  # how it was read here
     content.pop(name, None)
   _write_json(path, content)
+
+
+def write_manifest(draft: pathlib.Path) -> None:
+  """Digests of what `huggingface` fetches of a folder, and of nothing else."""
+  names = [
+      path.name
+      for path in draft.iterdir()
+      if any(path.match(pattern) for pattern in FETCHED)
+  ]
+  manifest.write(draft, manifest.entries(draft, names))
 
 
 def _write_configs(

@@ -19,11 +19,9 @@ from ma_rlhf_jax.data import files
 from ma_rlhf_jax.models import config_json, streaming, weight_files
 from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.models.tensor_names import Tensor, list_tensors
+from ma_rlhf_jax.models.tensor_names import FETCHED, Tensor, list_tensors
 from ma_rlhf_jax.structs import Params
 
-# What is fetched of a repository: never code, never pickles.
-_FETCHED = ('*.safetensors', '*.json', 'tokenizer.model')
 # What a folder of each kind holds.
 _KINDS = {
     'policy': 'policy (CausalLM)',
@@ -69,7 +67,7 @@ def _download(name: str) -> pathlib.Path:
 
   try:
     return pathlib.Path(
-        huggingface_hub.snapshot_download(name, allow_patterns=list(_FETCHED))
+        huggingface_hub.snapshot_download(name, allow_patterns=list(FETCHED))
     )
   except (
       errors.HFValidationError,
@@ -130,7 +128,7 @@ def _fetch(name: str) -> pathlib.Path:
   )
   atexit.register(stack.close)
   try:
-    for pattern in _FETCHED:
+    for pattern in FETCHED:
       for file in source.glob(pattern):
         file.copy(local / file.name)
   except OSError as error:

@@ -210,7 +210,7 @@ def write_adapter(job: Job) -> dict[str, Any]:
   # No folder name of this machine is published.
   public = job.base or lineage.public_name(name) or lineage.NO_NAME
   peft_folder.rename_base(job.draft, public)
-  manifest.write(job.draft)
+  exporting.write_manifest(job.draft)
   return _finish(job, shape, receipt, base=public)
 
 

@@ -62,8 +62,7 @@ class Checkpoints:
 
     Args:
       folder: absolute path, may be gs://.
-      keep: how many of the newest checkpoints stay on disk, beside the best;
-        >= 1. With 1, nothing but the best is left to fall back on.
+      keep: how many of the newest stay on disk, beside the best; >= 1.
       best_metric: name of the metric that decides which is best; a leading '-'
         means that less is better. Values saved under another name count for
         nothing.
@@ -255,7 +254,8 @@ class Checkpoints:
 
   def _read_quality(self, step: int) -> None:
     try:
-      step_digests.verify_meta(self.folder / str(step))
+      with processes.together():
+        step_digests.verify_meta(self.folder / str(step))
       meta = self._manager.restore(
           step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
       ).meta

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.generation import finished
 from ma_rlhf_jax.training.sources import SourceError
@@ -88,6 +89,7 @@ def test_a_reward_model_without_a_tokenizer_serves(
     store: served.Store, tmp_path: pathlib.Path
 ):
   folder = shutil.copytree(store.foreign, tmp_path / 'bare')
+  (folder / manifest.NAME).unlink()  # changed on purpose
   for file in folder.glob('*token*'):
     file.unlink()
   found = _find(str(folder), 'reward_model')
@@ -99,6 +101,7 @@ def test_an_embedding_smaller_than_the_tokenizer_is_refused(
     store: served.Store, tmp_path: pathlib.Path
 ):
   folder = shutil.copytree(store.policy, tmp_path / 'small')
+  (folder / manifest.NAME).unlink()  # changed on purpose
   path = folder / 'tokenizer.json'
   content = json.loads(path.read_text())
   vocab = content['model']['vocab']
@@ -112,6 +115,7 @@ def test_a_folder_without_a_tokenizer_is_refused(
     store: served.Store, tmp_path: pathlib.Path
 ):
   folder = shutil.copytree(store.policy, tmp_path / 'bare')
+  (folder / manifest.NAME).unlink()  # changed on purpose
   for file in folder.glob('*token*'):
     file.unlink()
   with pytest.raises(SourceError, match='bare holds no tokenizer.json or tok'):

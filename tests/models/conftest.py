@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from ma_rlhf_jax.models import exporting
 from tests.models.drawn import UNUSUAL, draw
@@ -32,5 +33,10 @@ def _written(
 
 @pytest.fixture
 def export(_written: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-  """A whole policy, `UNUSUAL` of seed 4, that the test may spoil."""
-  return shutil.copytree(_written, tmp_path / 'export')
+  """A whole policy, `UNUSUAL` of seed 4, that the test may spoil.
+
+  It has no manifest, as a folder that others have made.
+  """
+  folder = shutil.copytree(_written, tmp_path / 'export')
+  (folder / manifest.NAME).unlink()
+  return folder

@@ -1,5 +1,6 @@
 """Tests of `models.exporting`."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax.models import exporting, folders, heads, huggingface
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import make_mesh
@@ -221,3 +223,22 @@ def test_the_tokenizer_adds_no_token_types_in_transformers_4(
   assert settings['tokenizer_class'] == 'PreTrainedTokenizerFast'
   assert settings['model_input_names'] == ['input_ids', 'attention_mask']
   assert 'is_local' not in settings and 'local_files_only' not in settings
+
+
+def test_the_manifest_lists_what_is_fetched_of_a_folder(
+    tokenizer: Any, tmp_path: pathlib.Path
+) -> None:
+  talking = copy.deepcopy(tokenizer)
+  talking.chat_template = '{{ messages }}'  # a file that is not fetched
+  params = draw('policy', UNUSUAL, seed=4)
+  exporting.save(tmp_path / 'hf', params, UNUSUAL, 'policy', talking)
+  names = {path.name for path in (tmp_path / 'hf').iterdir()}
+  assert set(manifest.read(tmp_path / 'hf')) == {
+      'config.json',
+      'generation_config.json',
+      'model.safetensors',
+      'tokenizer.json',
+      'tokenizer_config.json',
+  }
+  assert 'chat_template.jinja' in names
+  assert manifest.verify(tmp_path / 'hf')
