@@ -26,6 +26,13 @@ from ma_rlhf_jax import switches
 # The matrices of a layer, any of which may get adapters (`lora.targets`).
 KERNELS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 
+# Field -> its value that reads hidden states of padding. Kernels differ there,
+# so that these losses are always computed with plain attention.
+LOSSES_ON_PADDING = {
+    'sft.loss_on': 'everything',
+    'reward_model.loss': 'authors',
+}
+
 
 def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
   """AdamW with the authors' betas, decay and clipping."""
@@ -73,7 +80,8 @@ def _model() -> ConfigDict:
   # Layers in one turn of the loop over them; 0 = all, and no loop. More of them
   # compile for longer and are copied less. On CPUs remat saves nothing then.
   c.unroll = 1
-  # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU)
+  # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU). A
+  # loss over padding (loss_on=everything, loss=authors) takes xla.
   c.attention = 'auto'
   # Where the models that do not learn wait between uses: device | host
   c.frozen_memory = 'device'

@@ -165,6 +165,9 @@ def main(path: str) -> None:
   job = json.loads(pathlib.Path(path).read_text())
   config = config_lib.restore(job['config'])
   do = _compile if job['program'] else _survey
+  if topology_lib.parse(job['topology']).platform == 'gpu':
+    # Traced on CPUs, which have no other kernel; the formulas know the GPU's.
+    config.model.attention = 'xla'
   mesh = abstract.mesh_over(config, devices_of(job['topology']))
   _write(pathlib.Path(job['answer']), do(job, config, mesh))
 

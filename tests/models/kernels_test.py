@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from ma_rlhf_jax.masking import causal_mask
 from ma_rlhf_jax.models import attention, kernels
 from ma_rlhf_jax.models.presets import PRESETS, GemmaConfig
+from ma_rlhf_jax.parallel.partition import Machine
 from ma_rlhf_jax.structs import Array
 from tests import tiny
 
@@ -20,7 +22,11 @@ _7B = dataclasses.replace(PRESETS['gemma-7b'], **_BFLOAT)
 _27B = dataclasses.replace(PRESETS['gemma-2-27b'], **_BFLOAT)
 _SMALL = dataclasses.replace(_7B, head_dim=64)
 _ODD = dataclasses.replace(_7B, head_dim=36)
+_MIDDLE = dataclasses.replace(_7B, head_dim=128)
 _WIDE = dataclasses.replace(_7B, dtype='float32')
+_TPU, _CPU, _HOPPER = Machine('tpu'), Machine('cpu'), Machine('gpu', (9, 0))
+_T4, _BLACKWELL = Machine('gpu', (7, 5)), Machine('gpu', (10, 0))
+_BEFORE_HOPPER = [Machine('gpu', (8, minor)) for minor in (0, 6, 9)]
 
 # No multiple of a block, which is made 128; the second row is padded on the
 # left into its second block, the third on both sides.
@@ -30,50 +36,80 @@ REAL = np.array([[a <= i < b for i in range(LENGTH)] for a, b in _SPANS])
 
 
 @pytest.mark.parametrize(
-    ('config', 'platform', 'want'),
+    ('config', 'machine', 'want'),
     [
-        (_7B, 'tpu', 'splash'),
-        (_27B, 'tpu', 'splash'),
-        (_WIDE, 'tpu', 'splash'),
-        (_SMALL, 'tpu', 'xla'),
-        (_7B, 'gpu', 'cudnn'),
-        (_SMALL, 'gpu', 'cudnn'),
-        (_27B, 'gpu', 'xla'),
-        (_WIDE, 'gpu', 'xla'),
-        (_ODD, 'gpu', 'xla'),
-        (_7B, 'cpu', 'xla'),
+        (_7B, _TPU, 'splash'),
+        (_27B, _TPU, 'splash'),
+        (_WIDE, _TPU, 'splash'),
+        (_SMALL, _TPU, 'xla'),
+        (_7B, _HOPPER, 'cudnn'),
+        (_SMALL, _HOPPER, 'cudnn'),
+        (_27B, _HOPPER, 'xla'),
+        (_WIDE, _HOPPER, 'xla'),
+        (_ODD, _HOPPER, 'xla'),
+        *((_7B, machine, 'xla') for machine in _BEFORE_HOPPER),
+        *((_MIDDLE, machine, 'cudnn') for machine in _BEFORE_HOPPER),
+        (_SMALL, _T4, 'xla'),
+        (_7B, _BLACKWELL, 'xla'),
+        (_MIDDLE, _BLACKWELL, 'cudnn'),
+        (_SMALL, Machine('gpu'), 'xla'),
+        (_7B, _CPU, 'xla'),
     ],
 )
 def test_auto_takes_what_can_serve(
-    config: GemmaConfig, platform: str, want: str
+    config: GemmaConfig, machine: Machine, want: str
 ) -> None:
-  assert kernels.chosen(config, platform) == want
+  assert kernels.chosen(config, machine) == want
 
 
 @pytest.mark.parametrize(
-    ('kernel', 'config', 'platform', 'reason'),
+    ('kernel', 'config', 'machine', 'reason'),
     [
-        ('splash', _7B, 'cpu', 'on TPUs, not on this cpu'),
-        ('splash', _SMALL, 'tpu', 'multiple of 128 numbers, not 64'),
-        ('cudnn', _7B, 'tpu', 'NVIDIA GPUs, not on this tpu'),
-        ('cudnn', _27B, 'gpu', 'no bound of attention scores.* of 50'),
-        ('cudnn', _WIDE, 'gpu', 'not in float32'),
-        ('cudnn', _ODD, 'gpu', 'multiple of 8 and at most 256 numbers, not 36'),
+        ('splash', _7B, _CPU, 'on TPUs, not on this cpu'),
+        ('splash', _SMALL, _TPU, 'multiple of 128 numbers, not 64'),
+        ('cudnn', _7B, _TPU, 'NVIDIA GPUs, not on this tpu'),
+        ('cudnn', _7B, Machine('gpu'), 'NVIDIA GPUs'),
+        ('cudnn', _SMALL, _T4, r'8\.0.*7\.5'),
+        ('cudnn', _27B, _HOPPER, 'no bound of attention scores.* of 50'),
+        ('cudnn', _WIDE, _HOPPER, 'not in float32'),
+        ('cudnn', _ODD, _HOPPER, 'of 8 and at most 256 numbers, not 36'),
+        *(
+            ('cudnn', _7B, m, r'at most 128 numbers, not 256.*8\.[069]')
+            for m in _BEFORE_HOPPER
+        ),
+        ('cudnn', _7B, _BLACKWELL, r'at most 128 numbers, not 256.*10\.0'),
     ],
 )
 def test_what_cannot_serve_is_refused_with_the_reason(
-    kernel: str, config: GemmaConfig, platform: str, reason: str
+    kernel: str, config: GemmaConfig, machine: Machine, reason: str
 ) -> None:
   asked = dataclasses.replace(config, attention=kernel)
-  with pytest.raises(ValueError, match=f"model.attention='{kernel}'.*{reason}"):
-    kernels.chosen(asked, platform)
+  asked_for = f"model.attention='{kernel}'.*{reason}.*'auto'"
+  with pytest.raises(ValueError, match=asked_for):
+    kernels.chosen(asked, machine)
+
+
+@pytest.mark.parametrize(
+    ('capability', 'ndim'),
+    # [B, L, L] of plain attention, or the [B, L] that kernels take.
+    [('7.5', 3), ('8.0', 3), ('8.6', 3), ('8.9', 3), ('9.0', 2), ('10.0', 3)],
+)
+def test_a_model_asks_the_device_for_its_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: str, ndim: int
+) -> None:
+  # What every command computes with, also those that have no flag for it.
+  gpu = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cuda')
+  monkeypatch.setattr(jax, 'devices', lambda backend: [gpu])
+  masks = attention.Masks.of(_7B, jnp.asarray(REAL), 0)
+  assert masks.full.ndim == ndim
 
 
 def test_plain_attention_serves_everything() -> None:
   for config in (_7B, _27B, _ODD, _WIDE):
     plain = dataclasses.replace(config, attention='xla')
-    for platform in ('cpu', 'gpu', 'tpu'):
-      assert kernels.chosen(plain, platform) == 'xla'
+    for machine in (_CPU, _HOPPER, _TPU):
+      assert kernels.chosen(plain, machine) == 'xla'
 
 
 def _inputs(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ma_rlhf_jax.parallel.partition import (
     constrain_params,
     in_memory,
     indivisible,
+    machine,
     merge_micro_batches,
     micro_batches,
     on_device,
@@ -46,6 +48,36 @@ def mesh() -> Mesh:
 
 def _abstract_mesh(*sizes: int) -> AbstractMesh:
   return AbstractMesh(sizes, AXES)
+
+
+@pytest.mark.parametrize(
+    ('told', 'want'),
+    [
+        (['7.5'], (7, 5)),
+        (['8.6', '8.6'], (8, 6)),
+        (['12.0', '8.9', '10.0'], (8, 9)),  # the lowest, and as numbers
+        (['9.0', '9.0'], (9, 0)),
+        (['10.0'], (10, 0)),
+        (['gfx942'], None),  # AMD
+        ([None, '9.0'], None),
+    ],
+)
+def test_gpus_are_asked_for_their_capability(
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[str | None],
+    want: tuple[int, int] | None,
+) -> None:
+  devices = [
+      types.SimpleNamespace(**({'compute_capability': t} if t else {}))
+      for t in told
+  ]
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cuda')
+  monkeypatch.setattr(jax, 'devices', lambda backend: devices)
+  assert machine() == ('gpu', want)
+
+
+def test_other_platforms_have_no_capability() -> None:
+  assert machine() == ('cpu', None)
 
 
 def test_spec_by_hand() -> None:
