@@ -56,3 +56,18 @@ def of_sums(
     change = [np.max(np.abs(a - b)) for a, b in zip(found, base, strict=True)]
     bounds = np.maximum(change, change if bounds is None else bounds)
   return [float(_SAFETY * bound) for bound in bounds]
+
+
+def assert_close(got: Any, want: Any, bounds: list[float]) -> None:
+  """Equal trees but for rounding.
+
+  Args:
+    got: a tree of arrays.
+    want: another.
+    bounds: of `of_sums`, one for each leaf. They must be small beside what is
+      compared, or the test could not fail.
+  """
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), bounds, strict=True)
+  for x, like, bound in pairs:
+    assert bound < 0.01 * np.abs(like).max()
+    np.testing.assert_allclose(x, like, rtol=0, atol=bound)

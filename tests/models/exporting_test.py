@@ -220,7 +220,7 @@ def test_gemma2_comes_back_as_it_was(
 _TURNS = ['<start_of_turn>', '<end_of_turn>']
 _CHAT = "{% for m in messages %}<start_of_turn>{{ m['content'] }}{% endfor %}"
 # What a tokenizer makes of text, by whichever transformers runs it.
-_ASK = '''
+_ASK = """
 import json, sys
 from transformers import AutoTokenizer
 t = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -230,7 +230,7 @@ print(json.dumps([
     [t.bos_token_id, t.eos_token_id, t.pad_token_id, len(t)],
     t.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False),
 ]))
-'''
+"""
 
 
 @pytest.fixture
