@@ -20,7 +20,7 @@ import numpy as np
 
 # Two results err, neither of them like the moved one, and of many numbers the
 # one that is farthest off is compared.
-_SAFETY = 4
+_SAFETY = 8
 _DRAWS = 3
 
 
