@@ -27,6 +27,13 @@ from ma_rlhf_jax.arguments import ArgumentError
 # The matrices of a layer, any of which may get adapters (`lora.targets`).
 KERNELS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 
+# Field -> its value that reads hidden states of padding. Kernels differ there,
+# so that these losses are always computed with plain attention.
+LOSSES_ON_PADDING = {
+    'sft.loss_on': 'everything',
+    'reward_model.loss': 'authors',
+}
+
 
 def _optim(lr: float, warmup_ratio: float = 0.1) -> ConfigDict:
   """AdamW with the authors' betas, decay and clipping."""
@@ -78,7 +85,8 @@ def _model() -> ConfigDict:
   # Layers in one iteration of the loop over them; 0 = all, and no loop; -1 =
   # auto. More of them compile for longer and are copied less.
   c.unroll = -1
-  # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU)
+  # Kernel in training and scoring: auto | xla | splash (TPU) | cudnn (GPU). A
+  # loss over padding (loss_on=everything, loss=authors) takes xla.
   c.attention = 'auto'
   # Where the models that do not learn wait between uses: device | host
   c.frozen_memory = 'device'

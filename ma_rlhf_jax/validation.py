@@ -263,15 +263,25 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
     )
 
 
-def _of_kernel(c: ConfigDict) -> Iterator[str]:
+def _of_kernel(c: ConfigDict, machine: partition.Machine) -> Iterator[str]:
   """The attention that is asked for; a shape in a folder is checked there."""
   shape = presets.from_fields(c.model, 1)
   if c.sft.init and not c.model.preset:
     shape = dataclasses.replace(shape, attn_softcap=0, head_dim=128)
   shape = dataclasses.replace(shape, dtype=c.model.dtype)
-  reason = kernels.refusal(c.model.attention, shape, partition.platform())
+  reason = kernels.refusal(c.model.attention, shape, machine)
   if reason:
-    yield f'model.attention={c.model.attention!r}: {reason}'
+    yield f"model.attention={c.model.attention!r}: {reason}; use 'auto'"
+  if c.model.attention in ('auto', 'xla'):
+    return
+  for field, value in config_lib.LOSSES_ON_PADDING.items():
+    stage, _, name = field.partition('.')
+    if c[stage][name] == value:
+      yield (
+          f'model.attention={c.model.attention!r} with {field}={value!r}: this '
+          "loss reads padding, where kernels differ; use 'xla', or 'auto', "
+          'which takes xla for this loss alone'
+      )
 
 
 def _of_memory(c: ConfigDict) -> Iterator[str]:
@@ -401,12 +411,17 @@ def _of_stages(c: ConfigDict) -> Iterator[str]:
     )
 
 
-def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
+def problems(
+    config: ConfigDict,
+    num_devices: int = 1,
+    machine: partition.Machine | None = None,
+) -> list[str]:
   """Everything that is wrong with a config, one line each.
 
   Args:
     config: see `config.base`.
     num_devices: devices that share a batch.
+    machine: to run on; None = this one.
   """
   flat = config_lib.flatten(config)
   found = list(_of_types(flat))
@@ -415,7 +430,7 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
   found += _of_values(flat)
   found += _of_model(config)
   if config.model.preset in CHOICES['model.preset']:
-    found += _of_kernel(config)
+    found += _of_kernel(config, machine or partition.machine())
   found += _of_lora(config)
   found += _of_memory(config)
   found += _of_data(config)
@@ -426,9 +441,13 @@ def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
   return found
 
 
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
+def validate(
+    config: ConfigDict,
+    num_devices: int = 1,
+    machine: partition.Machine | None = None,
+) -> None:
   """Raises `ConfigError` with all `problems`, or returns."""
-  found = problems(config, num_devices)
+  found = problems(config, num_devices, machine)
   if found:
     raise ConfigError(
         f'{len(found)} problem(s) in the config:\n  ' + '\n  '.join(found)
@@ -457,5 +476,12 @@ def warnings(config: ConfigDict) -> list[str]:
         f'ppo.logprob_temperature={config.ppo.logprob_temperature} differs from'
         f' rollout.temperature={r.temperature}: the ratio is not that of the '
         'sampling distribution, which biases the gradient; watch sampler/kl'
+    )
+  machine, dtype = partition.machine(), config.model.dtype
+  if dtype == 'bfloat16' and (9,) > (machine.capability or (9,)) < (8, 0):
+    found.append(
+        'model.dtype=bfloat16: this GPU (compute capability {}.{}) has no '
+        'matmuls in bfloat16, which begin with 8.0; they are made in float32, '
+        'so that memory is saved, but no time'.format(*machine.capability)
     )
   return found + switches.warnings(config)

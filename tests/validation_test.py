@@ -296,7 +296,8 @@ def test_a_kl_coefficient_that_could_fall_to_0_for_ever_is_refused() -> None:
 def test_attention_of_a_shape_is_checked_for_the_platform(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  monkeypatch.setattr(validation.partition, 'platform', lambda: 'gpu')
+  gpu = validation.partition.Machine('gpu', (9, 0))
+  monkeypatch.setattr(validation.partition, 'machine', lambda: gpu)
   fields = {'model.attention': 'cudnn', 'model.dtype': 'bfloat16'}
   named = lambda preset: problems(_config(fields | {'model.preset': preset}))
   assert named('gemma-7b') == []
@@ -304,6 +305,51 @@ def test_attention_of_a_shape_is_checked_for_the_platform(
   assert 'no bound of attention scores' in found
   # A folder decides, and is checked when it is read.
   assert problems(_config(fields | {'sft.init': 'folder'})) == []
+
+
+@pytest.mark.parametrize('kernel', ['splash', 'cudnn'])
+@pytest.mark.parametrize(
+    'fields',
+    [{'reward_model.loss': 'authors'}, {'sft.loss_on': 'everything'}],
+)
+def test_a_loss_over_padding_takes_plain_attention_alone(
+    kernel: str, fields: dict[str, Any]
+) -> None:
+  platform = {'splash': ('tpu', None), 'cudnn': ('gpu', (9, 0))}[kernel]
+  machine = validation.partition.Machine(*platform)
+  named = lambda attention: problems(
+      _config(
+          {
+              'model.attention': attention,
+              'model.preset': 'gemma-7b',
+              'model.dtype': 'bfloat16',
+              **fields,
+          }
+      ),
+      machine=machine,
+  )
+  (found,) = named(kernel)
+  (name, value), *_ = fields.items()
+  for words in (f'model.attention={kernel!r}', f'{name}={value!r}', "'xla'"):
+    assert words in found
+  assert named('auto') == named('xla') == []
+
+
+@pytest.mark.parametrize(
+    ('capability', 'told'), [((7, 5), True), ((8, 0), False), (None, False)]
+)
+def test_bfloat16_where_no_matmul_has_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] | None,
+    told: bool,
+) -> None:
+  machine = validation.partition.Machine('gpu', capability)
+  monkeypatch.setattr(validation.partition, 'machine', lambda: machine)
+  found = warnings(_config({'model.dtype': 'bfloat16'}))
+  assert [('7.5' in w and 'model.dtype=bfloat16' in w) for w in found] == (
+      [True] if told else []
+  )
+  assert warnings(_config()) == []
 
 
 def test_memory_of_the_host_must_be_there(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ma_rlhf_jax.masking import causal_mask, wide
 from ma_rlhf_jax.models import kernels
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.partition import platform
+from ma_rlhf_jax.parallel.partition import machine
 from ma_rlhf_jax.structs import Array
 
 
@@ -113,7 +113,7 @@ class Masks(NamedTuple):
   def of(cls, config: GemmaConfig, mask: Array, slot: Array | int) -> 'Masks':
     """Both masks; `slot` is the key slot of the first query."""
     slides, window = any(config.sliding_layers), config.sliding_window
-    if mask.ndim == 2 and kernels.chosen(config, platform()) != 'xla':
+    if mask.ndim == 2 and kernels.chosen(config, machine()) != 'xla':
       return cls(mask, mask if slides and mask.shape[1] > window else None)
     mask_BLS = causal_mask(mask) if mask.ndim == 2 else mask
     length, slots = mask_BLS.shape[1:]
@@ -147,7 +147,7 @@ class Masks(NamedTuple):
       return checkpoint_name(
           attend(*projected, mask, **how, **scales), kernels.SAVED
       )
-    kernel = kernels.KERNELS[kernels.chosen(config, platform())]
+    kernel = kernels.KERNELS[kernels.chosen(config, machine())]
     rows = functools.partial(kernels.attend_rows, kernel, **how)
     if self.sliding is None:
       return rows(*projected, self.full, window=0)

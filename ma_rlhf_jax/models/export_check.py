@@ -41,6 +41,12 @@ ROUNDING = {'float32': 2e-3, 'bfloat16': 0.3}
 # float32, whatever the files hold; larger ones stay as they are.
 _FLOAT32_BYTES = 16 * 2**30
 _PACKAGES = ('ma_rlhf_jax', 'jax', 'transformers', 'torch', 'peft')
+# Reader of a receipt -> the packages that read the files for it.
+_RUN_BY = {
+    'ma_rlhf_jax': ('ma_rlhf_jax', 'jax'),
+    'transformers': ('transformers', 'torch'),
+    'peft': ('peft', 'transformers', 'torch'),
+}
 _UNITS = {'policy': 'logit', 'scalar': 'score'}
 
 
@@ -254,6 +260,11 @@ def sha256_of_files(folder: str | os.PathLike[str]) -> dict[str, str]:
     with path.open('rb') as file:
       hashes[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
   return hashes
+
+
+def versions_of(reader: str) -> dict[str, str | None]:
+  """Versions of the packages that a reader of a receipt runs with."""
+  return {name: versions()[name] for name in _RUN_BY[reader]}
 
 
 def versions() -> dict[str, str | None]:

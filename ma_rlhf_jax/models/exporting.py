@@ -171,6 +171,10 @@ def write_tokenizer(
   content = json.loads(path.read_text())
   if content['tokenizer_class'] == 'TokenizersBackend':  # the name since 5.0
     content['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  # 5 writes a list where 4.x wants a dict of names; both read the older name.
+  if isinstance(content.get('extra_special_tokens'), list):
+    extra = content.pop('extra_special_tokens')
+    content['additional_special_tokens'] = extra
   # That class adds token types in 4.x, which `generate` refuses.
   content.setdefault('model_input_names', ['input_ids', 'attention_mask'])
   for name in ('is_local', 'local_files_only'):  # how it was read here

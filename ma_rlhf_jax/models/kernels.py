@@ -8,6 +8,7 @@ at real tokens does not.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.parallel.partition import Machine
 from ma_rlhf_jax.structs import Array
 
 # Names what `model.remat='attention'` keeps: the output of attention, and of
@@ -26,42 +28,64 @@ SAVED = 'attention'
 # A block and the lanes of a TPU register.
 _BLOCKS, _LANES = (512, 384, 256, 128), 128
 
+# The lowest compute capability that cuDNN attends on, and the widest heads of
+# which it has gradients, by the first digit (128 elsewhere). JAX lets 256 pass
+# on Blackwell (10.0 on) too, where cuDNN computes the outputs only. Sources:
+# jax/_src/cudnn/fused_attention_stablehlo.py, and the support matrix in
+# docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html.
+_CUDNN_FROM = (8, 0)
+_CUDNN_WIDEST = {9: 256}
 
-def refusal(kernel: str, config: GemmaConfig, platform: str) -> str:
-  """Why a kernel cannot serve a model on a platform; '' where it can.
+
+def refusal(kernel: str, config: GemmaConfig, machine: Machine) -> str:
+  """Why a kernel cannot serve a model on a machine; '' where it can.
 
   Args:
     kernel: 'splash' or 'cudnn'; 'xla' and 'auto' always can.
     config: of the model.
-    platform: 'cpu', 'gpu' or 'tpu'.
+    machine: what it runs on, see `partition.machine`.
   """
   if kernel == 'splash':
-    if platform != 'tpu':
-      return f'splash attention runs on TPUs, not on this {platform}'
+    if machine.platform != 'tpu':
+      return f'splash attention runs on TPUs, not on this {machine.platform}'
     if config.head_dim % _LANES:
       return (
           f'splash attention needs heads of a multiple of {_LANES} numbers, '
           f'not {config.head_dim}'
       )
-  if kernel == 'cudnn':
-    if platform != 'gpu':
-      return f'cuDNN runs on NVIDIA GPUs, not on this {platform}'
-    if config.attn_softcap:
-      return (
-          'cuDNN has no bound of attention scores, and this model has one of '
-          f'{config.attn_softcap:g}'
-      )
-    if config.dtype not in ('bfloat16', 'float16'):
-      return f'cuDNN attends in bfloat16 or float16, not in {config.dtype}'
-    if config.head_dim % 8 or config.head_dim > 256:
-      return (
-          'cuDNN needs heads of a multiple of 8 and at most 256 numbers, not '
-          f'{config.head_dim}'
-      )
+  return _cudnn_refusal(config, machine) if kernel == 'cudnn' else ''
+
+
+def _cudnn_refusal(config: GemmaConfig, machine: Machine) -> str:
+  if machine.platform != 'gpu':
+    return f'cuDNN runs on NVIDIA GPUs, not on this {machine.platform}'
+  if machine.capability is None:
+    return 'cuDNN runs on NVIDIA GPUs, and this one tells no compute capability'
+  this = 'this GPU has {}.{}'.format(*machine.capability)
+  if machine.capability < _CUDNN_FROM:
+    return (
+        'cuDNN attends from compute capability {}.{} on, and '.format(
+            *_CUDNN_FROM
+        )
+        + this
+    )
+  if config.attn_softcap:
+    return (
+        'cuDNN has no bound of attention scores, and this model has one of '
+        f'{config.attn_softcap:g}'
+    )
+  if config.dtype not in ('bfloat16', 'float16'):
+    return f'cuDNN attends in bfloat16 or float16, not in {config.dtype}'
+  most = _CUDNN_WIDEST.get(machine.capability[0], 128)
+  if config.head_dim % 8 or config.head_dim > most:
+    return (
+        f'cuDNN needs heads of a multiple of 8 and at most {most} numbers, not '
+        f'{config.head_dim} ({this}; at most 256 on 9.x alone)'
+    )
   return ''
 
 
-def chosen(config: GemmaConfig, platform: str) -> str:
+def chosen(config: GemmaConfig, machine: Machine) -> str:
   """The kernel of `config.attention`: with 'auto', the first that can serve.
 
   Raises:
@@ -69,12 +93,20 @@ def chosen(config: GemmaConfig, platform: str) -> str:
   """
   asked = config.attention
   if asked == 'auto':
-    fused = (k for k in KERNELS if not refusal(k, config, platform))
+    fused = (k for k in KERNELS if not refusal(k, config, machine))
     return next(fused, 'xla')
-  reason = refusal(asked, config, platform)
+  reason = refusal(asked, config, machine)
   if reason:
     raise ValueError(f"model.attention='{asked}': {reason}; use 'auto'")
   return asked
+
+
+def plain(config: GemmaConfig) -> GemmaConfig:
+  """`config` with plain attention, for losses that read padding.
+
+  There kernels differ, so that a loss would depend on the machine.
+  """
+  return dataclasses.replace(config, attention='xla')
 
 
 def splash(

@@ -6,7 +6,8 @@ constrained.
 """
 
 import math
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -116,6 +117,32 @@ def platform() -> str:
   device = None if mesh.empty else mesh.abstract_device
   name = device.platform if device else jax.default_backend()
   return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+class Machine(NamedTuple):
+  """What kernels ask of the devices of a program.
+
+  Attributes:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    capability: CUDA compute capability, as (8, 9) for 8.9; of several GPUs the
+      lowest. None where there is none, as on AMD's GPUs.
+  """
+
+  platform: str
+  capability: tuple[int, int] | None = None
+
+
+def machine() -> Machine:
+  """The devices of `platform`; a GPU is asked for its capability."""
+  name = platform()
+  if name != 'gpu':
+    return Machine(name)
+  # All processes must trace the same program, so all devices are asked.
+  told = [getattr(d, 'compute_capability', None) for d in jax.devices('gpu')]
+  found = [re.fullmatch(r'(\d+)\.(\d+)', str(text)) for text in told]
+  if not all(found):
+    return Machine(name)
+  return Machine(name, min((int(m[1]), int(m[2])) for m in found))
 
 
 def cache_axes(batch: int, kv_heads: int) -> tuple[Any, Any]:

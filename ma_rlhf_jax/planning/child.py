@@ -163,6 +163,9 @@ def main(path: str) -> None:
   _end_with_caller(job['caller'])
   config = config_lib.restore(job['config'])
   do = _compile if job['program'] else _survey
+  if topology_lib.parse(job['topology']).platform == 'gpu':
+    # Traced on CPUs, which have no other kernel; the formulas know the GPU's.
+    config.model.attention = 'xla'
   mesh = abstract.mesh_over(config, devices_of(job['topology']))
   atomic_file.write_json(job['answer'], do(job, config, mesh))
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax.models import presets
+from ma_rlhf_jax.models import kernels, presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import mesh_shape
+from ma_rlhf_jax.parallel.partition import Machine
 from ma_rlhf_jax.rollout import layout
 
 
@@ -37,6 +38,7 @@ class Sizes:
     tensor: devices that share a matrix.
     rows_over: devices that share a batch.
     item: bytes of a number in matmuls.
+    fused: no scores of attention are held.
   """
 
   config: ConfigDict
@@ -45,6 +47,7 @@ class Sizes:
   tensor: int
   rows_over: int
   item: int
+  fused: bool = False
 
   @classmethod
   def of(cls, config: ConfigDict, num_devices: int) -> 'Sizes':
@@ -105,6 +108,7 @@ class Sizes:
     heads = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim
     dense = 4 * s.embed_dim + (3 * s.mlp_dim + 2 * heads) / self.tensor
     scores = rows * s.num_heads / self.tensor * columns * keys * (4 + self.item)
+    scores = 0 if self.fused else scores
     return rows * columns * dense * self.item + scores
 
   def gathered(self) -> float:
@@ -260,15 +264,44 @@ def _reshard(z: Sizes) -> Load:
   return Load(layer, 2 * share, copy * share * _ring(z.fsdp), 0.0)
 
 
-def load(name: str, config: ConfigDict, num_devices: int) -> Load:
+def is_fused(name: str, config: ConfigDict, machine: Machine) -> bool:
+  """Whether a program attends with a kernel that holds no scores.
+
+  Args:
+    name: as `Stage.programs` calls it.
+    config: of the run.
+    machine: what it runs on.
+  """
+  stage = name.partition('/')[0]
+  on_padding = any(
+      field.startswith(f'{stage}.')
+      and config_lib.flatten(config)[field] == loss
+      for field, loss in config_lib.LOSSES_ON_PADDING.items()
+  )
+  if is_decode(name) or on_padding:
+    return False
+  shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
+  shape = presets.trained_whole(shape, config.model)
+  return kernels.chosen(shape, machine) != 'xla'
+
+
+def load(
+    name: str,
+    config: ConfigDict,
+    num_devices: int,
+    machine: Machine | None = None,
+) -> Load:
   """What a program takes, by its name.
 
   Args:
     name: as `Stage.programs` calls it; of unknown ones nothing is said.
     config: of the run.
     num_devices: as many as the mesh has.
+    machine: decides the kernel of attention; None = scores are held.
   """
   z = Sizes.of(config, num_devices)
+  if machine:
+    z = dataclasses.replace(z, fused=is_fused(name, config, machine))
   if name.endswith('/one_pass'):
     return _one_pass(name, z)
   if '/update' in name:

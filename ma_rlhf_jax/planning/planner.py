@@ -70,7 +70,7 @@ def problems(config: ConfigDict, topology: Topology) -> list[str]:
     data, fsdp, tensor = mesh_shape(config.mesh, topology.num_devices)
   except ValueError as error:
     return [str(error)]
-  found = validation.problems(config, data * fsdp)
+  found = validation.problems(config, data * fsdp, topology.machine)
   if not topology.can_be_split((data, fsdp, tensor)):
     sizes = 'x'.join(map(str, topology.sizes))
     found.append(
@@ -150,10 +150,16 @@ class Planner:
       others.append('ppo.micro_batch_size')
     return f'{name} {_key(config, others)}'
 
+  def load(self, name: str, config: ConfigDict) -> estimate.Load:
+    """What a program takes by formula; on GPUs the kernel is known."""
+    gpu = self.topology.platform == 'gpu'
+    machine = self.topology.machine if gpu else None
+    return estimate.load(name, config, self.topology.num_devices, machine)
+
   def _by_formula(
       self, config: ConfigDict, name: str, facts: dict[str, int]
   ) -> Compiled:
-    load = estimate.load(name, config, self.topology.num_devices)
+    load = self.load(name, config)
     args = facts['resident_args'] + facts['other_args']
     memory = buffers.Memory(args, int(load.temp), 0)
     wire = load.wire if self.topology.num_devices > 1 else 0.0

@@ -168,7 +168,7 @@ class Search:
     """Later guesses go by what this plan has measured."""
     remat = plan.config.model.remat
     for p in (p for stage in plan.stages for p in stage.programs):
-      c, guess = p.compiled, estimate.load(p.name, plan.config, self._devices)
+      c, guess = p.compiled, self._planner.load(p.name, plan.config)
       temp = c.memory.temp if c.memory else c.required - c.resident_args
       wire = c.wire / max(guess.wire, 1) if c.memory else 1.0
       self.calibration[p.name, remat] = temp / max(guess.temp, 1), wire
@@ -178,7 +178,7 @@ class Search:
 
   def _need(self, config: ConfigDict, program: str) -> float:
     """Bytes of a device that a program may need."""
-    temp = estimate.load(program, config, self._devices).temp
+    temp = self._planner.load(program, config).temp
     ratio, _ = self._ratios(config, program)
     resident = self._resident[program.partition('/')[0]]
     resident *= estimate.Sizes.of(config, self._devices).resident / self._share
@@ -187,7 +187,7 @@ class Search:
   def _seconds(self, config: ConfigDict) -> float:
     total, topology = 0.0, self._planner.topology
     for program, steps in self._steps.items():
-      load = estimate.load(program, config, self._devices)
+      load = self._planner.load(program, config)
       _, ratio = self._ratios(config, program)
       work = Compiled(
           None, 0, int(load.flops), 0, 0, load.hbm, load.wire * ratio

@@ -5,6 +5,8 @@ import itertools
 import math
 import re
 
+from ma_rlhf_jax.parallel.partition import Machine
+
 GIB = 2**30
 
 
@@ -19,6 +21,7 @@ class Chip:
     memory: GiB that a program may use; of a TPU the compiler is asked instead.
     dims: axes of the network between chips; 0 = a switch.
     per_chip: devices on one chip, which is what is paid for.
+    capability: CUDA compute capability; None on TPUs.
   """
 
   flops: float
@@ -27,6 +30,7 @@ class Chip:
   memory: float
   dims: int = 0
   per_chip: int = 1
+  capability: tuple[int, int] | None = None
 
 
 # docs.cloud.google.com/tpu/docs and the scaling book (jax-ml.github.io); one
@@ -42,14 +46,14 @@ TPUS = {
 # NVIDIA's datasheets: dense bfloat16, NVLink (PCIe on l4, l40s and rtx4090)
 # one way; memory as nvidia-smi counts it less 0.75 GiB of context and cuBLAS.
 GPUS = {
-    'b200': Chip(2250e12, 8000e9, 900e9, 178.0),
-    'h200': Chip(989e12, 4800e9, 450e9, 139.6),
-    'h100': Chip(989e12, 3350e9, 450e9, 78.9),
-    'a100': Chip(312e12, 2039e9, 300e9, 79.2),
-    'a100-40': Chip(312e12, 1555e9, 300e9, 39.2),
-    'l40s': Chip(362e12, 864e9, 32e9, 44.2),
-    'rtx4090': Chip(165e12, 1008e9, 32e9, 23.2),
-    'l4': Chip(121e12, 300e9, 32e9, 21.7),
+    'b200': Chip(2250e12, 8000e9, 900e9, 178.0, capability=(10, 0)),
+    'h200': Chip(989e12, 4800e9, 450e9, 139.6, capability=(9, 0)),
+    'h100': Chip(989e12, 3350e9, 450e9, 78.9, capability=(9, 0)),
+    'a100': Chip(312e12, 2039e9, 300e9, 79.2, capability=(8, 0)),
+    'a100-40': Chip(312e12, 1555e9, 300e9, 39.2, capability=(8, 0)),
+    'l40s': Chip(362e12, 864e9, 32e9, 44.2, capability=(8, 9)),
+    'rtx4090': Chip(165e12, 1008e9, 32e9, 23.2, capability=(8, 9)),
+    'l4': Chip(121e12, 300e9, 32e9, 21.7, capability=(8, 9)),
 }
 
 _FLAT = '1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'.split()
@@ -87,6 +91,11 @@ class Topology:
   @property
   def num_devices(self) -> int:
     return self.num_chips * self.chip.per_chip
+
+  @property
+  def machine(self) -> Machine:
+    """What kernels ask of it."""
+    return Machine(self.platform, self.chip.capability)
 
   def can_be_split(self, mesh: tuple[int, ...]) -> bool:
     """Whether `jax.make_mesh` can lay axes of such sizes on the chips.

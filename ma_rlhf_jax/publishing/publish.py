@@ -263,6 +263,10 @@ def _receipt(
       'compared': len(want),
       'readers': readers,
       'sums_in': sums,
+      'reader_versions': {
+          name: None if found is None else export_check.versions_of(name)
+          for name, found in readers.items()
+      },
   }
 
 

@@ -119,7 +119,7 @@ def plan() -> plans.Plan:
   if _JSON.value:
     outputs.check_place('json', _JSON.value)
   shares, given = _shares(), automatic.fixed(recipe_flag.CONFIG.value)
-  validation.validate(given)
+  validation.validate(given, 1, topology.machine)
   config = abstract.with_preset(given)
   planner = Planner(
       topology,

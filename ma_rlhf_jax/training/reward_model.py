@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.config import LOSSES_ON_PADDING
 from ma_rlhf_jax.data import batches
-from ma_rlhf_jax.models import lora
+from ma_rlhf_jax.models import kernels, lora
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective import preference
@@ -95,10 +96,11 @@ class RewardModel(Stage):
     self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
     self.frozen, learning = lora.split(shape, params)
     self.states = {'reward_model': update.init_state(learning, optimizer)}
+    on_padding = c.loss == LOSSES_ON_PADDING['reward_model.loss']
     self._step = jax.jit(
         functools.partial(
             _step,
-            shape=shape,
+            shape=kernels.plain(shape) if on_padding else shape,
             pair_loss=functools.partial(
                 preference.pair_loss,
                 loss=c.loss,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.config import LOSSES_ON_PADDING
 from ma_rlhf_jax.data import batches
-from ma_rlhf_jax.models import lora
+from ma_rlhf_jax.models import kernels, lora
 from ma_rlhf_jax.models.gemma import hidden_and_head
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective.losses import sft_loss, token_weights
@@ -134,9 +135,10 @@ class SFT(Stage):
     self.shape = shape
     self.frozen, learning = lora.split(shape, params)
     self.states = {'policy': update.init_state(learning, optimizer)}
+    on_padding = c.loss_on == LOSSES_ON_PADDING['sft.loss_on']
     logprobs = functools.partial(
         learned_logprobs,
-        shape=shape,
+        shape=kernels.plain(shape) if on_padding else shape,
         loss_on=c.loss_on,
         chunk_tokens=run.config.model.logprob_chunk,
     )

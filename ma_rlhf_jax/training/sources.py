@@ -269,9 +269,11 @@ def _check_fit(
     )
   with jax.set_mesh(run.mesh):
     uneven = partition.indivisible(heads.abstract_params(kind, shape))
-    reason = kernels.refusal(shape.attention, shape, partition.platform())
+    reason = kernels.refusal(shape.attention, shape, partition.machine())
   if reason:
-    raise SourceError(f'{where}: model.attention={shape.attention!r}: {reason}')
+    raise SourceError(
+        f"{where}: model.attention={shape.attention!r}: {reason}; use 'auto'"
+    )
   if uneven:
     raise SourceError(
         f'{where}: the mesh {dict(run.mesh.shape)} does not split evenly '

@@ -19,6 +19,7 @@ from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import list_tensors, to_theirs
 from ma_rlhf_jax.structs import Array, Params
+from tests import tolerance
 
 # All sizes differ, and heads * head_dim is not the width.
 TINY = GemmaConfig(
@@ -109,6 +110,26 @@ def loss(
 
 states = jax.jit(gemma.hidden_states, static_argnums=0)
 value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+
+
+def rounding(
+    config: GemmaConfig, params: Params, tokens: Array, mask: Array
+) -> float:
+  """How far hidden states of real tokens may be off, see `tolerance`."""
+  real = lambda p: states(config, p, tokens, mask)[np.asarray(mask)]
+  (bound,) = tolerance.of_sums(real, (params,), config.mlp_dim)
+  return bound
+
+
+def gradient_rounding(
+    config: GemmaConfig, params: Params, tokens: Array, mask: Array
+) -> list[float]:
+  """The same of `value_and_grad`, whose sums go over tokens and entries."""
+  return tolerance.of_sums(
+      lambda p: value_and_grad(config, p, tokens, mask),
+      (params,),
+      tokens.size * config.vocab_size,
+  )
 
 
 def plain_gemma(

@@ -3,7 +3,10 @@
 import copy
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -15,6 +18,7 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax import manifest
+from ma_rlhf_jax.data import tokenizer_files
 from ma_rlhf_jax.models import exporting, folders, heads, huggingface
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import make_mesh
@@ -213,6 +217,68 @@ def test_gemma2_comes_back_as_it_was(
   assert huggingface.read_shape(tmp_path / 'hf') == config
   found = huggingface.load_params(tmp_path / 'hf', config, 'scalar')
   assert_same_bits(params, found)
+
+
+_TURNS = ['<start_of_turn>', '<end_of_turn>']
+_CHAT = "{% for m in messages %}<start_of_turn>{{ m['content'] }}{% endfor %}"
+# What a tokenizer makes of text, by whichever transformers runs it.
+_ASK = """
+import json, sys
+from transformers import AutoTokenizer
+t = AutoTokenizer.from_pretrained(sys.argv[1])
+print(json.dumps([
+    [t(x)['input_ids'] for x in ['the cat', '<start_of_turn>a<end_of_turn>']],
+    sorted(t.all_special_tokens),
+    [t.bos_token_id, t.eos_token_id, t.pad_token_id, len(t)],
+    t.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False),
+]))
+"""
+
+
+@pytest.fixture
+def with_turns(tokenizer: Any, tmp_path: pathlib.Path) -> pathlib.Path:
+  """An export whose tokenizer has tokens of turns, as Gemma's has."""
+  source, folder = tmp_path / 'source', tmp_path / 'written'
+  exporting.write_tokenizer(source, tokenizer)
+  path = source / 'tokenizer_config.json'
+  settings = json.loads(path.read_text()) | {
+      'additional_special_tokens': _TURNS,
+      'chat_template': _CHAT,
+  }
+  path.write_text(json.dumps(settings))
+  exporting.write_tokenizer(folder, tokenizer_files.load(str(source)))
+  return folder
+
+
+def test_additional_special_tokens_are_written_as_transformers_4_reads_them(
+    with_turns: pathlib.Path,
+) -> None:
+  settings = json.loads((with_turns / 'tokenizer_config.json').read_text())
+  # A list of that name ends 4.57: 'list' object has no attribute 'keys'.
+  assert not isinstance(settings.get('extra_special_tokens'), list)
+  assert settings['additional_special_tokens'] == _TURNS
+  found = tokenizer_files.load(str(with_turns))
+  assert set(_TURNS) < set(found.all_special_tokens)
+  assert len(found.encode(_TURNS[0], add_special_tokens=False)) == 1
+  assert found.chat_template == _CHAT
+
+
+@pytest.mark.slow
+def test_transformers_4_and_5_make_the_same_of_a_tokenizer(
+    with_turns: pathlib.Path,
+) -> None:
+  other = os.environ.get('MA_RLHF_TRANSFORMERS_4')
+  if not other:
+    pytest.skip('MA_RLHF_TRANSFORMERS_4 names no Python with transformers 4.57')
+  ask = lambda python: json.loads(
+      subprocess.run(
+          [python, '-c', _ASK, str(with_turns)],
+          check=True,
+          capture_output=True,
+          text=True,
+      ).stdout
+  )
+  assert ask(other) == ask(sys.executable)
 
 
 def test_the_tokenizer_adds_no_token_types_in_transformers_4(

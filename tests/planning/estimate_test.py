@@ -3,7 +3,7 @@
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax.planning import estimate
+from ma_rlhf_jax.planning import estimate, topology
 
 _GIB = 2**30
 
@@ -35,6 +35,42 @@ def test_formulas_are_near_what_was_compiled_for_v5e_8x8(
     assert load.temp / _GIB == pytest.approx(temp, rel=0.4)
   if wire is not None:
     assert load.wire / _GIB == pytest.approx(wire, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ('gpu', 'kernel'),
+    [
+        ('h100', 'cudnn'),
+        ('h200', 'cudnn'),
+        ('a100', 'xla'),
+        ('l4', 'xla'),
+        ('l40s', 'xla'),
+        ('rtx4090', 'xla'),
+        ('b200', 'xla'),
+    ],
+)
+def test_scores_of_attention_are_counted_where_no_kernel_saves_them(
+    gpu: str, kernel: str
+) -> None:
+  machine = topology.parse(f'gpu:{gpu}:1').machine
+  one = {'ppo__micro_batch_size': 1, 'ppo__one_pass': 'off'}
+  config = _config(lora__rank=32, **one)
+  found = estimate.load('ppo/update_policy', config, 1, machine).temp
+  plain = estimate.load('ppo/update_policy', config, 1).temp
+  # 16 heads of 1024 x 1024 scores, in float32 and in bfloat16
+  scores = 16 * 1024 * 1024 * (4 + 2)
+  assert plain - found == (scores if kernel == 'cudnn' else 0)
+  decode = lambda *on: estimate.load('ppo/rollout', config, 1, *on)
+  assert decode(machine) == decode()  # always plain
+
+
+def test_a_loss_over_padding_is_counted_with_plain_attention() -> None:
+  hopper = topology.parse('gpu:h100:1').machine
+  fused = lambda **fields: estimate.is_fused(
+      'reward_model/update', _config(**fields), hopper
+  )
+  assert fused() and not fused(reward_model__loss='authors')
+  assert fused(sft__loss_on='everything')  # of another stage
 
 
 def test_no_weight_is_sent_while_tokens_are_drawn() -> None:

@@ -106,6 +106,15 @@ def config(**fields: object) -> config_lib.ConfigDict:
   )
 
 
+def test_a_kernel_is_checked_for_the_machine_that_is_planned() -> None:
+  made = config(model__attention='cudnn')
+  assert planner.problems(made, topology.parse('gpu:h100:1')) == []
+  (found,) = planner.problems(made, topology.parse('gpu:a100:1'))
+  assert "model.attention='cudnn'" in found and '8.0' in found
+  (found,) = planner.problems(made, topology.parse('v5e:1x1'))
+  assert 'not on this tpu' in found
+
+
 def test_a_plan_adds_up_what_was_compiled(machine: Machine) -> None:
   plan = make().plan(config())
   assert [s.name for s in plan.stages] == ['sft', 'ppo']

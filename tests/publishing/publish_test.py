@@ -1,6 +1,7 @@
 """Exports are what was trained, and say so only where it is true."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -68,6 +69,8 @@ def test_an_export_is_what_was_trained(
   if _HAS_TORCH:
     assert 0 < theirs['max_logit_difference'] < 1e-4
     assert theirs['top1_agreement'] == 1
+    named = receipt['reader_versions']['transformers']
+    assert named['transformers'] == importlib.metadata.version('transformers')
   # Eight prompts of a dozen words, not one token.
   assert receipt['rows'] == 8 and receipt['tokens'] > 80
   assert receipt['compared'] == receipt['tokens']
@@ -141,6 +144,7 @@ def test_without_pytorch_our_loader_alone_checks(
   assert 'license: gemma\n' in (tmp_path / 'README.md').read_text()
   assert receipt['readers']['transformers'] is None
   assert receipt['sums_in']['transformers'] is None
+  assert receipt['reader_versions']['transformers'] is None
   assert receipt['readers']['ma_rlhf_jax']['max_score_difference'] == 0
   assert 'transformers |' not in (tmp_path / 'README.md').read_text()
 

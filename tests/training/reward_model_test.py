@@ -19,7 +19,7 @@ from ma_rlhf_jax.objective import preference
 from ma_rlhf_jax.structs import Array, PairBatch, Params, SequenceBatch
 from ma_rlhf_jax.training import reward_model, update
 from ma_rlhf_jax.training.reward_model import RewardModel
-from tests import oracle, tiny
+from tests import oracle, other_kernel, tiny
 from tests.data.rows import encoded_set
 
 _SEED = 5
@@ -150,6 +150,22 @@ def _sgd_step(loss: str, num_micro: int) -> tuple[Params, dict[str, float]]:
   )
   state, metrics = jax.jit(step)(state, {}, _pairs([6, 1, 4, 3]))
   return state.params, {name: float(x) for name, x in metrics.items()}
+
+
+@pytest.mark.parametrize('loss', ['authors', 'per_token'])
+def test_what_a_kernel_says_at_padding_changes_no_loss(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+  rows = [6, 1, 4]
+  pairs = jax.tree.map(jnp.asarray, _pairs(rows))
+  scores = _scores(pairs.chosen), _scores(pairs.rejected)
+  plain = preference.PAIR_LOSSES[loss](*scores, pairs, tiny.PAD, 0)
+  other_kernel.install(monkeypatch)
+  stage = _stage(tmp_path, reward_model__loss=loss)
+  monkeypatch.setattr(stage, 'rows', lambda index: rows)
+  _, metrics = stage.step(stage.states, 0)
+  found = float(metrics['loss/reward_model'])
+  assert found == pytest.approx(float(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize(

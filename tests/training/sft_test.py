@@ -14,7 +14,7 @@ from ma_rlhf_jax.models.gemma import head_logits, hidden_states
 from ma_rlhf_jax.structs import Params, SequenceBatch
 from ma_rlhf_jax.training import sft, update
 from ma_rlhf_jax.training.sft import LOSS_ON, SFT
-from tests import tiny
+from tests import other_kernel, tiny
 
 _ = tiny.PAD
 _EOS, _BOS = tiny.EOS, tiny.BOS
@@ -107,6 +107,17 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
   stage = _stage(tmp_path, sft__loss_on=loss_on)
   found = stage.evaluate(stage.states)
   assert found == {'eval/loss': pytest.approx(_plain_loss(loss_on), rel=1e-5)}
+
+
+@pytest.mark.parametrize('loss_on', ['everything', 'response'])
+def test_what_a_kernel_says_at_padding_changes_no_loss(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, loss_on: str
+) -> None:
+  want = _plain_loss(loss_on)
+  other_kernel.install(monkeypatch)
+  stage = _stage(tmp_path, sft__loss_on=loss_on)
+  found = stage.evaluate(stage.states)
+  assert found == {'eval/loss': pytest.approx(want, rel=1e-5)}
 
 
 @pytest.mark.slow
