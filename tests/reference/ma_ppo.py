@@ -41,7 +41,7 @@ class Settings:
   baseline: str = 'critic'  # | rloo: other responses to the prompt
   whiten_advantages: bool = False
   ratio: str = 'token'  # | macro | geometric
-  reduction: str = 'sequence'  # | token | macro | constant
+  reduction: str = 'sequence'  # | token | macro | constant; see `mean`
   response_length: int = 512  # tokens; only `constant` reads it
   clip_eps: float = 0.2
   value_clip_eps: float = 0.2
@@ -117,13 +117,15 @@ def credit(x: Response, s: Settings) -> tuple[ndarray, ndarray]:
   tokens are discounted, d = gamma and g = gamma^|w|; rloo: V = 0, lambda = 1:
     R_w = sum_i d^i sigma_i r_i             V_w = sum_i sigma_i V_i
     delta_w = R_w + g V_w+1 - V_w           A_w = delta_w + g lambda A_w+1
-  The macro return is A_w + V_w. A token's own return leaves out the rewards of
-  w before it; its own advantage is that minus V_t, so lambda is 1 inside w.
+  The macro return is A_w + V_w. A token's own return is that of token GAE with
+  the lambda of w at its last token and 1 inside, so that it leaves out the
+  rewards of w before it; its own advantage is that minus V_t (with `start`).
   """
   rewards, critic = token_rewards(x, s), s.baseline == 'critic'
   values, lam = (x.old_values, s.gae_lambda) if critic else (0 * rewards, 1.0)
+  values, end = np.append(values, 0.0), len(rewards)  # V = 0 after the end
   d = s.gamma if s.discount == 'token' else 1.0
-  shared, macro, own = np.zeros((3, len(rewards)))
+  shared, macro, own = np.zeros((3, end + 1))
   next_value = next_advantage = 0.0
   for start, stop in reversed(macro_actions(x, s)):
     n, i = stop - start, np.arange(stop - start)
@@ -132,14 +134,15 @@ def credit(x: Response, s: Settings) -> tuple[ndarray, ndarray]:
     g = s.gamma**n if s.discount == 'token' else s.gamma
     delta = np.sum(d**i * r) + g * next_value - value
     advantage = delta + g * lam * next_advantage
-    to_come = s.gamma * (next_value + lam * next_advantage)
+    to_come = s.gamma * ((1 - lam) * values[stop] + lam * own[stop])
     for t in reversed(range(start, stop)):
-      own[t] = r[t - start] + to_come
+      own[t] = rewards[t] + to_come
       to_come = d * own[t]
     shared[start:stop], macro[start:stop] = advantage, advantage + value
     next_value, next_advantage = value, advantage
   advantages = shared if s.advantage == 'shared' else own - values
-  return advantages, own if s.critic_target == 'own' else macro
+  returns = own if s.critic_target == 'own' else macro
+  return advantages[:end], returns[:end]
 
 
 def batch_credit(batch: list[Response], s: Settings) -> tuple[list, list]:
@@ -151,7 +154,7 @@ def batch_credit(batch: list[Response], s: Settings) -> tuple[list, list]:
   credits = [credit(x, s) for x in batch]
   advantages, returns = map(list, zip(*credits, strict=True))
   if s.baseline == 'rloo':
-    totals = np.array([r[0] for r in returns])
+    totals = np.array([a[0] for a in advantages])  # V is 0 in them
     for k, x in enumerate(batch):
       others = [y.prompt == x.prompt and y is not x for y in batch]
       advantages[k] = advantages[k] - totals[others].mean()
@@ -163,17 +166,24 @@ def batch_credit(batch: list[Response], s: Settings) -> tuple[list, list]:
 
 
 def policy_losses(new: Tensor, x: Response, a: ndarray, s: Settings) -> Tensor:
-  """Returns -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) of each token."""
+  """Returns -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) of each token.
+
+  The ratio of a whole macro action counts once, at its first token: before the
+  first update its gradient is that of the token ratios then.
+  """
+  spans = macro_actions(x, s)
   pool = {  # log-ratios of the tokens of w -> that of w, at each of them
       'token': lambda r: r,
       'macro': lambda r: r.sum().expand(len(r)),  # new / old probability of w
       'geometric': lambda r: r.mean().expand(len(r)),  # GSPO, arXiv 2507.18071
   }[s.ratio]
   advantages, change = torch.tensor(a), new - torch.tensor(x.old_logprobs)
-  pooled = torch.cat([pool(change[i:j]) for i, j in macro_actions(x, s)])
+  pooled = torch.cat([pool(change[i:j]) for i, j in spans])
   ratio = pooled.clamp(-20, 20).exp()
   clipped = ratio.clamp(1 - s.clip_eps, 1 + s.clip_eps)
-  return -torch.minimum(ratio * advantages, clipped * advantages)
+  losses = -torch.minimum(ratio * advantages, clipped * advantages)
+  opens = [t in {i for i, _ in spans} for t in range(len(losses))]
+  return losses * torch.tensor(opens) if s.ratio == 'macro' else losses
 
 
 def value_losses(new: Tensor, x: Response, g: ndarray, s: Settings) -> Tensor:
@@ -186,19 +196,20 @@ def value_losses(new: Tensor, x: Response, g: ndarray, s: Settings) -> Tensor:
 def mean(rows: list, batch: list, s: Settings, starts: bool = False) -> Tensor:
   """Returns the mean loss of tokens; `rows` holds those of each response.
 
-  sequence: over responses, of the mean over their tokens; macro: over macro
-  actions likewise; token: over all tokens; constant: the sum over a constant.
+  sequence: over responses, of the mean over their tokens. The others divide the
+  sum over all tokens by their number, that of macro actions, or a constant.
   `starts` keeps the first tokens of macro actions only.
   """
-  parts = []
+  parts, actions = [], 0
   for loss, x in zip(rows, batch, strict=True):
-    spans = [(i, j) for i, j in macro_actions(x, s) if i < j]
-    kept = [loss[i : i + 1 if starts else j] for i, j in spans]
-    parts += kept if s.reduction == 'macro' else [torch.cat(kept)]
-  if s.reduction in ('sequence', 'macro'):
+    first = [start for start, stop in macro_actions(x, s) if start < stop]
+    parts.append(loss[first] if starts else loss)
+    actions += len(first)
+  if s.reduction == 'sequence':
     return torch.stack([part.mean() for part in parts]).mean()
   every, constant = torch.cat(parts), len(batch) * s.response_length
-  return every.sum() / (len(every) if s.reduction == 'token' else constant)
+  divisors = {'token': len(every), 'macro': actions, 'constant': constant}
+  return every.sum() / divisors[s.reduction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +218,7 @@ class Model:
 
   params: ndarray  # one float64 vector
   apply: Callable[[Tensor], list[Tensor]]  # params -> [R] for each response
+  decayed: ndarray | float = 1.0  # 0 where weight decay passes a parameter by
   lr: float = 1.5e-5
   adam: tuple = (0.0, 0.0, 0)  # averages of gradient and its square; steps
 
@@ -217,7 +229,8 @@ def descend(model: Model, gradient: ndarray, s: Settings) -> Model:
   m, v, k = model.adam
   m, v, k = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2, k + 1
   change = m / (1 - 0.9**k) / (np.sqrt(v / (1 - 0.95**k)) + 1e-8)
-  new = model.params - model.lr * (change + s.weight_decay * model.params)
+  decay = s.weight_decay * model.decayed * model.params
+  new = model.params - model.lr * (change + decay)
   return dataclasses.replace(model, params=new, adam=(m, v, k))
 
 
