@@ -31,12 +31,12 @@ class Settings:
   kl_target: float = 0.0  # nats per response; 0 = kl_coef stays
   kl_horizon: float = 10_000.0  # responses
   score_clip: float = 2.5
-  pool_rewards: str = 'sum'  # | mean (authors)
+  pool_rewards: str = 'sum'  # | equal (authors)
   pool_values: str = 'start'  # | equal | unit | position | position_reversed
   gamma: float = 1.0
   gae_lambda: float = 0.95
   discount: str = 'decision'  # gamma for each macro action | token: semi-MDP
-  advantage: str = 'shared'  # by the tokens of a macro action | own
+  advantage: str = 'shared'  # by the tokens of w | own (pool_values='start')
   critic_target: str = 'own'  # | macro | starts (first tokens only)
   baseline: str = 'critic'  # | rloo: other responses to the prompt
   whiten_advantages: bool = False
@@ -45,13 +45,12 @@ class Settings:
   response_length: int = 512  # tokens; only `constant` reads it
   clip_eps: float = 0.2
   value_clip_eps: float = 0.2
-  weight_decay: float = 0.1
 
 
 PUBLISHED = Settings(pool_values='equal', critic_target='macro')  # in both
 PAPER = dataclasses.replace(PUBLISHED, ratio='macro', reduction='macro')
 AUTHORS = dataclasses.replace(  # github.com/ernie-research/MA-RLHF
-    PUBLISHED, pool_rewards='mean', last_token_alone=True, empty_step=True
+    PUBLISHED, pool_rewards='equal', last_token_alone=True, empty_step=True
 )
 
 
@@ -85,8 +84,7 @@ def macro_actions(x: Response, s: Settings) -> list[tuple[int, int]]:
   for t in range(1, len(nll)):
     if ends_before(t, starts[-1]):
       starts.append(t)
-  cut_already = starts[-1] == last
-  if s.empty_step if cut_already else s.last_token_alone:
+  if s.empty_step if starts[-1] == last else s.last_token_alone:
     starts.append(last)
   return list(zip(starts, starts[1:] + [len(nll)], strict=True))
 
@@ -101,7 +99,6 @@ def token_rewards(x: Response, s: Settings) -> ndarray:
 # sigma_i for tokens i = 0 ... n - 1 of a macro action (appendix D.1).
 WEIGHTS = {
     'sum': lambda i, n: np.ones(n),
-    'mean': lambda i, n: np.ones(n) / n,
     'start': lambda i, n: 1.0 * (i == 0),  # unbiased: has seen no token of w
     'equal': lambda i, n: np.ones(n) / n,
     'unit': lambda i, n: 1.0 * (i == n - 1),
@@ -117,15 +114,14 @@ def credit(x: Response, s: Settings) -> tuple[ndarray, ndarray]:
   tokens are discounted, d = gamma and g = gamma^|w|; rloo: V = 0, lambda = 1:
     R_w = sum_i d^i sigma_i r_i             V_w = sum_i sigma_i V_i
     delta_w = R_w + g V_w+1 - V_w           A_w = delta_w + g lambda A_w+1
-  The macro return is A_w + V_w. A token's own return is that of token GAE with
-  the lambda of w at its last token and 1 inside, so that it leaves out the
-  rewards of w before it; its own advantage is that minus V_t (with `start`).
+  The macro return is A_w + V_w. A token's own return is of token GAE, by lambda
+  at the last token of w and 1 inside; its own advantage is that minus V_t.
   """
   rewards, critic = token_rewards(x, s), s.baseline == 'critic'
   values, lam = (x.old_values, s.gae_lambda) if critic else (0 * rewards, 1.0)
-  values, end = np.append(values, 0.0), len(rewards)  # V = 0 after the end
+  values = np.append(values, 0.0)  # after the end
   d = s.gamma if s.discount == 'token' else 1.0
-  shared, macro, own = np.zeros((3, end + 1))
+  shared, macro, own = np.zeros((3, len(values)))
   next_value = next_advantage = 0.0
   for start, stop in reversed(macro_actions(x, s)):
     n, i = stop - start, np.arange(stop - start)
@@ -141,8 +137,7 @@ def credit(x: Response, s: Settings) -> tuple[ndarray, ndarray]:
     shared[start:stop], macro[start:stop] = advantage, advantage + value
     next_value, next_advantage = value, advantage
   advantages = shared if s.advantage == 'shared' else own - values
-  returns = own if s.critic_target == 'own' else macro
-  return advantages[:end], returns[:end]
+  return advantages[:-1], (own if s.critic_target == 'own' else macro)[:-1]
 
 
 def batch_credit(batch: list[Response], s: Settings) -> tuple[list, list]:
@@ -166,11 +161,7 @@ def batch_credit(batch: list[Response], s: Settings) -> tuple[list, list]:
 
 
 def policy_losses(new: Tensor, x: Response, a: ndarray, s: Settings) -> Tensor:
-  """Returns -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) of each token.
-
-  The ratio of a whole macro action counts once, at its first token: before the
-  first update its gradient is that of the token ratios then.
-  """
+  """Returns -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) of each token."""
   spans = macro_actions(x, s)
   pool = {  # log-ratios of the tokens of w -> that of w, at each of them
       'token': lambda r: r,
@@ -181,9 +172,10 @@ def policy_losses(new: Tensor, x: Response, a: ndarray, s: Settings) -> Tensor:
   pooled = torch.cat([pool(change[i:j]) for i, j in spans])
   ratio = pooled.clamp(-20, 20).exp()
   clipped = ratio.clamp(1 - s.clip_eps, 1 + s.clip_eps)
-  losses = -torch.minimum(ratio * advantages, clipped * advantages)
-  opens = [t in {i for i, _ in spans} for t in range(len(losses))]
-  return losses * torch.tensor(opens) if s.ratio == 'macro' else losses
+  # Once for each w, so that all ratios have the same gradient where they are 1.
+  counts = [s.ratio != 'macro' or t in dict(spans) for t in range(len(a))]
+  gains = torch.minimum(ratio * advantages, clipped * advantages)
+  return -gains * torch.tensor(counts)
 
 
 def value_losses(new: Tensor, x: Response, g: ndarray, s: Settings) -> Tensor:
@@ -193,23 +185,20 @@ def value_losses(new: Tensor, x: Response, g: ndarray, s: Settings) -> Tensor:
   return torch.maximum((new - returns) ** 2, (clipped - returns) ** 2) / 2
 
 
-def mean(rows: list, batch: list, s: Settings, starts: bool = False) -> Tensor:
-  """Returns the mean loss of tokens; `rows` holds those of each response.
+def mean(rows: list, batch: list, s: Settings, starts: bool) -> Tensor:
+  """Returns the mean loss of tokens, or of first tokens of macro actions only.
 
   sequence: over responses, of the mean over their tokens. The others divide the
   sum over all tokens by their number, that of macro actions, or a constant.
-  `starts` keeps the first tokens of macro actions only.
   """
-  parts, actions = [], 0
-  for loss, x in zip(rows, batch, strict=True):
-    first = [start for start, stop in macro_actions(x, s) if start < stop]
-    parts.append(loss[first] if starts else loss)
-    actions += len(first)
+  opens = [sorted({i for i, _ in macro_actions(x, s)}) for x in batch]
+  kept = [x[o] if starts else x for x, o in zip(rows, opens, strict=True)]
   if s.reduction == 'sequence':
-    return torch.stack([part.mean() for part in parts]).mean()
-  every, constant = torch.cat(parts), len(batch) * s.response_length
-  divisors = {'token': len(every), 'macro': actions, 'constant': constant}
-  return every.sum() / divisors[s.reduction]
+    return torch.stack([x.mean() for x in kept]).mean()
+  total, constant = sum(map(len, kept)), len(batch) * s.response_length
+  actions = sum(map(len, opens))
+  divisors = {'token': total, 'macro': actions, 'constant': constant}
+  return torch.cat(kept).sum() / divisors[s.reduction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,20 +207,27 @@ class Model:
 
   params: ndarray  # one float64 vector
   apply: Callable[[Tensor], list[Tensor]]  # params -> [R] for each response
-  decayed: ndarray | float = 1.0  # 0 where weight decay passes a parameter by
+  decay: ndarray | float = 0.1  # AdamW's, one for each parameter or for all
   lr: float = 1.5e-5
   adam: tuple = (0.0, 0.0, 0)  # averages of gradient and its square; steps
 
 
-def descend(model: Model, gradient: ndarray, s: Settings) -> Model:
-  """Returns the model after AdamW sees the gradient, its norm cut to 1."""
+def descend(
+    model: Model, losses: Callable, batch: list, aims: list, s: Settings
+) -> tuple[Model, tuple[float, ndarray]]:
+  """Returns the model after AdamW, and what it saw: loss, gradient (uncut)."""
+  params = torch.tensor(model.params, requires_grad=True)
+  rows = zip(model.apply(params), batch, aims, strict=True)
+  starts = losses is value_losses and s.critic_target == 'starts'
+  loss = mean([losses(*row, s) for row in rows], batch, s, starts)
+  gradient = torch.autograd.grad(loss, params)[0].numpy()
   g = gradient / max(1.0, np.linalg.norm(gradient))
   m, v, k = model.adam
   m, v, k = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2, k + 1
   change = m / (1 - 0.9**k) / (np.sqrt(v / (1 - 0.95**k)) + 1e-8)
-  decay = s.weight_decay * model.decayed * model.params
-  new = model.params - model.lr * (change + decay)
-  return dataclasses.replace(model, params=new, adam=(m, v, k))
+  new = model.params - model.lr * (change + model.decay * model.params)
+  model = dataclasses.replace(model, params=new, adam=(m, v, k))
+  return model, (loss.item(), gradient)
 
 
 def update(
@@ -243,20 +239,10 @@ def update(
   kl_coef follows kl_target as in Ziegler et al., arXiv 1909.08593.
   """
   advantages, returns = batch_credit(batch, s)
-  params = torch.tensor(policy.params, requires_grad=True)
-  rows = zip(policy.apply(params), batch, advantages, strict=True)
-  loss = mean([policy_losses(*row, s) for row in rows], batch, s)
-  gradient = torch.autograd.grad(loss, params)[0].numpy()
-  policy = descend(policy, gradient, s)
-  log = {'policy_loss': loss.item(), 'policy_gradient': gradient}
+  log = {}
+  policy, log['policy'] = descend(policy, policy_losses, batch, advantages, s)
   if s.baseline == 'critic':
-    params = torch.tensor(critic.params, requires_grad=True)
-    rows = zip(critic.apply(params), batch, returns, strict=True)
-    losses = [value_losses(*row, s) for row in rows]
-    loss = mean(losses, batch, s, starts=s.critic_target == 'starts')
-    gradient = torch.autograd.grad(loss, params)[0].numpy()
-    critic = descend(critic, gradient, s)
-    log |= {'critic_loss': loss.item(), 'critic_gradient': gradient}
+    critic, log['critic'] = descend(critic, value_losses, batch, returns, s)
   kl = np.mean([np.sum(x.old_logprobs - x.ref_logprobs) for x in batch])
   error = np.clip(kl / s.kl_target - 1, -0.2, 0.2) if s.kl_target else 0.0
   kl_coef = s.kl_coef * (1 + error * len(batch) / s.kl_horizon)
