@@ -127,6 +127,7 @@ def judging(monkeypatch: pytest.MonkeyPatch) -> _Judge:
   """What is judged, without models."""
   found = _Judge()
   monkeypatch.setattr(evaluate.judge, 'judge', found)
+  monkeypatch.setattr(evaluate.origins, 'check', lambda *_: None)
   monkeypatch.setattr(evaluate.sources, 'load', lambda *_: ('shape', 'params'))
   return found
 
