@@ -11,6 +11,8 @@ import uuid
 
 from etils import epath
 
+from ma_rlhf_jax import atomic_file
+
 _OFFLINE = ('offline', 'disabled', 'dryrun')
 _ID_FILE = 'wandb_id.txt'
 
@@ -68,5 +70,5 @@ def run_id(folder: epath.Path) -> str:
     return stored
   folder.mkdir(parents=True, exist_ok=True)
   made = uuid.uuid4().hex[:16]
-  path.write_text(made)
+  atomic_file.write_text(path, made)
   return made
