@@ -183,7 +183,7 @@ def test_the_comparison_is_printed_and_kept(
 ) -> None:
   workdir, printed = first
   path = workdir / 'evaluate' / 'comparison.json'
-  found = json.loads(path.read_text())
+  found = manifest.read_sealed(path)
   rows = found['rows']
   assert found['prompts'] == found['settings']['evaluate.prompts'] == 16
   assert set(rows) == {

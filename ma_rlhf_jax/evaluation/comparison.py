@@ -7,13 +7,12 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from ma_rlhf_jax import atomic_file
+from ma_rlhf_jax import atomic_file, manifest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.parallel import processes
@@ -76,7 +75,7 @@ def write(
   with processes.together():
     if processes.is_first():
       path.parent.mkdir(parents=True, exist_ok=True)
-      atomic_file.write_json(path, record)
+      manifest.write_sealed(path, record)
       if path.name == OWN:
         atomic_file.write_json(path.parent / 'verdict.json', list(symptoms))
   if path.name == OWN:
@@ -85,11 +84,15 @@ def write(
 
 
 def read(workdir: epath.Path) -> list[Comparison]:
-  """The run's own comparison; where there is none, those of other settings."""
+  """The run's own comparison; where there is none, those of other settings.
+
+  Raises:
+    DamagedError: if a file is not as it was written.
+  """
   folder = workdir / 'evaluate'
   own = folder / OWN
   paths = [own] if own.exists() else sorted(folder.glob('comparison-*.json'))
-  return [_parsed(json.loads(path.read_text())) for path in paths]
+  return [_parsed(manifest.read_sealed(path)) for path in paths]
 
 
 def _parsed(found: dict[str, Any]) -> Comparison:

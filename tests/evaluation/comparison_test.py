@@ -6,6 +6,7 @@ import pathlib
 from etils import epath
 import pytest
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.evaluation import comparison
 from tests import tiny
@@ -44,7 +45,7 @@ def test_settings_are_the_fields_of_the_evaluation() -> None:
 def test_the_own_result_is_marked_done(workdir: epath.Path) -> None:
   path = comparison.write(workdir, _made(7))
   assert path == workdir / 'evaluate' / 'comparison.json'
-  record = json.loads(path.read_text())
+  record = manifest.read_sealed(path)
   assert record['rows'] == _ROWS and record['prompts'] == 7
   assert record['settings']['evaluate.prompts'] == 7
   done = workdir_lib.read_done(workdir, 'evaluate')
@@ -72,6 +73,15 @@ def test_other_settings_stand_beside_the_own_result(
   assert comparison.read(workdir) == [_made(7)]
   verdict = (workdir / 'evaluate' / 'verdict.json').read_text()
   assert json.loads(verdict) == ['kl_above_max']  # that of the run itself
+
+
+def test_a_number_that_was_changed_reaches_no_card(
+    workdir: epath.Path,
+) -> None:
+  path = comparison.write(workdir, _made(7))
+  path.write_text(path.read_text().replace('7', '9', 1))
+  with pytest.raises(manifest.DamagedError, match='comparison.json'):
+    comparison.read(workdir)
 
 
 def test_without_an_own_result_the_others_are_read(workdir: epath.Path) -> None:
