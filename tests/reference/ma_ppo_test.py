@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Iterable
+import pathlib
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.reference import ma_ppo
 from tests.reference.sides import Update, by_package, by_reference
 from tests.reference.variants import IN_CI, VARIANTS
 
@@ -96,3 +98,11 @@ def test_another_setting_does_not_agree(case: tuple[str, dict]) -> None:
   name, changed = case
   found = _differences(by_package(name), by_reference(name, **changed))
   assert max(found.values()) > 30, found
+
+
+def test_it_is_one_short_file_without_the_package() -> None:
+  source = pathlib.Path(ma_ppo.__file__).read_text()
+  assert len(source.splitlines()) <= 250
+  lines = [x.split() for x in source.splitlines()]
+  imported = {x[1] for x in lines if x[:1] in (['import'], ['from'])}
+  assert imported == {'collections.abc', 'dataclasses', 'numpy', 'torch'}
