@@ -62,8 +62,9 @@ def test_what_was_measured_corrects_the_formulas(machine: Machine) -> None:
   before = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
   machine.temp = lambda program, made: 10 * _by_rows(program, made)
   seeking.learn(make().plan(config()))
-  ratio, _ = seeking.calibration['ppo/update_policy', 'full']
-  guess = estimate.load('ppo/update_policy', config(), 8).temp
+  ratio = seeking.calibration['ppo/update_policy', 'full', 1].temp
+  chip = make().topology.chip
+  guess = estimate.load('ppo/update_policy', config(), 8, chip).temp
   assert ratio == pytest.approx(40 * GIB / guess)
   after = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
   assert after <= before
