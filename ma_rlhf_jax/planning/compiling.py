@@ -58,6 +58,8 @@ class Compiled:
     weights: shapes of matrices among its arguments, the table first by rows.
     doubts: why bytes and seconds do not follow from what the compiler wrote;
       empty where they do.
+    waits: seconds of latency where a formula tells them; None = those of the
+      collectives.
   """
 
   memory: buffers.Memory | None
@@ -70,6 +72,7 @@ class Compiled:
   collectives: tuple[traffic.Collective, ...] = ()
   weights: tuple[tuple[int, ...], ...] = ()
   doubts: tuple[str, ...] = ()
+  waits: float | None = None
 
   @property
   def decode_wire(self) -> float:

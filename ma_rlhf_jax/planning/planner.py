@@ -165,7 +165,8 @@ class Planner:
     args = facts['resident_args'] + facts['other_args']
     memory = buffers.Memory(args, int(load.temp), 0)
     wire = load.wire if self.topology.num_devices > 1 else 0.0
-    return Compiled(memory, memory.need, hbm_bytes=load.hbm, wire=wire, **facts)
+    moved = {'hbm_bytes': load.hbm, 'wire': wire, 'waits': load.waits}
+    return Compiled(memory, memory.need, **moved, **facts)
 
   def _compile(
       self,

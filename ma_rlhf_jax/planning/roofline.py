@@ -56,34 +56,29 @@ class Seconds:
 
 def latency(program: Compiled, topology: Topology) -> float:
   """Seconds of all collectives of a program that are waited for."""
+  if program.waits is not None:
+    return program.waits
   return sum(
       c.waits * chips.latency(topology.chip, c.group, rounds=c.rounds)
       for c in program.collectives
   )
 
 
-def seconds(
-    program: Compiled,
-    topology: Topology,
-    shares: Shares,
-    waits: float | None = None,
-) -> Seconds:
+def seconds(program: Compiled, topology: Topology, shares: Shares) -> Seconds:
   """The terms of a program on a topology.
 
   Args:
     program: FLOPs of all devices, bytes of one.
     topology: where it runs.
     shares: of the datasheet.
-    waits: seconds of latency; None = those of its collectives.
   """
   chip = topology.chip
-  waits = latency(program, topology) if waits is None else waits
   wire = program.wire if topology.num_devices > 1 else 0
   return Seconds(
       program.flops / (topology.num_devices * chip.flops * shares.compute),
       program.hbm_bytes / (chip.hbm * shares.hbm),
       wire / (topology.wire * shares.wire),
-      waits if topology.num_devices > 1 else 0.0,
+      latency(program, topology) if topology.num_devices > 1 else 0.0,
   )
 
 

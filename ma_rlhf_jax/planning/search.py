@@ -168,6 +168,9 @@ class Search:
     self._steps = {
         p: s['steps'] for s in stages.values() for p in s['programs']
     }
+    self._space = LAYOUTS | {'rollout.tensor': _SPLITS}
+    if 'ppo/one_pass' not in self._steps:  # the run cannot have it
+      del self._space['ppo.one_pass']
     self.calibration: dict[tuple[str, str, int], estimate.Load] = {}
 
   @property
@@ -216,7 +219,10 @@ class Search:
     if not alike:
       return estimate.Load(1.0, 1.0, 1.0, 1.0, 1.0)
     found = self.calibration[max(alike, key=same)]
-    return found._replace(temp=1.0)  # of another kind, so it says nothing
+    # What is kept says nothing of another `model.remat`, the others a little.
+    return estimate.Load(
+        1.0, *(min(max(ratio, 1 / 3), 3.0) for ratio in found[1:])
+    )
 
   def programs(self, config: ConfigDict) -> dict[str, int]:
     """Steps of each program that a config runs; see `ppo.one_pass`."""
@@ -245,8 +251,8 @@ class Search:
           for a, b in zip(load, self._ratios(config, program), strict=True)
       ]
       _, hbm, wire, flops, waits = made
-      work = Compiled(None, 0, int(flops), 0, 0, hbm, wire)
-      found = roofline.seconds(work, topology, self._planner.shares, waits)
+      work = Compiled(None, 0, int(flops), 0, 0, hbm, wire, waits=waits)
+      found = roofline.seconds(work, topology, self._planner.shares)
       total += steps * found.total
     return total
 
@@ -300,10 +306,9 @@ class Search:
     """Valid configs that differ in one field of what is searched."""
     flat = config_lib.flatten(config)
     devices = self._rows_over(config)
-    space = LAYOUTS | {'rollout.tensor': _SPLITS}
     changes = [
         {field: value}
-        for options in _choices(flat, space)
+        for options in _choices(flat, self._space)
         for field, value in options
         if value != flat[field] and field != 'mesh.tensor'
     ]
