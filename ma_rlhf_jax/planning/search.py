@@ -5,39 +5,35 @@ layouts, and everything that differs from the best plan in one field. The
 compiler decides. A stage that does not fit gets smaller passes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-import copy
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import itertools
-import operator
 import time
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import validation
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.planning import estimate, plans, roofline
 from ma_rlhf_jax.planning.compiling import Compiled
 from ma_rlhf_jax.planning.planner import PASSES, Planner, problems, whole
+from ma_rlhf_jax.planning.setups import (
+    LAYOUTS,
+    changed,
+    choices,
+    halve,
+    knob,
+    layouts,
+    with_rows,
+)
 
-# What may change without changing what is learned; of options that the config
-# does not have nothing is tried. () = all choices that validation knows.
-LAYOUTS: dict[str, tuple[Any, ...]] = {
-    'mesh.tensor': (1, 2, 4, 8),
-    'model.remat': ('full', 'dots', 'none'),
+# What may change beside them, one by one from the best plan.
+_BESIDE: dict[str, tuple[Any, ...]] = {
     'model.frozen_memory': (),
     'ppo.one_pass': (),
-}
-# Tried one by one from the best plan, since only drawing depends on them.
-_SPLITS = (1, 2, 4, 8, 16, 32)
-# Field that decides on the passes of a program.
-_KNOBS = {
-    'sft': 'sft.micro_batch_size',
-    'reward_model': 'reward_model.micro_batch_size',
-    'ppo': 'ppo.micro_batch_size',
+    'rollout.tensor': (1, 2, 4, 8, 16, 32),
 }
 # Programs that score and learn in a step, by `ppo.one_pass`.
 _LEARNED_BY = {
@@ -48,6 +44,8 @@ _LEARNED_BY = {
 _LEARNED = frozenset(itertools.chain(*_LEARNED_BY.values()))
 # Set-ups that are planned at most; those of a GPU cost a survey each.
 _TRIES = {'tpu': 24, 'gpu': 2}
+# What needs no more than this times too much may fit: formulas are not exact.
+_NEARLY = 4 / 3
 # What a set-up must promise to save to be worth compiling.
 _WORTH = 0.01
 
@@ -65,81 +63,6 @@ class Ranked:
   lacks: bool
   order: float
   config: ConfigDict
-
-
-def _with(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
-  made = copy.deepcopy(config)
-  _set(made, values)
-  return made
-
-
-def _set(config: ConfigDict, values: dict[str, Any]) -> None:
-  for name, value in values.items():
-    *blocks, field = name.split('.')
-    functools.reduce(operator.getitem, blocks, config)[field] = value
-
-
-def _choices(flat: dict[str, Any], space: dict[str, Any]) -> list[list[tuple]]:
-  """(field, value) pairs of every field that the config has."""
-  options = []
-  for field, values in space.items():
-    if field in flat:
-      known = (False, True) if isinstance(flat[field], bool) else ()
-      values = values or validation.CHOICES.get(field, known)
-      values = [v for v in values if v != 'auto']
-      options.append(
-          [(field, v) for v in dict.fromkeys([flat[field], *values])]
-      )
-  return options
-
-
-def layouts(
-    config: ConfigDict, planner: Planner, space: dict[str, Any]
-) -> Iterator[ConfigDict]:
-  """Configs that differ in layout; all are valid with small passes."""
-  flat = config_lib.flatten(config)
-  for values in itertools.product(*_choices(flat, space)):
-    made = dict(values)
-    if 'mesh.tensor' in made and planner.topology.num_devices > 1:
-      # All others share weights and rows.
-      made |= {'mesh.data': 1, 'mesh.fsdp': -1}
-    made = _with(config, made)
-    try:
-      shape = mesh_shape(made.mesh, planner.topology.num_devices)
-    except ValueError:
-      continue
-    if not problems(with_rows(made, shape[0] * shape[1], 1), planner.topology):
-      yield made
-
-
-def knob(program: str) -> str:
-  """The field that decides on a program's passes; '' = it has none."""
-  if program == 'ppo/reshard':
-    return ''
-  if estimate.is_decode(program):
-    return 'rollout.batch_size'
-  return _KNOBS[program.partition('/')[0]]
-
-
-def with_rows(config: ConfigDict, devices: int, rows: int) -> ConfigDict:
-  """`config` with passes of so many rows a device, where there are as many."""
-  values = {}
-  for field in (*_KNOBS.values(), 'rollout.batch_size'):
-    size = min(whole(config, field), devices * rows)
-    values[field] = size
-  return _with(config, values)
-
-
-def halve(config: ConfigDict, field: str, devices: int) -> bool:
-  """Halves the rows of a pass in place, if that can be; whether it could."""
-  if not field:
-    return False
-  block, name = field.split('.')
-  size = (config[block][name] or whole(config, field)) // 2
-  if size < devices or size % devices or whole(config, field) % size:
-    return False
-  config[block][name] = size
-  return True
 
 
 class Search:
@@ -168,7 +91,7 @@ class Search:
     self._steps = {
         p: s['steps'] for s in stages.values() for p in s['programs']
     }
-    self._space = LAYOUTS | {'rollout.tensor': _SPLITS}
+    self._space = {'model.remat': LAYOUTS['model.remat']} | _BESIDE
     if 'ppo/one_pass' not in self._steps:  # the run cannot have it
       del self._space['ppo.one_pass']
     self.calibration: dict[tuple[str, str, int], estimate.Load] = {}
@@ -293,7 +216,7 @@ class Search:
     while True:
       plan = self._planner.plan(config, stop_at_misfit=True)
       self.learn(plan)
-      misfits, config = plan.misfits(), _with(config, {})
+      misfits, config = plan.misfits(), changed(config, {})
       fields = {knob(program) for program in misfits}
       devices = self._rows_over(config)
       if not any([halve(config, field, devices) for field in fields]):
@@ -303,23 +226,32 @@ class Search:
       self._say(f'{", ".join(misfits)} too large; smaller passes are tried')
 
   def neighbours(self, config: ConfigDict) -> list[ConfigDict]:
-    """Valid configs that differ in one field of what is searched."""
-    flat = config_lib.flatten(config)
-    devices = self._rows_over(config)
+    """Valid configs that differ in one field and may fit.
+
+    Of another way to remember or to learn, with passes as large as may fit.
+    """
+    flat, devices = config_lib.flatten(config), self._rows_over(config)
     changes = [
-        {field: value}
-        for options in _choices(flat, self._space)
-        for field, value in options
-        if value != flat[field] and field != 'mesh.tensor'
+        pair
+        for options in choices(flat, self._space)
+        for pair in options
+        if pair[1] != flat[pair[0]]
     ]
-    for field in {knob(program) for program in self._steps} - {''}:
+    for field in sorted({knob(program) for program in self._steps} - {''}):
       size = flat[field] or whole(config, field)
-      for other in (size // 2, size * 2):
-        if other >= devices and whole(config, field) % max(other, 1) == 0:
-          changes.append({field: other})
-    made = [_with(config, change) for change in changes]
-    topology = self._planner.topology
-    return [other for other in made if not problems(other, topology)]
+      changes += [
+          (field, other)
+          for other in (size // 2, size * 2)
+          if other >= devices and whole(config, field) % other == 0
+      ]
+    found = []
+    for change in changes:
+      made = changed(config, dict([change]))
+      if not problems(made, self._planner.topology) and all(
+          self._shrink(made, program) for program in self.programs(made)
+      ):
+        found.append(made)
+    return found
 
   def _fresh(
       self, tried: list[ConfigDict], best: plans.Plan | None
@@ -335,17 +267,19 @@ class Search:
     found = [r for r in self.ranked(LAYOUTS) if _name(r.config) not in known]
     if best is None or not best.fits:
       return [r.config for r in found]
+    most = _NEARLY * plans.MARGIN * self._planner.hbm
+    found = [
+        Ranked(False, self.seconds(r.config), r.config) if r.lacks else r
+        for r in found
+        if not r.lacks or r.order <= most
+    ]
     known = {_name(config, passes=True) for config in tried}
     for made in self.neighbours(best.config):
-      if _name(made, passes=True) not in known and self._may_fit(made):
+      if _name(made, passes=True) not in known:
         found.append(Ranked(False, self.seconds(made), made))
     bound = (1 - _WORTH) * best.seconds
-    worth = [r for r in found if not r.lacks and r.order < bound]
+    worth = [r for r in found if r.order < bound]
     return [r.config for r in sorted(worth, key=lambda r: r.order)]
-
-  def _may_fit(self, config: ConfigDict) -> bool:
-    most = plans.MARGIN * self._planner.hbm
-    return all(self._need(config, p) <= most for p in self.programs(config))
 
   def run(
       self,

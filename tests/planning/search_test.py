@@ -3,9 +3,7 @@
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import validation
-from ma_rlhf_jax.models import gemma
-from ma_rlhf_jax.planning import estimate, plans, search
+from ma_rlhf_jax.planning import estimate, plans, search, setups
 from tests.planning import planner_test
 from tests.planning.planner_test import GIB, Machine, config, make
 
@@ -46,7 +44,7 @@ def test_the_smallest_passes_are_the_end(machine: Machine) -> None:
 def test_the_cheaper_of_the_layouts_that_fit_is_kept(machine: Machine) -> None:
   # What the formulas rank first fits with the smallest passes only, and sends
   # much.
-  first = _search(config()).ranked(search.LAYOUTS)[0].config.mesh.tensor
+  first = _search(config()).ranked(setups.LAYOUTS)[0].config.mesh.tensor
   is_first = lambda made: made.mesh.tensor == first
   machine.temp = lambda program, made: (
       _by_rows(program, made) * (20 if is_first(made) else 1)
@@ -59,14 +57,14 @@ def test_the_cheaper_of_the_layouts_that_fit_is_kept(machine: Machine) -> None:
 
 def test_what_was_measured_corrects_the_formulas(machine: Machine) -> None:
   seeking = _search(config())
-  before = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
+  before = seeking.ranked(setups.LAYOUTS)[0].config.ppo.micro_batch_size
   machine.temp = lambda program, made: 10 * _by_rows(program, made)
   seeking.learn(make().plan(config()))
   ratio = seeking.calibration['ppo/update_policy', 'full', 1].temp
   chip = make().topology.chip
   guess = estimate.load('ppo/update_policy', config(), 8, chip).temp
   assert ratio == pytest.approx(40 * GIB / guess)
-  after = seeking.ranked(search.LAYOUTS)[0].config.ppo.micro_batch_size
+  after = seeking.ranked(setups.LAYOUTS)[0].config.ppo.micro_batch_size
   assert after <= before
 
 
@@ -85,20 +83,6 @@ def test_the_answer_is_no_dearer_than_what_is_known_to_fit(
   assert len(machine.compiled) > before  # others were tried
 
 
-def test_options_come_from_the_config_and_its_choices(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-  space = {'model.remat': (), 'mesh.tensor': (1, 2), 'model.nothing': (3,)}
-  found = list(search.layouts(config(), make(), space))
-  assert {(c.model.remat, c.mesh.tensor) for c in found} == {
-      (remat, tensor) for remat in gemma.REMAT for tensor in (1, 2)
-  }
-  choices = validation.CHOICES | {'model.dtype': ('float32', 'bfloat16')}
-  monkeypatch.setattr(validation, 'CHOICES', choices)
-  found = list(search.layouts(config(), make(), {'model.dtype': ()}))
-  assert [c.model.dtype for c in found] == ['bfloat16', 'float32']
-
-
 def test_a_recipe_that_cannot_run_as_it_is_gets_a_layout(
     machine: Machine,
 ) -> None:
@@ -110,22 +94,6 @@ def test_a_recipe_that_cannot_run_as_it_is_gets_a_layout(
   assert found.fits and found.config.mesh.tensor in (2, 4, 8)
   with pytest.raises(ValueError, match='no layout of the recipe'):
     _search(config(ppo__batch_size=3), 'v5e:16x16')
-
-
-def test_knobs_of_programs() -> None:
-  assert search.knob('ppo/rollout') == 'rollout.batch_size'
-  assert search.knob('ppo/update_critic') == 'ppo.micro_batch_size'
-  assert search.knob('sft/update') == 'sft.micro_batch_size'
-  assert not search.halve(config(), search.knob('ppo/reshard'), 8)
-
-
-def test_passes_are_halved_while_every_device_has_a_row() -> None:
-  made = config()
-  assert search.halve(made, 'ppo.micro_batch_size', 64)
-  assert search.halve(made, 'ppo.micro_batch_size', 64)
-  assert made.ppo.micro_batch_size == 64
-  assert not search.halve(made, 'ppo.micro_batch_size', 64)
-  assert made.ppo.micro_batch_size == 64
 
 
 def test_plans_that_fit_come_before_those_that_do_not(
@@ -175,9 +143,9 @@ def _split(made: config_lib.ConfigDict) -> int:
 
 
 def test_one_field_that_only_drawing_reads_is_found(machine: Machine) -> None:
-  # The rollout sends least where eight devices share a copy.
-  machine.wire = lambda program, made: (
-      abs(_split(made) - 8) * 10**12 if program == 'ppo/rollout' else 10**9
+  # Weights that each device reads for every token.
+  machine.hbm = lambda program, made: (
+      10**14 // _split(made) if program == 'ppo/rollout' else 10**9
   )
   planner, made = make(), config(rollout__tensor=2)
   given = planner.plan(made)
@@ -185,7 +153,7 @@ def test_one_field_that_only_drawing_reads_is_found(machine: Machine) -> None:
   seeking.learn(given)
   before = len(machine.compiled)
   found = seeking.run(60, start=given)
-  assert found.config.rollout.tensor == 8
+  assert found.config.rollout.tensor >= 8
   assert found.seconds < 0.95 * given.seconds
   # No other program was compiled for it.
   tried = machine.compiled[before:]
@@ -196,20 +164,16 @@ def test_no_neighbour_of_the_answer_saves_a_twentieth(
     machine: Machine,
 ) -> None:
   # What a user could set by hand: other passes, splits and ways to remember.
+  passes = lambda made: 256 / (made.ppo.micro_batch_size or 256)
   machine.wire = lambda program, made: int(
-      10**12
-      * (2 if made.model.remat == 'full' else 1)
-      * (1 + 0.5 * (_split(made) != 4))
-      * 256
-      / (made.ppo.micro_batch_size or 256)
+      10**12 * (2 if made.model.remat == 'full' else 1) * passes(made)
   )
-  machine.temp = lambda program, made: int(
-      (2 if made.model.remat == 'dots' else 1)
-      * (20 if made.model.remat == 'none' else 1)
-      * 6
-      * GIB
-      * (made.ppo.micro_batch_size or 256)
-      / 256
+  machine.hbm = lambda program, made: (
+      10**14 // _split(made) if program == 'ppo/rollout' else 10**9
+  )
+  keeps = {'full': 6, 'attention': 6, 'dots': 9, 'none': 99}
+  machine.temp = lambda program, made: (
+      keeps[made.model.remat] * GIB / passes(made)
   )
   planner, made = make(), config()
   given = planner.plan(made)
