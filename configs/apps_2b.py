@@ -43,4 +43,5 @@ def get_config(arguments: str = '') -> ConfigDict:
   for optim in (config.ppo.optim, config.critic.optim):
     optim.warmup_ratio = 20 / 500  # of their micro-steps: 10 of 250 updates
   config.sft.optim.warmup_ratio = 0.0
+  config.model.remat = 'dots'  # found by `plan` for that slice
   return apply_arguments(config, arguments)

@@ -36,4 +36,7 @@ def get_config(arguments: str = '') -> ConfigDict:
   # As a share of their micro-steps; their script has a ratio of 0.05.
   config.ppo.optim.warmup_ratio = 200 / 5603
   config.critic.optim.warmup_ratio = 200 / 5603
+  # Found by `plan` for that slice.
+  config.sft.micro_batch_size = 256
+  config.ppo.micro_batch_size = 64
   return apply_arguments(config, arguments)

@@ -37,4 +37,9 @@ def get_config(arguments: str = '') -> ConfigDict:
   config.critic.optim.lr = 1e-6
   config.ppo.kl_coef = 0.1
   config.ppo.optim.warmup_ratio = config.critic.optim.warmup_ratio = 0.0
+  # Found by `plan` for that slice.
+  config.model.remat = 'dots'
+  config.sft.micro_batch_size = 64
+  config.reward_model.micro_batch_size = 32
+  config.ppo.micro_batch_size = 32
   return apply_arguments(config, arguments)

@@ -38,4 +38,5 @@ def get_config(arguments: str = '') -> ConfigDict:
   # As a share of their micro-steps; their script has a ratio of 0.05.
   config.ppo.optim.warmup_ratio = 200 / 930
   config.critic.optim.warmup_ratio = 200 / 930
+  config.rollout.batch_size = 128  # found by `plan` for that slice
   return apply_arguments(config, arguments)
