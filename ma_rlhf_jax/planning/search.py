@@ -306,7 +306,8 @@ class Search:
     fresh = [start.config] if shrinks else self._fresh(tried, best)
     while fresh:
       before, count = time.monotonic(), self._missing(fresh[0])
-      self._say(f'tries {_name(fresh[0], LAYOUTS)}')
+      shown = dict.fromkeys((*LAYOUTS, *self._space, *PASSES))
+      self._say(f'tries {_name(fresh[0], shown)}')
       plan = self.realise(fresh[0])
       tried += [fresh[0], plan.config]
       best = min(filter(None, (best, plan)), key=_cost)
