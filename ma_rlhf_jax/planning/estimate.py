@@ -128,18 +128,20 @@ class Sizes:
     return shared if self.fsdp > 1 else 0.0
 
   @property
+  def decoding(self) -> split.Decoding:
+    """What is decoded at once."""
+    _, rows = passes_of('ppo/rollout', self.config)
+    return split.Decoding(
+        presets.trained_whole(self.shape, self.config.model),
+        (self.data, self.fsdp, self.tensor),
+        rows,
+        sum(config_lib.lengths(self.config)),
+    )
+
+  @property
   def decode_copy(self) -> tuple[int, float]:
     """Devices to a copy of the weights while decoding, and bytes on each."""
-    copy = self.config.rollout.tensor
-    if not copy:
-      _, rows = passes_of('ppo/rollout', self.config)
-      work = split.Decoding(
-          presets.trained_whole(self.shape, self.config.model),
-          (self.data, self.fsdp, self.tensor),
-          rows,
-          sum(config_lib.lengths(self.config)),
-      )
-      copy = split.fastest(work, self.chip)
+    copy = self.config.rollout.tensor or split.fastest(self.decoding, self.chip)
     return copy, self.shape.num_params * self.item / copy
 
   def flops(self, tokens: float, times: int) -> float:

@@ -33,7 +33,7 @@ from ma_rlhf_jax.planning.setups import (
 _BESIDE: dict[str, tuple[Any, ...]] = {
     'model.frozen_memory': (),
     'ppo.one_pass': (),
-    'rollout.tensor': (1, 2, 4, 8, 16, 32),
+    'rollout.tensor': (),  # what the mesh and the heads allow
 }
 # Programs that score and learn in a step, by `ppo.one_pass`.
 _LEARNED_BY = {
@@ -231,9 +231,10 @@ class Search:
     Of another way to remember or to learn, with passes as large as may fit.
     """
     flat, devices = config_lib.flatten(config), self._rows_over(config)
+    splits = tuple(self._sizes(config).decoding.choices)
     changes = [
         pair
-        for options in choices(flat, self._space)
+        for options in choices(flat, self._space | {'rollout.tensor': splits})
         for pair in options
         if pair[1] != flat[pair[0]]
     ]

@@ -228,3 +228,11 @@ def test_a_program_that_cannot_shrink_does_not_keep_others_large(
   assert not found.fits
   assert found.config.rollout.batch_size < 256
   assert found.config.ppo.micro_batch_size not in (0, 256)
+
+
+def test_decoding_is_split_as_mesh_and_heads_allow() -> None:
+  made = config(rollout__tensor=2)
+  found = _search(made).neighbours(made)
+  # 16 heads on eight devices.
+  splits = {other.rollout.tensor for other in found} - {2}
+  assert splits == {1, 4, 8}
