@@ -165,8 +165,9 @@ def test_no_neighbour_of_the_answer_saves_a_twentieth(
 ) -> None:
   # What a user could set by hand: other passes, splits and ways to remember.
   passes = lambda made: 256 / (made.ppo.micro_batch_size or 256)
+  learns = lambda program: program != 'ppo/rollout'
   machine.wire = lambda program, made: int(
-      10**12 * (2 if made.model.remat == 'full' else 1) * passes(made)
+      10**12 * passes(made) if learns(program) else 10**9
   )
   machine.hbm = lambda program, made: (
       10**14 // _split(made) if program == 'ppo/rollout' else 10**9
@@ -180,7 +181,7 @@ def test_no_neighbour_of_the_answer_saves_a_twentieth(
   seeking = search.Search(planner, made, lambda text: None)
   seeking.learn(given)
   found = seeking.run(600, start=given)
-  assert found.fits and found.seconds < 0.7 * given.seconds
+  assert found.fits and found.seconds < 0.8 * given.seconds
   for other in seeking.neighbours(found.config):
     plan = planner.plan(other)
     assert not plan.fits or plan.seconds > 0.95 * found.seconds
@@ -232,7 +233,9 @@ def test_a_program_that_cannot_shrink_does_not_keep_others_large(
 
 def test_decoding_is_split_as_mesh_and_heads_allow(machine: Machine) -> None:
   made = config(rollout__tensor=2)
-  found = _search(made).neighbours(made)
+  seeking = _search(made)
+  seeking.learn(make().plan(made))
+  found = seeking.neighbours(made)
   # 16 heads on eight devices.
   splits = {other.rollout.tensor for other in found} - {2}
   assert splits == {1, 4, 8}
