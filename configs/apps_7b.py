@@ -2,7 +2,8 @@
 
 Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/apps_7b.py
-Hardware:  planned for v5p:2x2x1; one GPU of 80 GB with adapters,
+Hardware:  planned for v5p:2x2x1, 5.3 s a PPO step by `plan`; one GPU of 80
+           GB with adapters,
            --config=configs/apps_7b.py:lora
 Data:      codeparrot/apps: 5,000 problems, split 20 : 80 over SFT and PPO
 Updates:   SFT 31 of 32 rows, PPO 250 of 16 prompts. The authors count
@@ -43,4 +44,5 @@ def get_config(arguments: str = '') -> ConfigDict:
   for optim in (config.ppo.optim, config.critic.optim):
     optim.warmup_ratio = 20 / 500  # of their micro-steps: 10 of 250 updates
   config.sft.optim.warmup_ratio = 0.0
+  config.model.remat = 'dots'  # found by `plan` for that slice
   return apply_arguments(config, arguments)

@@ -259,7 +259,7 @@ def _rollout() -> ConfigDict:
   c.min_new_tokens = 0  # tokens before EOS may be drawn
   c.batch_size = 0  # sequences decoded at once; 0 = all
   # Devices to one copy of the weights, which divide mesh.fsdp * mesh.tensor;
-  # 0 = the fewest that hold at most 4 GiB of it each.
+  # 0 = as many as draw a token soonest, see rollout/split.py.
   c.tensor = 0
   c.int8_cache = False  # keys and values in 8 bits: less to read for a token
   return c

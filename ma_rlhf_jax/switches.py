@@ -141,6 +141,9 @@ def _lora(config: ConfigDict) -> Values:
   fits = 16 if config.model.preset.endswith('7b') else 64
   return {
       'lora.rank': 32,
+      # What a recipe sets for its slice is too much for one GPU.
+      'model.remat': 'full',
+      **({'ppo.one_pass': 'policy'} if config.model.preset else {}),
       **{f'{s}.optim.lr': 10 * config[s].optim.lr for s in adapted},
       **{f'{s}.micro_batch_size': min(8, config[s].batch_size) for s in stages},
       'rollout.batch_size': min(fits, rows),

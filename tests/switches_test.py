@@ -175,6 +175,8 @@ def test_adapters_come_on_top_of_the_controls():
   assert c.ppo.batch_size == 64 and c.rollout.batch_size == 64
   assert c.ppo.optim.lr == pytest.approx(1.5e-4)
   large = config_lib.published('google/gemma-7b', 'gemma-7b')
+  large.model.remat = 'dots'
+  assert config_lib.apply_arguments(large, 'lora').model.remat == 'full'
   assert config_lib.apply_arguments(large, 'lora').rollout.batch_size == 16
 
 

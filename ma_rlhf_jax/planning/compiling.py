@@ -18,18 +18,18 @@ from typing import Any
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import interrupts
-from ma_rlhf_jax.planning import buffers, hlo, traffic
+from ma_rlhf_jax.planning import buffers, hlo, loops, traffic
 from ma_rlhf_jax.planning.topology import Topology
 
 _ASSIGNMENT = '*after_optimizations-buffer-assignment.txt'
-_SCHEDULED = '*after_optimizations_after_buffer_assignment.txt'
+SCHEDULED = '*after_optimizations_after_buffer_assignment.txt'
 _LAST = '*debug_options'  # written after both
 
 # Seconds without a write after which a dump is taken as whole.
 _SETTLED = 0.3
 
 # Each silences libtpu, or keeps it off devices, files and locks of others.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
     'TPU_ACCELERATOR_TYPE': 'v5p-8',
     'TPU_WORKER_HOSTNAMES': 'localhost',
@@ -58,6 +58,10 @@ class Compiled:
     wire: bytes that pass it.
     collectives: what it sends; empty where it does not fit.
     weights: shapes of matrices among its arguments, the table first by rows.
+    doubts: why bytes and seconds do not follow from what the compiler wrote;
+      empty where they do.
+    waits: seconds of latency where a formula tells them; None = those of the
+      collectives.
   """
 
   memory: buffers.Memory | None
@@ -69,6 +73,8 @@ class Compiled:
   wire: float = 0
   collectives: tuple[traffic.Collective, ...] = ()
   weights: tuple[tuple[int, ...], ...] = ()
+  doubts: tuple[str, ...] = ()
+  waits: float | None = None
 
   @property
   def decode_wire(self) -> float:
@@ -76,8 +82,23 @@ class Compiled:
     return sum(c.total for c in self.collectives if c.in_decode_loop)
 
 
+def doubts(module: hlo.Module) -> tuple[str, ...]:
+  """Why bytes cannot be counted in a program, one line each."""
+  lines = []
+  if loop := loops.uncounted(module):
+    lines.append(f'the text tells no number of trips for {_some(loop)}')
+  if module.unread:
+    lines.append(f'no line of the text makes {_some(module.unread)}')
+  return tuple(lines)
+
+
+def _some(names: tuple[str, ...]) -> str:
+  more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+  return ', '.join(names[:3]) + more
+
+
 def _environment(topology: Topology) -> dict[str, str]:
-  made = {**os.environ, **_ENVIRONMENT}
+  made = {**os.environ, **ENVIRONMENT}
   if topology.platform == 'gpu':
     flag = f'--xla_force_host_platform_device_count={topology.num_devices}'
     made['XLA_FLAGS'] = flag
@@ -143,7 +164,7 @@ class Child:
       return True
     if self._full or not self.program:
       return False
-    found = [self._dumped(p) for p in (_ASSIGNMENT, _SCHEDULED, _LAST)]
+    found = [self._dumped(p) for p in (_ASSIGNMENT, SCHEDULED, _LAST)]
     if None in found:
       return False
     # XLA may name the last file while it still writes the others.
@@ -185,7 +206,7 @@ class Child:
     if 'required' in answer:
       required = answer['required'] or 0
       return Compiled(memory=None, required=required, **known)
-    found = [self._dumped(pattern) for pattern in (_ASSIGNMENT, _SCHEDULED)]
+    found = [self._dumped(pattern) for pattern in (_ASSIGNMENT, SCHEDULED)]
     if None in found:
       raise CompileError(
           f'{self.program}: the compiler left no buffer assignment in its dump;'
@@ -203,6 +224,7 @@ class Child:
         wire=sum(c.total for c in sent),
         collectives=sent,
         weights=tuple(map(tuple, facts['weights'])),
+        doubts=doubts(module),
         **known,
     )
 

@@ -12,19 +12,28 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.models import kernels, presets
-from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.parallel import chips, partition
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.parallel.partition import Machine
-from ma_rlhf_jax.rollout import layout
+from ma_rlhf_jax.rollout import split
 
 
 class Load(NamedTuple):
-  """Of one device bytes: temporaries, read and written, sent; FLOPs of all."""
+  """What a program takes.
+
+  Attributes:
+    temp: bytes of a device that come and go.
+    hbm: bytes that a device reads and writes.
+    wire: bytes that pass it.
+    flops: of all devices.
+    waits: seconds of collectives that nothing hides, by their latency.
+  """
 
   temp: float
   hbm: float
   wire: float
   flops: float
+  waits: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Sizes:
   Attributes:
     config: of the run.
     shape: of the models.
+    chip: of the devices.
+    data: devices with rows and weights of their own.
     fsdp: devices that share the weights.
     tensor: devices that share a matrix.
     rows_over: devices that share a batch.
@@ -43,6 +54,8 @@ class Sizes:
 
   config: ConfigDict
   shape: presets.GemmaConfig
+  chip: chips.Chip
+  data: int
   fsdp: int
   tensor: int
   rows_over: int
@@ -50,12 +63,14 @@ class Sizes:
   fused: bool = False
 
   @classmethod
-  def of(cls, config: ConfigDict, num_devices: int) -> 'Sizes':
-    """Those of a config on so many devices."""
+  def of(
+      cls, config: ConfigDict, num_devices: int, chip: chips.Chip
+  ) -> 'Sizes':
+    """Those of a config on so many devices of a kind."""
     data, fsdp, tensor = mesh_shape(config.mesh, num_devices)
     shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
     item = 2 if config.model.dtype == 'bfloat16' else 4
-    return cls(config, shape, fsdp, tensor, data * fsdp, item)
+    return cls(config, shape, chip, data, fsdp, tensor, data * fsdp, item)
 
   @property
   def table(self) -> float:
@@ -117,13 +132,20 @@ class Sizes:
     return shared if self.fsdp > 1 else 0.0
 
   @property
+  def decoding(self) -> split.Decoding:
+    """What is decoded at once."""
+    _, rows = passes_of('ppo/rollout', self.config)
+    return split.Decoding(
+        presets.trained_whole(self.shape, self.config.model),
+        (self.data, self.fsdp, self.tensor),
+        rows,
+        sum(config_lib.lengths(self.config)),
+    )
+
+  @property
   def decode_copy(self) -> tuple[int, float]:
     """Devices to a copy of the weights while decoding, and bytes on each."""
-    copy = self.config.rollout.tensor or layout.fewest_devices(
-        presets.trained_whole(self.shape, self.config.model),
-        self.fsdp,
-        self.tensor,
-    )
+    copy = self.config.rollout.tensor or split.fastest(self.decoding, self.chip)
     return copy, self.shape.num_params * self.item / copy
 
   def flops(self, tokens: float, times: int) -> float:
@@ -193,7 +215,10 @@ def _update(name: str, z: Sizes) -> Load:
   # A backward pass takes twice a forward one, half of it for the weights.
   times = again + (2 if full else 1)
   moved = passes * (per_pass + 16 * z.trained) + 28 * z.trained
-  return Load(temp, moved, passes * sent, z.flops(tokens, times))
+  # Of activations of a layer's two halves, there and back.
+  sums = (2 + 2 * again) * s.num_layers
+  waits = passes * sums * chips.latency(z.chip, z.tensor, rounds=2)
+  return Load(temp, moved, passes * sent, z.flops(tokens, times), waits)
 
 
 def _score(name: str, z: Sizes) -> Load:
@@ -225,6 +250,7 @@ def _one_pass(name: str, z: Sizes) -> Load:
       policy.hbm + critic.hbm + scored * score.hbm,
       policy.wire + critic.wire + scored * score.wire,
       policy.flops + critic.flops + scored * score.flops,
+      policy.waits + critic.waits,
   )
 
 
@@ -241,19 +267,20 @@ def _rollout(name: str, z: Sizes) -> Load:
   prompt, response = config_lib.lengths(z.config)
   cache = cache_bytes(z, rows)
   logits = 3 * 4 * rows * z.shape.vocab_size / z.tensor
-  weights = z.table + z.layers
-  copies = weights / z.fsdp if z.item == 2 and not z.config.lora.rank else 0
-  temp = 1.5 * cache + logits + copies + z.gathered() / 2
-  temp += z.working(rows, prompt, prompt + response) + z.table * (z.fsdp > 1)
+  copy, share = z.decode_copy
+  # Parts of two layers and of the table beside what decodes.
+  parts = 2 * share / z.shape.num_layers + z.table * z.tensor / copy
+  temp = 1.5 * cache + logits + parts * (z.fsdp * z.tensor > 1)
+  temp += z.working(rows, prompt, prompt + response)
   tokens = passes * rows * z.rows_over * (prompt + response)
   # While decoding, no weight is sent: sums of activations are.
-  copy, share = z.decode_copy
   rows *= copy / z.tensor
   activations = 4 * rows * z.shape.embed_dim * z.item * _ring(copy)
   sent = (prompt + response) * z.shape.num_layers * activations
   moved = share + 0.75 * cache + logits
   steps = passes * response
-  return Load(temp, steps * moved, passes * sent, z.flops(tokens, 1))
+  waits = steps * split.latency(z.shape, z.chip, copy)
+  return Load(temp, steps * moved, passes * sent, z.flops(tokens, 1), waits)
 
 
 def _reshard(z: Sizes) -> Load:
@@ -286,10 +313,7 @@ def is_fused(name: str, config: ConfigDict, machine: Machine) -> bool:
 
 
 def load(
-    name: str,
-    config: ConfigDict,
-    num_devices: int,
-    machine: Machine | None = None,
+    name: str, config: ConfigDict, num_devices: int, chip: chips.Chip
 ) -> Load:
   """What a program takes, by its name.
 
@@ -297,10 +321,11 @@ def load(
     name: as `Stage.programs` calls it; of unknown ones nothing is said.
     config: of the run.
     num_devices: as many as the mesh has.
-    machine: decides the kernel of attention; None = scores are held.
+    chip: of these devices; that of a GPU decides the kernel of attention.
   """
-  z = Sizes.of(config, num_devices)
-  if machine:
+  z = Sizes.of(config, num_devices, chip)
+  if chip.capability:
+    machine = Machine('gpu', chip.capability)
     z = dataclasses.replace(z, fused=is_fused(name, config, machine))
   if name.endswith('/one_pass'):
     return _one_pass(name, z)

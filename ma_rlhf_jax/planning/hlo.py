@@ -1,10 +1,9 @@
-"""Reads the HLO text that XLA dumps: computations, loops and their trips.
+"""Reads the HLO text that XLA dumps: computations and their instructions.
 
 The format is no contract, so `plan` pins libtpu. Lines that are no instructions
 (the newlines inside of Pallas calls) are passed over.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import functools
 import math
@@ -33,6 +32,9 @@ _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?')
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$')
 _LINE = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
 _NAME = re.compile(r'%([\w.\-]+)')
+# %state#3 is element 3 of a tuple, which other releases read on a line of its
+# own.
+_OPERAND = re.compile(r'%([\w.\-]+(?:#\d+)*)')
 _CALLED = re.compile(r'(condition|body|calls|to_apply)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 
@@ -110,25 +112,13 @@ class Module:
   Attributes:
     computations: by name; each maps names to instructions in order.
     entry: name of the computation that runs first.
+    unread: operands that no line of their computation makes. Where there are
+      any, the text is of a form that is not known here.
   """
 
   computations: dict[str, Computation]
   entry: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-  """One while loop.
-
-  Attributes:
-    name: of the instruction.
-    trips: how often its body runs, at most.
-    may_end_early: whether its condition asks for more than a count.
-  """
-
-  name: str
-  trips: int
-  may_end_early: bool
+  unread: tuple[str, ...] = ()
 
 
 def _closing(text: str) -> int:
@@ -152,8 +142,46 @@ def _instruction(line: str) -> Instruction | None:
   if not paren:
     return None
   end = _closing('(' + inside)
-  operands = tuple(_NAME.findall(inside[: max(end - 1, 0)]))
+  operands = tuple(_OPERAND.findall(inside[: max(end - 1, 0)]))
   return Instruction(name, shape, opcode, operands, inside, bool(root))
+
+
+def _elements(shape: str) -> list[str]:
+  """The shapes inside of that of a tuple."""
+  found, depth, start = [], 0, 1
+  for i, c in enumerate(shape):
+    depth += (c in '([{') - (c in ')]}')
+    if (c == ',' and depth == 1) or (c == ')' and depth == 0):
+      found.append(re.sub(r'/\*.*?\*/', '', shape[start:i]).strip())
+      start = i + 1
+  return found
+
+
+def _add_element(lines: Computation, name: str) -> None:
+  """The line that `tuple#3` stands for, unless there is one already."""
+  of, _, index = name.rpartition('#')
+  if not of or name in lines:
+    return
+  _add_element(lines, of)
+  shapes = _elements(lines[of].shape) if of in lines else []
+  if int(index) < len(shapes):
+    lines[name] = Instruction(
+        name,
+        shapes[int(index)],
+        'get-tuple-element',
+        (of,),
+        f'%{of}), index={index}',
+        False,
+    )
+
+
+def _unread(lines: Computation) -> set[str]:
+  return {
+      name
+      for made in lines.values()
+      for name in made.operands
+      if name not in lines
+  }
 
 
 def parse(text: str) -> Module:
@@ -165,93 +193,10 @@ def parse(text: str) -> Module:
       current = computations.setdefault(head.group(2), {})
       entry = head.group(2) if head.group(1) else entry
     elif current is not None and (made := _instruction(line)):
+      for name in made.operands:
+        _add_element(current, name)
       current[made.name] = made
   if not entry:
     raise ValueError('the dumped HLO has no ENTRY computation')
-  return Module(computations, entry)
-
-
-def _integer(computation: Computation, name: str) -> int | None:
-  """The value of a constant, also through copies; None if it is none."""
-  made = computation.get(name)
-  while made is not None and made.opcode in ('copy', 'bitcast', 'convert'):
-    made = computation.get(made.operands[0]) if made.operands else None
-  if made is None or made.opcode != 'constant':
-    return None
-  found = re.match(r'(-?\d+)\)', made.rest)
-  return int(found.group(1)) if found else None
-
-
-def _start(caller: Computation, loop: Instruction, index: int) -> int:
-  """What a loop counter starts from; 0 where it cannot be told."""
-  state = caller.get(loop.operands[0]) if loop.operands else None
-  if state is None or state.opcode != 'tuple' or index >= len(state.operands):
-    return 0
-  return _integer(caller, state.operands[index]) or 0
-
-
-def loop_of(
-    module: Module, caller: Computation, instruction: Instruction
-) -> Loop:
-  """How often a while loop runs: its bound less what its counter starts from.
-
-  Counters step by one, as `scan` and `while_loop` leave them. A loop whose
-  bound is no constant counts as one trip. Where XLA itself tells the trips (it
-  does for CPUs), that is taken.
-  """
-  told = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
-  if told:
-    return Loop(instruction.name, int(told.group(1)), False)
-  condition = module.computations[instruction.called['condition']]
-  root = next(i for i in condition.values() if i.is_root)
-  trips = 1
-  for made in condition.values():
-    direction = re.search(r'direction=(\w+)', made.rest)
-    if made.opcode != 'compare' or not direction:
-      continue
-    counter, bound = made.operands[:2]
-    limit = _integer(condition, bound)
-    if limit is None or direction.group(1) not in ('LT', 'LE', 'NE'):
-      continue
-    index = re.search(r'index=(\d+)', condition[counter].rest)
-    start = _start(caller, instruction, int(index.group(1))) if index else 0
-    limit += direction.group(1) == 'LE'
-    trips = max(trips, limit - start)
-  return Loop(instruction.name, trips, root.opcode != 'compare')
-
-
-def walk(
-    module: Module, computation: str = '', loops: tuple[Loop, ...] = ()
-) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
-  """(computation, instruction, loops around it) of all that runs.
-
-  Fusions are one instruction each; bodies of loops and calls are entered, and
-  of the branches of a conditional the one that makes the most.
-  """
-  computation = computation or module.entry
-  lines = module.computations[computation]
-  for made in lines.values():
-    yield computation, made, loops
-    if made.opcode == 'while':
-      inner = (*loops, loop_of(module, lines, made))
-      yield from walk(module, made.called['body'], inner)
-      yield from walk(module, made.called['condition'], inner)
-    elif made.opcode == 'call':
-      yield from walk(module, made.called['to_apply'], loops)
-    elif made.opcode == 'conditional':
-      most = max(made.branches, key=lambda branch: _made_in(module, branch))
-      yield from walk(module, most, loops)
-
-
-def _made_in(module: Module, computation: str) -> int:
-  """Bytes of all values that a computation makes, loops counted."""
-  return sum(
-      array.size * trips(loops)
-      for _, made, loops in walk(module, computation)
-      for array in made.arrays
-  )
-
-
-def trips(loops: tuple[Loop, ...]) -> int:
-  """How often what is inside these loops runs."""
-  return math.prod(loop.trips for loop in loops)
+  unread = sorted(set().union(*map(_unread, computations.values())))
+  return Module(computations, entry, tuple(unread))

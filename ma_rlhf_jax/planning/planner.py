@@ -1,6 +1,6 @@
 """Plans a config: surveys what there is to compile, compiles it, adds it up."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import json
 import time
@@ -33,6 +33,10 @@ PASSES = (
     'ppo.micro_batch_size',
     'rollout.batch_size',
 )
+# What is surveyed depends on neither.
+_SURVEYED_ALIKE = (*PASSES, 'model.remat', 'rollout.tensor')
+# Fields that the programs which draw responses do not read.
+_NOT_DRAWN = ('ppo.micro_batch_size', 'model.remat', 'ppo.one_pass')
 # Programs that take longest to compile, or need most, come first: no process
 # waits for one at the end, and a misfit shows early.
 _HEAVY = ('one_pass', 'update_policy', 'rollout', 'update', 'score')
@@ -123,7 +127,7 @@ class Planner:
 
   def survey(self, config: ConfigDict) -> dict[str, Any]:
     """What a config compiles and keeps on a device, see `planning.child`."""
-    key = _key(config, PASSES)
+    key = _key(config, _SURVEYED_ALIKE)
     if key not in self._surveys:
       child = functools.partial(
           Child,
@@ -144,17 +148,18 @@ class Planner:
     stage = name.partition('/')[0]
     others = [s for s in _STAGES if s != stage] + ['stages']
     others += () if stage == 'ppo' else _ONLY_PPO
-    if name == 'ppo/reshard' or not estimate.is_decode(name):
-      others.append('rollout.batch_size')
     if estimate.is_decode(name):
-      others.append('ppo.micro_batch_size')
+      others += _NOT_DRAWN
+    else:
+      others += ['rollout.tensor', 'rollout.batch_size']
+    if name == 'ppo/reshard' and config.rollout.tensor:
+      others.append('rollout.batch_size')
     return f'{name} {_key(config, others)}'
 
   def load(self, name: str, config: ConfigDict) -> estimate.Load:
     """What a program takes by formula; on GPUs the kernel is known."""
-    gpu = self.topology.platform == 'gpu'
-    machine = self.topology.machine if gpu else None
-    return estimate.load(name, config, self.topology.num_devices, machine)
+    topology = self.topology
+    return estimate.load(name, config, topology.num_devices, topology.chip)
 
   def _by_formula(
       self, config: ConfigDict, name: str, facts: dict[str, int]
@@ -163,7 +168,8 @@ class Planner:
     args = facts['resident_args'] + facts['other_args']
     memory = buffers.Memory(args, int(load.temp), 0)
     wire = load.wire if self.topology.num_devices > 1 else 0.0
-    return Compiled(memory, memory.need, hbm_bytes=load.hbm, wire=wire, **facts)
+    moved = {'hbm_bytes': load.hbm, 'wire': wire, 'waits': load.waits}
+    return Compiled(memory, memory.need, **moved, **facts)
 
   def _compile(
       self,
@@ -205,6 +211,12 @@ class Planner:
         for name in missing
     ]
     compiling.run_all(makers, self._jobs, take)
+
+  def missing(self, config: ConfigDict, names: Iterable[str]) -> int:
+    """How many of these programs are not compiled yet."""
+    return sum(
+        self._program_key(config, name) not in self._compiled for name in names
+    )
 
   def plan(
       self, config: ConfigDict, *, stop_at_misfit: bool = False

@@ -53,6 +53,11 @@ class StagePlan:
     return sum(p.seconds.total for p in self.programs)
 
   @property
+  def counted(self) -> bool:
+    """Whether its seconds follow from what the compiler wrote."""
+    return not any(p.compiled.doubts for p in self.programs)
+
+  @property
   def peak(self) -> ProgramPlan:
     """The program that needs most."""
     return max(self.programs, key=lambda p: p.need)
@@ -90,6 +95,11 @@ class Plan:
   def seconds(self) -> float:
     """Of all steps of all stages."""
     return sum(stage.steps * stage.seconds for stage in self.stages)
+
+  @property
+  def counted(self) -> bool:
+    """Whether its seconds follow from what the compiler wrote."""
+    return all(stage.counted for stage in self.stages)
 
   def misfits(self) -> list[str]:
     """Names of the programs that need too much."""

@@ -13,6 +13,9 @@ from ma_rlhf_jax.planning import plans, roofline
 from ma_rlhf_jax.planning.planner import PASSES
 from ma_rlhf_jax.planning.topology import GIB, Topology
 
+# Stands for numbers that would be wrong, and says so.
+_UNKNOWN = '?', 'not counted'
+
 _SHOWN = ('model.remat', 'model.dtype', 'model.param_dtype', 'lora.rank')
 
 
@@ -69,7 +72,8 @@ def _gib(size: float) -> str:
 def _programs(plan: plans.Plan) -> str:
   rows = [
       ('GiB of a device', 'args', 'temp', 'out', 'all', 'r/w', 'wire')
-      + ('PFLOP', 'compute s', 'HBM s', 'wire s', 'step s', 'bound by')
+      + ('PFLOP', 'compute s', 'HBM s', 'wire s')
+      + ('waits s', 'step s', 'bound by')
   ]
   for stage in plan.stages:
     for p in stage.programs:
@@ -78,12 +82,16 @@ def _programs(plan: plans.Plan) -> str:
       if m is not None:
         sizes = [_gib(m.args), _gib(m.temp), _gib(m.out)]
       moved = [f'{c.hbm_bytes / GIB:.4g}', f'{c.wire / GIB:.4g}']
-      times = [f'{x:.3g}' for x in (s.compute, s.hbm, s.wire, s.total)]
-      if m is None:
-        moved, times[1:] = ['-', '-'], ['-', '-', '-']
+      times = [
+          f'{x:.3g}' for x in (s.compute, s.hbm, s.wire, s.latency, s.total)
+      ]
+      bound = s.bound
+      if m is None or c.doubts:
+        unknown, bound = ('-', 'does not fit') if m is None else _UNKNOWN
+        moved, times[1:] = [unknown] * 2, [unknown] * 4
       rows.append(
           (p.name, *sizes, _gib(p.need), *moved, f'{c.flops / 1e15:.3g}')
-          + (*times, s.bound if m else 'does not fit')
+          + (*times, bound)
       )
   return _table(rows)
 
@@ -141,11 +149,18 @@ def _clock(seconds: float) -> str:
 
 def _times(plan: plans.Plan, price: float | None) -> Iterator[str]:
   for stage in plan.stages:
+    if not stage.counted:
+      names = [p.name for p in stage.programs if p.compiled.doubts]
+      yield f'{stage.name}: unknown, {", ".join(names)} cannot be counted'
+      continue
     whole = f'; {stage.steps} steps {_clock(stage.steps * stage.seconds)}'
     each = f'{stage.name}: {_clock(stage.seconds)} a step'
     yield each + (whole if plan.rows else '')
   if not plan.rows:
     yield 'the whole recipe: unknown, since the rows are; give --rows'
+    return
+  if not plan.counted:
+    yield 'the whole recipe: unknown, since not all of its steps are counted'
     return
   chips = plan.topology.num_chips
   hours = plan.seconds / 3600 * chips
@@ -166,6 +181,16 @@ def _buffers(plan: plans.Plan) -> Iterator[str]:
           for b in p.compiled.memory.largest
       )
       yield f'{p.name}: {shown}'
+
+
+def _doubts(plan: plans.Plan) -> Iterator[str]:
+  for stage in plan.stages:
+    for p in stage.programs:
+      for line in p.compiled.doubts:
+        yield (
+            f'NOT COUNTED: {p.name}: {line}, so what it moves and how long it '
+            'takes are unknown; its memory is not in doubt'
+        )
 
 
 def text(plan: plans.Plan, shares: roofline.Shares, price: float | None) -> str:
@@ -198,6 +223,7 @@ def text(plan: plans.Plan, shares: roofline.Shares, price: float | None) -> str:
       *(f'  {_set(stage)}' for stage in plan.stages),
       *(['largest temporaries, GiB:'] if any(_buffers(plan)) else []),
       *(f'  {line}' for line in _buffers(plan)),
+      *_doubts(plan),
       *(f'warning: {line}' for line in warned),
       'time, a bound by the slowest of three terms:',
       *(f'  {line}' for line in _times(plan, price)),
@@ -213,10 +239,13 @@ def _json_program(p: plans.ProgramPlan) -> dict[str, Any]:
       'memory': c.memory and dataclasses.asdict(c.memory),
       'need_bytes': p.need,
       'flops': c.flops,
-      'hbm_bytes': c.hbm_bytes,
-      'wire_bytes': c.wire,
-      'decode_loop_wire_bytes': c.decode_wire,
-      'seconds': dataclasses.asdict(p.seconds) | {'total': p.seconds.total},
+      'doubts': list(c.doubts),
+      'hbm_bytes': None if c.doubts else c.hbm_bytes,
+      'wire_bytes': None if c.doubts else c.wire,
+      'decode_loop_wire_bytes': None if c.doubts else c.decode_wire,
+      'seconds': None
+      if c.doubts
+      else dataclasses.asdict(p.seconds) | {'total': p.seconds.total},
       'warnings': list(p.warnings),
       'collectives': [
           {
@@ -255,14 +284,15 @@ def as_json(
       'flags': changed(plan.config, given),
       'config': config_lib.flatten(plan.config),
       'price': price,
-      'seconds': plan.seconds if plan.rows else None,
-      'cost': plan.rows
-      and price
-      and plan.seconds / 3600 * plan.topology.num_chips * price,
+      'counted': plan.counted,
+      'seconds': plan.seconds if plan.rows and plan.counted else None,
+      'cost': plan.seconds / 3600 * plan.topology.num_chips * price
+      if plan.rows and plan.counted and price
+      else None,
       'stages': {
           stage.name: {
               'steps': stage.steps,
-              'seconds': stage.seconds,
+              'seconds': stage.seconds if stage.counted else None,
               'resident_bytes': stage.resident,
               'programs': {p.name: _json_program(p) for p in stage.programs},
           }

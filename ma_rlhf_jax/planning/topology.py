@@ -1,60 +1,15 @@
-"""Slices of TPUs and boxes of GPUs by name, and what their chips can do."""
+"""Slices of TPUs and boxes of GPUs by name."""
 
 import dataclasses
 import itertools
 import math
 import re
 
+from ma_rlhf_jax.parallel.chips import GPUS, TPUS, Chip
 from ma_rlhf_jax.parallel.partition import Machine
 
 GIB = 2**30
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """The datasheet of one device as JAX sees it.
-
-  Attributes:
-    flops: dense bfloat16 FLOP/s.
-    hbm: bytes/s of its memory.
-    link: bytes/s of one link, one way.
-    memory: GiB that a program may use; of a TPU the compiler is asked instead.
-    dims: axes of the network between chips; 0 = a switch.
-    per_chip: devices on one chip, which is what is paid for.
-    capability: CUDA compute capability; None on TPUs.
-  """
-
-  flops: float
-  hbm: float
-  link: float
-  memory: float
-  dims: int = 0
-  per_chip: int = 1
-  capability: tuple[int, int] | None = None
-
-
-# docs.cloud.google.com/tpu/docs and the scaling book (jax-ml.github.io); one
-# way per link. A chip of tpu7x is two devices, each with half of it.
-TPUS = {
-    'v4': Chip(275e12, 1200e9, 45e9, 30.75, dims=3),
-    'v5e': Chip(197e12, 819e9, 50e9, 15.75, dims=2),
-    'v5p': Chip(459e12, 2765e9, 100e9, 95.73, dims=3),
-    'v6e': Chip(918e12, 1638e9, 100e9, 31.24, dims=2),
-    'tpu7x': Chip(1153.5e12, 3690e9, 50e9, 94.74, dims=3, per_chip=2),
-}
-
-# NVIDIA's datasheets: dense bfloat16, NVLink (PCIe on l4, l40s and rtx4090)
-# one way; memory as nvidia-smi counts it less 0.75 GiB of context and cuBLAS.
-GPUS = {
-    'b200': Chip(2250e12, 8000e9, 900e9, 178.0, capability=(10, 0)),
-    'h200': Chip(989e12, 4800e9, 450e9, 139.6, capability=(9, 0)),
-    'h100': Chip(989e12, 3350e9, 450e9, 78.9, capability=(9, 0)),
-    'a100': Chip(312e12, 2039e9, 300e9, 79.2, capability=(8, 0)),
-    'a100-40': Chip(312e12, 1555e9, 300e9, 39.2, capability=(8, 0)),
-    'l40s': Chip(362e12, 864e9, 32e9, 44.2, capability=(8, 9)),
-    'rtx4090': Chip(165e12, 1008e9, 32e9, 23.2, capability=(8, 9)),
-    'l4': Chip(121e12, 300e9, 32e9, 21.7, capability=(8, 9)),
-}
 
 _FLAT = '1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'.split()
 # The largest product of each family with three axes.

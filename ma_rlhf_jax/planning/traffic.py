@@ -6,6 +6,7 @@ import math
 import re
 
 from ma_rlhf_jax.planning import hlo
+from ma_rlhf_jax.planning import loops as loops_lib
 
 # Bytes that pass a device for one byte of the larger of operand and result,
 # with n devices: rings, which no algorithm beats for large arrays.
@@ -32,19 +33,31 @@ class Collective:
     wire: bytes that pass a device each time.
     loops: around it.
     op_name: the part of the program that asked for it.
+    beside: whether the program goes on while it is under way.
   """
 
   kind: str
   arrays: tuple[hlo.Array, ...]
   group: int
   wire: float
-  loops: tuple[hlo.Loop, ...]
+  loops: tuple[loops_lib.Loop, ...]
   op_name: str
+  beside: bool = False
+
+  @property
+  def waits(self) -> int:
+    """How often the program waits for it. A token has little to go on with."""
+    return 0 if self.beside and not self.in_decode_loop else self.count
+
+  @property
+  def rounds(self) -> int:
+    """How often something crosses the group each time."""
+    return 2 if self.kind == 'all-reduce' else 1
 
   @property
   def count(self) -> int:
     """How often it runs."""
-    return hlo.trips(self.loops)
+    return loops_lib.trips(self.loops)
 
   @property
   def in_decode_loop(self) -> bool:
@@ -77,7 +90,11 @@ def _kind(opcode: str) -> str | None:
 
 
 def _collective(
-    made: hlo.Instruction, loops: tuple[hlo.Loop, ...], scatters: bool
+    made: hlo.Instruction,
+    loops: tuple[loops_lib.Loop, ...],
+    *,
+    scatters: bool,
+    beside: bool,
 ) -> Collective:
   kind, arrays = _kind(made.opcode), made.arrays
   if made.opcode.endswith('-start') and kind != 'all-reduce':
@@ -95,6 +112,7 @@ def _collective(
       _WIRE[kind](group) * size if group > 1 else 0.0,
       loops,
       op_name.group(1) if op_name else '',
+      beside or made.opcode.endswith('-start'),
   )
 
 
@@ -105,7 +123,7 @@ def collectives(module: hlo.Module) -> list[Collective]:
   end it; those share a channel, which is counted once for each computation.
   """
   seen, found = set(), []
-  for computation, made, loops in hlo.walk(module):
+  for computation, made, loops in loops_lib.walk(module):
     inner = [made]
     if made.opcode in ('fusion', 'async-start') and 'calls' in made.called:
       inner = list(module.computations[made.called['calls']].values())
@@ -118,7 +136,8 @@ def collectives(module: hlo.Module) -> list[Collective]:
       key = (computation, channel.group(1) if channel else op.name)
       if key not in seen:
         seen.add(key)
-        found.append(_collective(op, loops, scatters))
+        beside = op is not made and not scatters
+        found.append(_collective(op, loops, scatters=scatters, beside=beside))
   return found
 
 
@@ -261,9 +280,9 @@ def _touched_beside(
 
 
 def _each_touched(module: hlo.Module) -> Iterator[int]:
-  for computation, made, loops in hlo.walk(module):
+  for computation, made, loops in loops_lib.walk(module):
     lines = module.computations[computation]
-    yield _touched(module, lines, made) * hlo.trips(loops)
+    yield _touched(module, lines, made) * loops_lib.trips(loops)
 
 
 def hbm_bytes(module: hlo.Module) -> int:

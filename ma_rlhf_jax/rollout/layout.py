@@ -21,13 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ma_rlhf_jax.models.gemma import layer_name
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.parallel import chips, partition
 from ma_rlhf_jax.parallel.mesh import decode_mesh
-from ma_rlhf_jax.rollout import decode, sampling, scoring
+from ma_rlhf_jax.rollout import decode, sampling, scoring, split
 from ma_rlhf_jax.structs import Array, Params, PromptBatch, Rollout
-
-# A device that decodes holds at most this much of the weights, if it can.
-_SHARE_BYTES = 4 * 1024**3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +48,30 @@ class DecodeLayout:
 
 
 def make_layout(
-    config: GemmaConfig, mesh: Mesh | None, tensor: int = 0
+    config: GemmaConfig,
+    mesh: Mesh | None,
+    tensor: int = 0,
+    *,
+    rows: int = 1,
+    columns: int = 1,
 ) -> DecodeLayout:
   """The layout of a policy of this shape.
 
   Args:
     config: the shape of the policy in training.
     mesh: of training.
-    tensor: devices to one copy of the weights; 0 = the fewest that hold at
-      most 4 GiB each.
+    tensor: devices to one copy of the weights; 0 = as many as draw a token
+      soonest by `split.fastest`.
+    rows: that are decoded at once, on all devices.
+    columns: prompt and response tokens of a row.
   """
   platform, decoding = jax.default_backend(), None
   if mesh is not None:
-    platform = mesh.devices.flat[0].platform
-    _, fsdp, train_tensor = mesh.devices.shape
-    fewest = fewest_devices(config, fsdp, train_tensor)
-    decoding = decode_mesh(mesh, tensor or fewest)
+    first = mesh.devices.flat[0]
+    platform = first.platform
+    work = split.Decoding(config, mesh.devices.shape, rows, columns)
+    tensor = tensor or split.fastest(work, chips.of_device(first))
+    decoding = decode_mesh(mesh, tensor)
   # A TPU reads a layer where it lies in the stack.
   unrolled = platform != 'tpu'
   config = dataclasses.replace(
@@ -83,24 +88,6 @@ def decoding_on(layout: DecodeLayout) -> Iterator[None]:
     return
   with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
     yield
-
-
-def fewest_devices(config: GemmaConfig, fsdp: int, tensor: int) -> int:
-  """Devices to one copy of the weights, see `make_layout`.
-
-  Args:
-    config: the shape of the policy.
-    fsdp: of the mesh of training.
-    tensor: of that mesh.
-  """
-  whole = config.num_params * config.compute_dtype.itemsize
-  splits = [
-      n
-      for n in range(tensor, fsdp * tensor + 1)
-      if fsdp * tensor % n == 0 and config.num_heads % n == 0
-  ]
-  enough = [n for n in splits if whole <= n * _SHARE_BYTES]
-  return min(enough, default=max(splits, default=tensor))
 
 
 def _shardings(layout: DecodeLayout, flat: dict[str, Any]) -> dict[str, Any]:

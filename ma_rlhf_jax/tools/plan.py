@@ -136,7 +136,9 @@ def plan() -> plans.Plan:
   if not told:
     as_is = planner.plan(config)
     print(report.text(as_is, shares, _PRICE.value))
-    if as_is.fits and not _SEARCH.value:
+    if as_is.fits and not (_SEARCH.value and as_is.counted):
+      if _SEARCH.value:
+        print('nothing is searched, since seconds cannot be compared')
       return as_is
   seeking = search.Search(planner, config, _say)
   if as_is:

@@ -187,7 +187,15 @@ class Run(Setup):
 
   def decode_layout(self, shape: GemmaConfig) -> DecodeLayout:
     """How a policy of this shape lies while it decodes."""
-    return make_layout(shape, self.mesh, self.config.rollout.tensor)
+    c = self.config
+    rows = c.ppo.batch_size * c.ppo.samples_per_prompt
+    return make_layout(
+        shape,
+        self.mesh,
+        c.rollout.tensor,
+        rows=c.rollout.batch_size or rows,
+        columns=self.prompt_len + self.response_len,
+    )
 
   def host_termination(self) -> HostTermination | None:
     """The rule of the host that the config names; None = one of the device.

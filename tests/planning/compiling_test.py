@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ma_rlhf_jax.planning import buffers, compiling, topology
+from ma_rlhf_jax.planning import buffers, compiling, hlo, topology
 from tests import tiny
 from tests.planning import buffers_test, hlo_test
 
@@ -142,3 +142,12 @@ def test_so_many_run_at_once_and_false_ends_the_others(make: Make) -> None:
   compiling.run_all([quick, quick, never, quick], 2, take)
   assert len(taken) == 2 and most <= 2
   assert all(child._process.poll() is not None for child in alive)
+
+
+def test_what_cannot_be_counted_is_a_doubt() -> None:
+  assert compiling.doubts(hlo.parse(hlo_test.TEXT)) == ()
+  # The bound of the loop over layers is no number, and one operand is lost.
+  text = hlo_test.TEXT.replace('%t, %limit)', '%t, %t)')
+  text = text.replace('tuple(%copied, %a)', 'tuple(%copied, %lost)')
+  loop, lost = compiling.doubts(hlo.parse(text))
+  assert 'inner' in loop and 'lost' in lost

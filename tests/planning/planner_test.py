@@ -24,6 +24,7 @@ class Machine:
     surveys: configs in order.
     temp: bytes of the temporaries of a program under a config.
     wire: bytes that it sends.
+    hbm: bytes that it reads and writes.
   """
 
   def __init__(self):
@@ -31,6 +32,7 @@ class Machine:
     self.surveys: list[config_lib.ConfigDict] = []
     self.temp = lambda program, config: GIB
     self.wire = lambda program, config: 10**9
+    self.hbm = lambda program, config: 10**9
 
   def child(self, config, topology, program='', **kwargs):
     """What `compiling.Child` is called for."""
@@ -70,8 +72,9 @@ class _Child:
     temp = int(self._machine.temp(self.program, self._config))
     memory = buffers.Memory(GIB, temp, 0)
     wire = self._machine.wire(self.program, self._config)
+    hbm = self._machine.hbm(self.program, self._config)
     return Compiled(
-        memory, memory.need, 10**15, GIB, 0, hbm_bytes=10**9, wire=wire
+        memory, memory.need, 10**15, GIB, 0, hbm_bytes=hbm, wire=wire
     )
 
 

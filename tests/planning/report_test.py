@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from ma_rlhf_jax.planning import hlo, report, roofline, traffic
+from ma_rlhf_jax.planning import loops, report, roofline, traffic
 from ma_rlhf_jax.planning.topology import GIB
 from tests import tiny
 from tests.planning.plans_test import made_plan
@@ -76,8 +76,8 @@ def test_flags_make_one_config_of_another() -> None:
 
 def test_what_is_sent_while_tokens_are_drawn_is_told_apart() -> None:
   def sent(trips: int, early: bool) -> traffic.Collective:
-    loops = (hlo.Loop('loop', trips, early),)
-    return traffic.Collective('all-reduce', (), 8, GIB / 4, loops, '')
+    around = (loops.Loop('loop', trips, early),)
+    return traffic.Collective('all-reduce', (), 8, GIB / 4, around, '')
 
   plan = made_plan(16 * GIB, {'ppo/rollout': 5 * GIB})
   (stage,) = plan.stages
@@ -95,3 +95,27 @@ def test_what_is_sent_while_tokens_are_drawn_is_told_apart() -> None:
   made = report.as_json(plan, plan.config, None)
   made = made['stages']['ppo']['programs']['ppo/rollout']
   assert made['decode_loop_wire_bytes'] == 1.5 * GIB
+
+
+def test_what_cannot_be_counted_is_said_and_has_no_seconds() -> None:
+  plan = made_plan(16 * GIB, _NEEDS)
+  (stage,) = plan.stages
+  first, *others = stage.programs
+  why = 'the text tells no number of trips for while.5'
+  compiled = dataclasses.replace(first.compiled, doubts=(why,))
+  programs = (dataclasses.replace(first, compiled=compiled), *others)
+  stage = dataclasses.replace(stage, programs=programs)
+  plan = dataclasses.replace(plan, stages=(stage,))
+  text = report.text(plan, roofline.Shares(), 300)
+  (line,) = (x for x in text.splitlines() if x.startswith('NOT COUNTED'))
+  assert first.name in line and 'while.5' in line
+  assert 'a step' not in text and 'chip hours' not in text
+  assert text.splitlines()[-1].startswith('fits: ')  # memory is not in doubt
+  made = json.loads(json.dumps(report.as_json(plan, plan.config, 300)))
+  assert made['counted'] is False
+  assert made['seconds'] is None and made['cost'] in (None, False)
+  assert made['stages']['ppo']['seconds'] is None
+  programs = made['stages']['ppo']['programs']
+  assert programs[first.name]['seconds'] is None
+  assert programs[first.name]['doubts'] == [why]
+  assert programs[others[0].name]['seconds']['total'] > 0

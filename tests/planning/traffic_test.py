@@ -47,7 +47,8 @@ kind=kCustom, calls=%start.1
 
 ENTRY %main (a.1: f32[80]) -> f32[80] {
   %a.1 = f32[80]{0} parameter(0)
-  %w = (s32[], f32[4]) while(%a.1), condition=%cond, body=%body
+  %w = (s32[], f32[4]) while(%a.1), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
   %cp = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%z), \
 channel_id=9, source_target_pairs={{0,1}}
   ROOT %ar = (f32[5]{0}, bf16[4]{0}) all-reduce(%c, %d), channel_id=7, \
@@ -110,7 +111,8 @@ ENTRY %main (a: f32[10]) -> f32[10] {
   %s = bf16[28,100]{1,0} bitcast(%other)
   %one = s32[]{:S(6)} bitcast(%other)
   %nested = bf16[28,100]{1,0} fusion(%s, %one), kind=kLoop, calls=%outside
-  %w = (s32[], f32[4]) while(%a), condition=%cond, body=%body
+  %w = (s32[], f32[4]) while(%a), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
   %fetch = (f32[10]{0:S(1)}, f32[10]{0}, u32[]) copy-start(%a)
   ROOT %b = f32[10]{0} add(%a, %a)
 }

@@ -1,17 +1,17 @@
 """Warnings about gathers and reductions in loops."""
 
-from ma_rlhf_jax.planning import hlo, traffic, traps
+from ma_rlhf_jax.planning import hlo, loops, traffic, traps
 from ma_rlhf_jax.planning.compiling import Compiled
 
 _WEIGHTS = ((16, 256, 3072), (3072, 24576), (256000, 3072))
-_LAYERS = hlo.Loop('layers', 28, False)
-_CHUNKS = hlo.Loop('chunks', 32, False)
-_PASSES = hlo.Loop('passes', 4, False)
-_DECODE = hlo.Loop('decode', 511, True)
+_LAYERS = loops.Loop('layers', 28, False)
+_CHUNKS = loops.Loop('chunks', 32, False)
+_PASSES = loops.Loop('passes', 4, False)
+_DECODE = loops.Loop('decode', 511, True)
 
 
 def _sent(
-    kind: str, dims: tuple[int, ...], *loops: hlo.Loop
+    kind: str, dims: tuple[int, ...], *loops: loops.Loop
 ) -> traffic.Collective:
   array = hlo.Array('bf16', dims, 0)
   return traffic.Collective(kind, (array,), 8, 2e9, loops, '')

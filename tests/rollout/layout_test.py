@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.models import heads, presets
+from ma_rlhf_jax.parallel import chips
 from ma_rlhf_jax.parallel import mesh as mesh_lib
 from ma_rlhf_jax.parallel.mesh import place
-from ma_rlhf_jax.rollout import decode, layout
+from ma_rlhf_jax.rollout import decode, layout, split
 from ma_rlhf_jax.structs import PromptBatch, Rollout
 from tests import tiny
 
@@ -99,15 +100,14 @@ def test_the_weights_of_a_layer_are_its_own_and_cast() -> None:
   assert found['embedding'].dtype == jnp.bfloat16
 
 
-def test_the_fewest_devices_that_hold_a_copy() -> None:
-  mesh = _mesh(1, 8, 1)
-  tensor = lambda name: layout.make_layout(
-      dataclasses.replace(presets.PRESETS[name], dtype='bfloat16'), mesh
-  ).mesh.shape['tensor']
-  # 4.7, 15.9 and 50.7 GiB; of 13 devices eight are all there are.
-  assert tensor('gemma-2b') == 2
-  assert tensor('gemma-7b') == 4
-  assert tensor('gemma-2-27b') == 8
+def test_without_a_number_the_fastest_split_is_taken() -> None:
+  shape = dataclasses.replace(presets.PRESETS['gemma-7b'], dtype='bfloat16')
+  mesh, rows = _mesh(1, 8, 1), {'rows': 64, 'columns': 1024}
+  found = layout.make_layout(shape, mesh, **rows).mesh.shape['tensor']
+  work = split.Decoding(shape, (1, 8, 1), 64, 1024)
+  # CPUs have no datasheet and count as v5e.
+  assert found == split.fastest(work, chips.TPUS['v5e']) == 8
+  assert layout.make_layout(shape, mesh, 2, **rows).mesh.shape['tensor'] == 2
 
 
 def test_no_weight_moves_while_tokens_are_drawn() -> None:
