@@ -16,7 +16,7 @@ from ma_rlhf_jax.models import heads, huggingface, presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import products
+from ma_rlhf_jax.training import automatic, products
 from ma_rlhf_jax.training.products import SourceError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def find(flag: str, value: str, dtype: str) -> Finished:
   kind, role = _ROLES[flag]
   name = f'--{flag}={value}'
   source = products.locate(f'--{flag}', value, role)
-  model = config_lib.base().model
+  model = automatic.fixed(config_lib.base()).model
   model.update({'dtype': dtype, 'remat': 'none'})
   try:
     folder = huggingface.resolve(source.path)

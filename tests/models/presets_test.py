@@ -75,7 +75,7 @@ def test_gemma_2_from_fields_slides_in_every_other_layer() -> None:
 def test_choices_of_a_run_leave_the_shape_alone() -> None:
   config = base()
   config.model.dtype, config.model.param_dtype = 'bfloat16', 'float32'
-  config.model.remat = 'none'
+  config.model.remat, config.model.unroll = 'none', 1
   config.model.embed_dim = TINY.embed_dim + 1
   whole = dataclasses.replace(
       TINY, dtype='bfloat16', param_dtype='float32', remat='none'

@@ -7,13 +7,14 @@ import pytest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.parallel import chips, partition
 from ma_rlhf_jax.planning import estimate
+from ma_rlhf_jax.training import automatic
 
 _GIB = 2**30
 _V5E = chips.TPUS['v5e']
 
 
 def _config(**fields: object) -> config_lib.ConfigDict:
-  made = config_lib.published('google/gemma-7b', 'gemma-7b')
+  made = automatic.fixed(config_lib.published('google/gemma-7b', 'gemma-7b'))
   flat = {name.replace('__', '.'): value for name, value in fields.items()}
   made.update_from_flattened_dict({'reward_model.batch_size': 64} | flat)
   return made
