@@ -146,9 +146,7 @@ def test_an_export_holds_the_merged_kernels(tokenizer, tmp_path) -> None:
   step = (config.lora.rank + 2) * np.finfo(np.float32).eps
   for path, x in lora.flatten(found).items():
     bound = step * sizes[path].max()
-    np.testing.assert_allclose(
-        x, want[path], rtol=0, atol=bound, err_msg=path
-    )
+    np.testing.assert_allclose(x, want[path], rtol=0, atol=bound, err_msg=path)
 
 
 def test_a_merge_of_bfloat16_is_rounded_once() -> None:
