@@ -211,9 +211,9 @@ def test_the_gradient_of_micro_batches_is_that_of_the_batch() -> None:
   length = 8 * (tiny.PROMPT_LEN + tiny.RESPONSE_LEN)
   bounds = tolerance.of_sums(whole, (_START,), length)
   tolerance.assert_close(cut(_START), whole(_START), bounds)
-  assert max(bounds) < 1e-4
   moved = jax.tree.map(jnp.subtract, whole(_START)[0], _START)
-  assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(moved))
+  for x, bound in zip(jax.tree.leaves(moved), bounds, strict=False):
+    assert np.abs(x).max() > 100 * bound
 
 
 def test_the_table_shows_no_more_rows_than_are_held_out(

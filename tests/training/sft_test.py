@@ -181,6 +181,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
   # The longest sums of a gradient go over all tokens.
   bounds = tolerance.of_sums(whole, (start,), batch.tokens_BL.size)
   tolerance.assert_close(cut(start), whole(start), bounds)
-  assert max(bounds) < 1e-4
   moved = jax.tree.map(jnp.subtract, whole(start)[0], start)
-  assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(moved))
+  for x, bound in zip(jax.tree.leaves(moved), bounds, strict=False):
+    assert np.abs(x).max() > 100 * bound
