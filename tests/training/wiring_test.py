@@ -266,9 +266,8 @@ def _assert_changed_alike(
     found: Any, want: Any, before: Any, base: Any
 ) -> None:
   """Both moved alike from `before`, and otherwise than with `base`."""
-  change = lambda after: jax.tree.leaves(
-      jax.tree.map(lambda a, b: np.asarray(a - b), after, before)
-  )
+  minus = functools.partial(jax.tree.map, jnp.subtract)
+  change = lambda after: jax.tree.leaves(minus(after, before))
   apart = lambda one, other: max(
       np.abs(a - b).max() for a, b in zip(one, other, strict=True)
   )
@@ -281,12 +280,9 @@ def _assert_changed_alike(
 
 # With plain momentum a scaled loss shows; Adam's steps are of one size. Steps
 # of size 1 are large against the rounding of what they are added to.
+_OPTIM = {'eps': 1.0, 'clip_norm': 0.0, 'lr': 1.0}
 _MOMENTUM = {
-    name: {
-        f'{name}__optim__eps': 1.0,
-        f'{name}__optim__clip_norm': 0.0,
-        f'{name}__optim__lr': 1.0,
-    }
+    name: {f'{name}__optim__{field}': x for field, x in _OPTIM.items()}
     for name in ('ppo', 'critic')
 }
 
