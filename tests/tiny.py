@@ -1,5 +1,6 @@
 """A tiny Gemma and a few ragged rows, shared by the tests of later rooms."""
 
+from collections.abc import Callable
 import dataclasses
 import math
 import pathlib
@@ -19,6 +20,7 @@ from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.structs import Params, PromptBatch, SequenceBatch
 from ma_rlhf_jax.training.run import Run
+from tests import tolerance
 from tests.models.drawn import draw
 
 PAD, EOS, BOS = 0, 1, 2
@@ -108,6 +110,20 @@ class Tokenizer:
 
   def decode(self, ids: list[int], **unused: Any) -> str:
     return ''.join('~.^abcdefghijklmnopq'[i] for i in ids)
+
+
+def rounding(function: Callable[[Any], Any], weights: Any) -> list[float]:
+  """How far what models of `SHAPE` say may be off on any processor.
+
+  Args:
+    function: of `weights`, one pass of one or more models.
+    weights: the parameters of one, or a tree of those of several.
+
+  Returns:
+    One bound for each array that `function` returns, see `tolerance`.
+  """
+  longest = max(SHAPE.mlp_dim, SHAPE.vocab_size)
+  return tolerance.of_sums(function, (weights,), longest)
 
 
 def mesh(*sizes: int) -> Mesh:

@@ -34,5 +34,13 @@ def test_each_output_has_the_bound_of_its_own_size() -> None:
   both = lambda x: {'large': 1000 * np.sum(x), 'small': np.sum(x)}
   large, small = tolerance.of_sums(both, (x,), 50)
   assert 500 < large / small < 2000
-  # 2**-24 * sqrt(50) * sqrt(sum of squares, 117), eight times: 3.6e-5
+  # 2**-24 * sqrt(50) * sqrt(sum of squares, 117), eight times: 3.6e-5; and
+  # 2**-24 * sqrt(50) * 75: 3.2e-5
   assert 4e-6 < small < 1.2e-4
+
+
+def test_a_maximum_is_rounded_though_moved_numbers_do_not_change_it() -> None:
+  x = np.linspace(1, 2, 50, dtype=np.float32)
+  flat = lambda x: 3 + 0 * np.sum(x)
+  (bound,) = tolerance.of_sums(flat, (x,), 50)
+  assert 1e-6 < bound < 2e-6  # 3 * 2**-24 * sqrt(50) = 1.3e-6

@@ -14,7 +14,8 @@ from ma_rlhf_jax.generation.responses import Models, Response
 from ma_rlhf_jax.models.gemma import head_logits, hidden_states
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.rollout import decode, sampling
-from tests import tiny
+from ma_rlhf_jax.structs import Params
+from tests import tiny, tolerance
 
 T = tiny.RESPONSE_LEN
 PARAMS, SCALAR = tiny.params('policy', 7), tiny.params('scalar', 9)
@@ -63,12 +64,12 @@ def _respond(
     return sorted(r for batch in found for r in batch)
 
 
-def _logits(ids: list[int]) -> np.ndarray:
+def _logits(ids: list[int], params: Params = PARAMS) -> np.ndarray:
   """float32 [L, V] after each token, of one row of 56 columns at most."""
   row = np.zeros((1, 56), np.int32)
   row[0, : len(ids)] = ids
-  states = _states(PARAMS, row, np.arange(56)[None] < len(ids))
-  logits = head_logits(states, PARAMS['embedding'], softcap=0.0)
+  states = _states(params, row, np.arange(56)[None] < len(ids))
+  logits = head_logits(states, params['embedding'], softcap=0.0)
   return np.asarray(logits)[0, : len(ids)]
 
 
@@ -82,6 +83,30 @@ def _plain(prompt: list[int], sample: int, key: int) -> list[int]:
     drawn, _, _ = _sample(_logits(prompt + ids)[-1:], key_B)
     ids.append(int(drawn[0]))
   return ids
+
+
+def _logprob(response: Response, params: Params = PARAMS) -> float:
+  """That of the whole response, without temperature and top-k."""
+  prompt = PROMPTS[response.row]
+  logits = _logits(prompt + response.ids, params).astype(np.float64)
+  before = logits[len(prompt) - 1 : -1]
+  each = before - np.log(np.exp(before).sum(-1, keepdims=True))
+  return sum(each[t, token] for t, token in enumerate(response.ids))
+
+
+def _logprob_bounds(response: Response) -> list[float]:
+  """How far it may be off; the sum over the tokens is rounded at each."""
+  (bound,) = tiny.rounding(functools.partial(_logprob, response), PARAMS)
+  return [bound + T * 2.0**-24 * abs(_logprob(response))]
+
+
+def _score(response: Response, params: Params) -> float:
+  """That of its last token."""
+  ids = PROMPTS[response.row] + response.ids
+  row = np.zeros((1, 56), np.int32)
+  row[0, : len(ids)] = ids
+  mask = np.arange(56)[None] < len(ids)
+  return float(_scores(params, row, mask)[0, len(ids) - 1])
 
 
 @pytest.mark.slow
@@ -98,26 +123,18 @@ def test_equals_a_plain_loop():
 
 
 def test_the_logprob_is_that_of_the_model_itself():
-  # Neither the temperature nor top-k is in it.
   for response in _respond(PROMPTS):
-    prompt = PROMPTS[response.row]
-    logits = _logits(prompt + response.ids).astype(np.float64)
-    before = logits[len(prompt) - 1 : -1]
-    each = before - np.log(np.exp(before).sum(-1, keepdims=True))
-    want = sum(each[t, token] for t, token in enumerate(response.ids))
-    assert response.logprob == pytest.approx(want, abs=1e-4)
+    bounds = _logprob_bounds(response)
+    tolerance.assert_close(response.logprob, _logprob(response), bounds)
     assert response.score is None
 
 
 def test_the_score_is_read_at_the_last_token():
   found = _respond(PROMPTS, scored=True)
-  for response in found:
-    ids = PROMPTS[response.row] + response.ids
-    row = np.zeros((1, 56), np.int32)
-    row[0, : len(ids)] = ids
-    mask = np.arange(56)[None] < len(ids)
-    want = _scores(SCALAR, row, mask)[0, len(ids) - 1]
-    assert response.score == pytest.approx(float(want), abs=1e-4)
+  want = lambda params: np.array([_score(r, params) for r in found])
+  bounds = tiny.rounding(want, SCALAR)
+  scores = np.array([r.score for r in found])
+  tolerance.assert_close(scores, want(SCALAR), bounds)
   assert len({r.score for r in found}) == len(found)
 
 
@@ -131,9 +148,9 @@ def test_the_batch_size_changes_nothing(batch_size: int):
   base = _respond(PROMPTS, num_samples=2)
   found = _respond(PROMPTS, num_samples=2, batch_size=batch_size)
   assert _texts(found) == _texts(base)
-  np.testing.assert_allclose(
-      [r.logprob for r in found], [r.logprob for r in base], atol=1e-4
-  )
+  for one, other in zip(found, base, strict=True):
+    bounds = _logprob_bounds(other)
+    tolerance.assert_close(one.logprob, other.logprob, bounds)
 
 
 def test_order_and_neighbours_change_nothing():

@@ -35,10 +35,11 @@ def test_rotate_by_hand() -> None:
   x_11NH = np.array([[[[1.0, 2.0, 3.0, 4.0]]]], np.float32)
   out = np.asarray(rotate(x_11NH, np.array([[1]]), theta=100.0))
   # Angles 1 and 100 ** (-2 / 4) = 0.1; pairs (1, 3) and (2, 4).
-  # cos 1 - 3 sin 1, 2 cos .1 - 4 sin .1, 3 cos 1 + sin 1, 4 cos .1 + 2 sin .1
-  np.testing.assert_allclose(
-      out[0, 0, 0], [-1.984111, 1.590675, 2.462378, 4.179684], atol=2e-6
-  )
+  cos, sin = np.cos([1, 0.1]), np.sin([1, 0.1])
+  want = [*(cos * [1, 2] - sin * [3, 4]), *(cos * [3, 4] + sin * [1, 2])]
+  assert want[0] == pytest.approx(-1.984111, abs=1e-6)  # cos 1 - 3 sin 1
+  # Some ten roundings of numbers below 5.
+  np.testing.assert_allclose(out[0, 0, 0], want, rtol=0, atol=10 * 5 * 2.0**-24)
 
 
 def test_position_zero_is_not_rotated() -> None:

@@ -108,7 +108,9 @@ def test_choices_of_a_run_change_neither_weights_nor_their_program(
       TINY, dtype='bfloat16', remat='dots', unroll=0, attention='splash'
   )
   plain = gemma.Gemma(other).init(key, *gemma.dummy_inputs())['params']
-  chex.assert_trees_all_close(want, plain, rtol=1e-6)
+  # Two roundings of a uniform number near 1, which the tail of the normal
+  # distribution makes 9 times larger, and some twenty of its polynomial.
+  chex.assert_trees_all_close(want, plain, rtol=0, atol=80 * 2.0**-24)
   monkeypatch.setitem(heads.MODELS, 'policy', None)  # to trace another
   chex.assert_trees_all_equal(want, heads.init_params('policy', other, key))
 

@@ -327,10 +327,11 @@ def test_padding_row_order_and_jit_change_nothing(loss):
   with jax.disable_jit():
     plain, _ = loss()
   results = [plain, loss(pad=-800.0)[0], loss(order=(2, 1, 0))[0]]
-  np.testing.assert_allclose(results, [base] * 3, rtol=1e-6)
+  # 1e-5 are 168 roundings; six tokens take some ten each.
+  np.testing.assert_allclose(results, [base] * 3, rtol=1e-5)
   moved = loss(order=(2, 1, 0))[1]
   for name, value in metrics.items():
-    np.testing.assert_allclose(moved[name], value, rtol=1e-6)
+    np.testing.assert_allclose(moved[name], value, rtol=1e-5)
 
 
 @pytest.mark.parametrize('ratio', losses.RATIOS)

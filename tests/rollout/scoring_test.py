@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.rollout import scoring
-from ma_rlhf_jax.structs import Params, SequenceBatch
+from ma_rlhf_jax.structs import SequenceBatch
 from tests import tiny, tolerance
 from tests.models.drawn import plain_gemma
 
@@ -28,11 +27,6 @@ _logprobs = jax.jit(
 )
 _values = jax.jit(functools.partial(scoring.response_values, tiny.SHAPE))
 _scores = jax.jit(functools.partial(scoring.sequence_scores, tiny.SHAPE))
-
-
-def _rounding(function: Any, params: Params) -> list[float]:
-  longest = max(tiny.SHAPE.mlp_dim, tiny.SHAPE.vocab_size)
-  return tolerance.of_sums(function, (params,), longest)
 
 
 def _unpadded(rows: SequenceBatch, row: int) -> tuple[np.ndarray, int]:
@@ -56,7 +50,7 @@ def test_logprobs_and_entropies_are_those_of_each_next_token():
       probs = np.exp(logits) / np.exp(logits).sum()
       want[row, t] = np.log(probs[token])
       want_entropy[row, t] = -(probs @ np.log(probs))
-  bounds = _rounding(lambda p: _logprobs(p, rows), POLICY)
+  bounds = tiny.rounding(lambda p: _logprobs(p, rows), POLICY)
   tolerance.assert_close((logprobs, entropy), (want, want_entropy), bounds)
 
 
@@ -68,7 +62,7 @@ def test_values_are_of_the_state_before_each_token():
     states = plain_gemma(tiny.SHAPE, SCALAR['backbone'], tokens)
     count = len(tokens) - start
     want[row, :count] = (states @ np.asarray(SCALAR['head']))[start - 1 : -1]
-  bounds = _rounding(lambda p: _values(p, rows), SCALAR)
+  bounds = tiny.rounding(lambda p: _values(p, rows), SCALAR)
   tolerance.assert_close(_values(SCALAR, rows), want, bounds)
 
 
@@ -83,7 +77,7 @@ def test_scores_are_at_the_last_real_token():
       @ np.asarray(SCALAR['head'])
       for row in range(4)
   ]
-  bounds = _rounding(lambda p: _scores(p, rows), SCALAR)
+  bounds = tiny.rounding(lambda p: _scores(p, rows), SCALAR)
   tolerance.assert_close(_scores(SCALAR, rows), np.array(want), bounds)
 
 

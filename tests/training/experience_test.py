@@ -20,7 +20,7 @@ from ma_rlhf_jax.structs import (
 )
 from ma_rlhf_jax.training import buckets
 from ma_rlhf_jax.training import experience as lib
-from tests import tiny
+from tests import tiny, tolerance
 
 NAN = math.nan
 MASK = jnp.array([[True, True, True, True], [True, True, False, False]])
@@ -202,19 +202,31 @@ PARAMS = lib.Models(
 
 
 @pytest.fixture(scope='module')
-def scored() -> Scored:
-  """What the four models say of the rows of `_rollout`, in one batch."""
-  score = functools.partial(
-      lib.score_sequences,
-      SHAPES,
-      temperature=0.7,
-      chunk_tokens=8,
-      split=buckets.Buckets((0,), (4,)),
+def scored_and_bounds() -> tuple[Scored, list[float]]:
+  """What the four models say of rows in one batch, and how far it is off."""
+  score = jax.jit(
+      functools.partial(
+          lib.score_sequences,
+          SHAPES,
+          temperature=0.7,
+          chunk_tokens=8,
+          split=buckets.Buckets((0,), (4,)),
+      )
   )
-  return jax.jit(score)(PARAMS, tiny.sequences([0, 1, 2, 3]))
+  rows = tiny.sequences([0, 1, 2, 3])
+  bounds = tiny.rounding(lambda models: score(models, rows), PARAMS)
+  return score(PARAMS, rows), bounds
 
 
-def test_each_model_fills_its_own_field(scored: Scored):
+@pytest.fixture
+def scored(scored_and_bounds: tuple[Scored, list[float]]) -> Scored:
+  return scored_and_bounds[0]
+
+
+def test_each_model_fills_its_own_field(
+    scored_and_bounds: tuple[Scored, list[float]],
+):
+  scored, bounds = scored_and_bounds
   rows = tiny.sequences([0, 1, 2, 3])
   logprobs = jax.jit(
       functools.partial(
@@ -237,8 +249,7 @@ def test_each_model_fills_its_own_field(scored: Scored):
       values_BT=values(PARAMS.critic, rows),
       score_B=scores(PARAMS.reward_model, rows),
   )
-  same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-  jax.tree.map(same, scored, want)
+  tolerance.assert_close(scored, want, bounds)
 
 
 @pytest.fixture(scope='module')
@@ -270,12 +281,10 @@ def made() -> tuple:
   )
 
 
-def test_micro_batches_score_like_the_whole(made: tuple, scored: Scored):
-  jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-      made[0].scored,
-      scored,
-  )
+def test_micro_batches_score_like_the_whole(
+    made: tuple, scored_and_bounds: tuple[Scored, list[float]]
+):
+  tolerance.assert_close(made[0].scored, *scored_and_bounds)
 
 
 def test_perplexity_is_that_of_the_reference(made: tuple, scored: Scored):

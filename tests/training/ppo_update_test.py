@@ -26,7 +26,7 @@ from ma_rlhf_jax.structs import (
 )
 from ma_rlhf_jax.training import ppo_update, sft, update
 from ma_rlhf_jax.training.experience import make_targets
-from tests import tiny
+from tests import tiny, tolerance
 
 ROWS = [0, 1, 2, 3]
 POLICY = tiny.params('policy', 0)
@@ -180,19 +180,21 @@ def test_one_token_macros_are_plain_ppo(model: str):
       'policy': (POLICY, _policy_loss, _plain_losses(experience)[0]),
       'critic': (CRITIC, _value_loss, _plain_losses(experience)[1]),
   }[model]
-  want_loss, grads = jax.jit(jax.value_and_grad(plain))(params)
+
+  @jax.jit
+  def step(params: Params) -> tuple[Array, Params, Array]:
+    loss, grads = jax.value_and_grad(plain)(params)
+    new = jax.tree.map(jnp.subtract, params, grads)
+    return loss, new, optax.tree.norm(grads)
+
   state, metrics = _update(params, experience, loss_fn, ppo__micro_batch_size=2)
-  np.testing.assert_allclose(metrics['loss'], want_loss, rtol=1e-5)
   assert 0 < metrics['clipfrac'] < 1  # both branches are there
-  jax.tree.map(
-      lambda new, p, g: np.testing.assert_allclose(new, p - g, atol=2e-5),
-      state.params,
-      params,
-      grads,
-  )
-  norm = float(optax.tree.norm(grads))
-  assert norm > 0.1  # far above the tolerance
-  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-4)
+  # The longest sums of a gradient go over all tokens.
+  length = experience.sequences.tokens_BL.size
+  bounds = tolerance.of_sums(step, (params,), length)
+  found = metrics['loss'], state.params, metrics['grad_norm']
+  tolerance.assert_close(found, step(params), bounds)
+  assert metrics['grad_norm'] > 0.1 > 1e3 * max(bounds)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which tokens SFT learns, and its losses against a plain loop over tokens."""
 
+from collections.abc import Callable
 import functools
 import pathlib
 from typing import Any
@@ -14,7 +15,7 @@ from ma_rlhf_jax.models.gemma import head_logits, hidden_states
 from ma_rlhf_jax.structs import Params, SequenceBatch
 from ma_rlhf_jax.training import sft, update
 from ma_rlhf_jax.training.sft import LOSS_ON, SFT
-from tests import other_kernel, tiny
+from tests import other_kernel, tiny, tolerance
 
 _ = tiny.PAD
 _EOS, _BOS = tiny.EOS, tiny.BOS
@@ -156,8 +157,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
       chunk_tokens=8,
   )
   start = tiny.params('policy', 3)
-  found = []
-  for num_micro in (1, 3):
+  batch = tiny.sequences([3, 1, 4, 0, 5, 2])
+
+  def less_gradient(num_micro: int) -> Callable[[Params], tuple]:
     step = functools.partial(
         sft._step,
         logprobs=logprobs,
@@ -165,12 +167,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
         optimizer=optax.sgd(1.0),
         num_micro=num_micro,
     )
-    state = update.init_state(start, optax.sgd(1.0))
-    batch = tiny.sequences([3, 1, 4, 0, 5, 2])
-    state, metrics = jax.jit(step)(state, {}, batch)
-    found.append((state.params, {k: float(x) for k, x in metrics.items()}))
-  (whole, metrics), (cut, cut_metrics) = found
-  assert cut_metrics == pytest.approx(metrics, rel=1e-5)
-  for a, b, old in zip(*map(jax.tree.leaves, (whole, cut, start)), strict=True):
-    np.testing.assert_allclose(a - old, b - old, rtol=1e-4, atol=1e-6)
-    assert np.max(np.abs(a - old)) > 1e-4
+    step = jax.jit(step)
+
+    def run(params: Params) -> tuple[Params, dict[str, jax.Array]]:
+      params = jax.tree.map(jnp.asarray, params)
+      state = update.init_state(params, optax.sgd(1.0))
+      state, metrics = step(state, {}, batch)
+      return state.params, metrics
+
+    return run
+
+  whole, cut = less_gradient(1), less_gradient(3)
+  # The longest sums of a gradient go over all tokens.
+  bounds = tolerance.of_sums(whole, (start,), batch.tokens_BL.size)
+  tolerance.assert_close(cut(start), whole(start), bounds)
+  moved = jax.tree.map(jnp.subtract, whole(start)[0], start)
+  for x, bound in zip(jax.tree.leaves(moved), bounds, strict=False):
+    assert np.abs(x).max() > 100 * bound
