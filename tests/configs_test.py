@@ -14,6 +14,7 @@ from ma_rlhf_jax import switches, validation
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.parallel.mesh import make_mesh
 from ma_rlhf_jax.rollout import decode
+from ma_rlhf_jax.training import automatic
 from ma_rlhf_jax.training.abstract import abstract_stages
 from tests import tiny
 
@@ -147,7 +148,7 @@ def test_a_recipe_says_where_its_rows_cannot_be_read(
 def test_all_stages_of_every_recipe_have_their_shapes(
     path: pathlib.Path, arguments: str
 ) -> None:
-  config = _load(path).get_config(arguments)
+  config = automatic.fixed(_load(path).get_config(arguments))
   prompt_len, response_len = config_lib.lengths(config)
   assert (prompt_len, response_len) == (
       600 if config.data.task == 'apps' else 512,
