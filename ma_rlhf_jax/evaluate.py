@@ -69,7 +69,7 @@ _UNITS = {
     'score': 'reward-model units',
     'gold': 'true quality, -1 to 1',
     'length': 'tokens',
-    'kl': 'nats per response, from SFT',
+    'kl': 'nats per response, from the start of PPO',
     'policy_kl': 'the same at temperature 1, without filters',
     'ended': 'share that ended with EOS',
     'repeated': 'share of a response that is its most frequent token',
@@ -77,11 +77,21 @@ _UNITS = {
 
 
 def describe(
-    rows: dict[str, dict], num_prompts: int, trained: str = 'MA-PPO'
+    rows: dict[str, dict],
+    num_prompts: int,
+    trained: str = 'MA-PPO',
+    start: str = 'SFT',
 ) -> str:
-  """The table of `summarise` as text; `trained` heads the second column."""
+  """The table of `summarise` as text.
+
+  Args:
+    rows: what `summarise` returns.
+    num_prompts: that both policies answered.
+    trained: heads the column of the trained policy.
+    start: heads that of the policy that PPO began with.
+  """
   cell = lambda x: '' if x is None else '{:.3f} [{:.3f}, {:.3f}]'.format(*x)
-  titles = ('', 'SFT', trained, 'difference', '')
+  titles = ('', start, trained, 'difference', '')
   lines = [titles] + [
       (
           name,
@@ -106,9 +116,13 @@ def describe(
 def _symptoms(run: Run, rows: dict[str, dict]) -> dict[str, str]:
   """What the stages and the comparison show, code -> evidence."""
   found: dict[str, str] = {}
-  for stage in run.config.stages:
-    done = workdir_lib.read_done(run.workdir, stage) or {}
-    found |= done.get('symptoms', {})
+  made = [(run.workdir, stage) for stage in run.config.stages]
+  # And those of another run that this one took its models from.
+  taken = (sources.named_source(run.config, use) for use in ('ppo', 'score'))
+  made += [(source.workdir, source.stage) for source in taken if source]
+  for workdir, stage in made:
+    done = workdir_lib.read_done(workdir, stage) if stage else None
+    found |= (done or {}).get('symptoms', {})
   found |= symptoms.of_comparison(rows, run.config)
   return {code: found[code] for code in symptoms.CODES if code in found}
 
@@ -148,7 +162,8 @@ def compare(run: Run) -> None:
   plain = c.macro.termination == 'fixed' and c.macro.ngram == 1
   found = _symptoms(run, rows)
   print(symptoms.verdict(found))
-  print(describe(rows, count, 'PPO' if plain else 'MA-PPO'), flush=True)
+  start = 'SFT' if policy.stage in ('', 'sft') else f'start ({policy.stage})'
+  print(describe(rows, count, 'PPO' if plain else 'MA-PPO', start), flush=True)
   made = comparison.Comparison(rows, count, comparison.settings(c))
   path = comparison.write(run.workdir, made, list(found))
   if path.name != comparison.OWN:

@@ -31,7 +31,7 @@ from ma_rlhf_jax.models import (
     peft_folder,
 )
 from ma_rlhf_jax.publishing import card, check_rows, lineage, publish
-from ma_rlhf_jax.training import checkpoint, products, sources
+from ma_rlhf_jax.training import checkpoint, products, sources, symptoms
 
 STAGES = ('sft', 'reward_model', 'ppo', 'critic')
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}
@@ -100,6 +100,10 @@ def export(request: Request) -> str:
           job, dtype=request.dtype, max_shard_bytes=shard_bytes
       )
   told = f'{output}: {_summary(receipt)}'
+  trainer = 'ppo' if request.stage == 'critic' else request.stage
+  done = workdir_lib.read_done(workdir, trainer) or {}
+  for line in symptoms.lines(done.get('symptoms', {})):
+    told += f'\nwarning: symptom of a failed run: {line}'
   if request.adapter and not _public_base(workdir, config, request):
     told += (
         f'\nnote: the base is a local folder, called {lineage.NO_NAME} in the '

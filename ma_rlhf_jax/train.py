@@ -39,6 +39,7 @@ from ma_rlhf_jax import (
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import batch_sizes, parts, tasks
 from ma_rlhf_jax.evaluate import compare
+from ma_rlhf_jax.evaluation import comparison
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import host_memory, processes
@@ -75,7 +76,6 @@ _WORKDIR = flags.DEFINE_string(
 _SET_UP_ERRORS = (ValueError, OSError, ImportError, processes.ProcessError)
 _ERRORS = (
     metrics.NonFiniteError,
-    symptoms.SymptomError,
     health.RuinedError,
     checkpoint.CheckpointError,
     folders.NoSpaceError,
@@ -377,6 +377,9 @@ def _train(run: Run) -> None:
     try:
       train(run)
       print(_try_it(run), flush=True)
+    except symptoms.SymptomError as error:
+      comparison.write_verdict(run.workdir, error.codes)
+      _exit(error)
     except _ERRORS as error:
       _exit(error)
     except jax.errors.JaxRuntimeError as error:

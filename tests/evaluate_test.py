@@ -81,7 +81,7 @@ def test_the_table_is_aligned_and_names_the_units() -> None:
       '40 held-out prompts, mean [95 % interval], differences paired by prompt',
       f'{"":16}  {"SFT":20}  {"MA-PPO":23}  difference',
       f'kl{"":14}  0.000 [0.000, 0.000]  {big}  {big}  '
-      'nats per response, from SFT',
+      'nats per response, from the start of PPO',
       f'win rate by gold  {"":20}  0.750 [0.500, 1.000]',
   ]
 
@@ -212,3 +212,17 @@ def test_models_that_are_not_those_that_ppo_used_are_refused(
   monkeypatch.setattr(evaluate.origins, 'check', changed)
   with pytest.raises(SourceError, match='ppo has changed'):
     evaluate.compare(tiny.run(tmp_path, tiny.config()))
+
+
+def test_symptoms_of_the_run_that_gave_the_reward_model_are_told(
+    tmp_path: pathlib.Path, judging: _Judge, capsys: pytest.CaptureFixture
+) -> None:
+  other = workdir_lib.open_workdir(tmp_path / 'other', tiny.config())
+  found = {'reward_model_at_chance': 'as good as a coin'}
+  workdir_lib.mark_done(other, 'reward_model', {'step': 1, 'symptoms': found})
+  config = tiny.config(ppo__reward_model=str(other), evaluate__prompts=3)
+  workdir = workdir_lib.open_workdir(tmp_path / 'run', config)
+  evaluate.compare(tiny.run(workdir, config))
+  assert 'as good as a coin' in capsys.readouterr().out
+  verdict = json.loads((workdir / 'evaluate' / 'verdict.json').read_text())
+  assert verdict == ['reward_model_at_chance']

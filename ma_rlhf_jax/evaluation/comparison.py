@@ -76,11 +76,19 @@ def write(
     if processes.is_first():
       path.parent.mkdir(parents=True, exist_ok=True)
       manifest.write_sealed(path, record)
-      if path.name == OWN:
-        atomic_file.write_json(path.parent / 'verdict.json', list(symptoms))
   if path.name == OWN:
+    write_verdict(workdir, symptoms)
     workdir_lib.mark_done(workdir, 'evaluate', {'comparison': record})
   return path
+
+
+def write_verdict(workdir: epath.Path, symptoms: Sequence[str]) -> None:
+  """Writes the codes of the symptoms of a run; see `write` for processes."""
+  path = workdir / 'evaluate' / 'verdict.json'
+  with processes.together():
+    if processes.is_first():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      atomic_file.write_json(path, list(symptoms))
 
 
 def read(workdir: epath.Path) -> list[Comparison]:

@@ -8,8 +8,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.evaluation import comparison
 from ma_rlhf_jax.training import metrics as metrics_lib
+from ma_rlhf_jax.training import symptoms
 
 _SHARED = ('seed', 'data.task', 'model.dtype', 'model.param_dtype')
 _LORA = ('lora.rank', 'lora.alpha', 'lora.targets')
@@ -94,12 +96,16 @@ def metrics(
         'prompt:'
     )
     yield _comparison(found.rows)
+  trainer = 'ppo' if stage == 'critic' else stage
+  done = workdir_lib.read_done(workdir, trainer) or {}
+  if found := done.get('symptoms'):
+    yield 'Symptoms of a failed run when training ended:'
+    yield '\n'.join(f'* {plain(line)}' for line in symptoms.lines(found))
   names = ('value', 'return', 'explained_variance', 'bias')
   shown = [f'critic/{name}' for name in names]
   wanted = lambda name: (
       name in shown if stage == 'critic' else name.startswith('eval/')
   )
-  trainer = 'ppo' if stage == 'critic' else stage
   for row in reversed(metrics_lib.read_metrics(workdir / trainer)):
     values = [(k, f'{v:.4g}') for k, v in row.items() if wanted(k)]
     if values:

@@ -66,7 +66,9 @@ def load_run(
   if source:
     tokenizer = _load_tokenizer(source)
     if check_models:
-      sources.check(Setup(config, workdir, mesh, tokenizer))
+      # What auto becomes follows from sizes, and decides no name or shape.
+      setup = Setup(automatic.fixed(config), workdir, mesh, tokenizer)
+      sources.check(setup)
   to_train = sources.stages_to_train(config, workdir)
   data, tokenizer = parts.prepare(config, tokenizer, workdir, to_train)
   config = batch_sizes.fitted(config, data.num_rows)

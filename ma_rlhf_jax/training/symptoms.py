@@ -9,7 +9,7 @@ symptom begins, the final comparison opens with those that are left, and
 A new symptom is one function, one row of the table and one field of `stop`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -18,7 +18,11 @@ from ml_collections import ConfigDict
 
 
 class SymptomError(RuntimeError):
-  """A run ends because of a symptom that `stop` names."""
+  """A run ends because of a symptom that `stop` names; `codes` are all."""
+
+  def __init__(self, message: str, codes: Sequence[str]) -> None:
+    super().__init__(message)
+    self.codes = tuple(codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +257,8 @@ class Watch:
         raise SymptomError(
             f'{self._stage} stopped at step {step} by stop.{code}: '
             f'{self.found[code]}; {_BY_CODE[code].remedy}, in a new --workdir.'
-            f' Last good checkpoint: {last_checkpoint}'
+            f' Last good checkpoint: {last_checkpoint}',
+            list(self.found),
         )
 
 

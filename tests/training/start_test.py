@@ -12,6 +12,7 @@ import pytest
 from ma_rlhf_jax.data import parts
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import exporting
+from ma_rlhf_jax.training import automatic
 from ma_rlhf_jax.training.products import SourceError
 from ma_rlhf_jax.training.start import load_run
 from tests import tiny
@@ -121,6 +122,12 @@ def test_a_model_is_refused_before_a_row_is_read(
   assert str(caught.value).startswith(f'{field}={folder}: ')
 
 
+def automatic_fields() -> dict[str, Any]:
+  """Every field that knows auto, set to it, as `base()` has it."""
+  fields = automatic.FIELDS.items()
+  return {name.replace('.', '__'): auto for name, (auto, _) in fields}
+
+
 def test_weights_that_do_not_fit_are_refused_before_a_row_is_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +138,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_row_is_read(
   params = draw('policy', shape, 1)
   exporting.save(folder / 'hf', params, shape, 'policy', words)
   monkeypatch.setattr(parts, 'prepare', lambda *_: pytest.fail('rows are read'))
-  config = _config(ppo__reward_model=str(folder / 'hf'))
+  config = _config(ppo__reward_model=str(folder / 'hf'), **automatic_fields())
   with pytest.raises(SourceError, match='does not fit a reward model'):
     load_run(config, epath.Path(tmp_path / 'run'), check_models=True)
 
