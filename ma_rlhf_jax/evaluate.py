@@ -116,7 +116,7 @@ def describe(
 def _symptoms(run: Run, rows: dict[str, dict]) -> dict[str, str]:
   """What the stages and the comparison show, code -> evidence."""
   found: dict[str, str] = {}
-  made = [(run.workdir, stage) for stage in run.config.stages]
+  made = [(run.workdir, stage) for stage in ('sft', 'reward_model', 'ppo')]
   # And those of another run that this one took its models from.
   taken = (sources.named_source(run.config, use) for use in ('ppo', 'score'))
   made += [(source.workdir, source.stage) for source in taken if source]
@@ -134,6 +134,8 @@ def compare(run: Run) -> None:
   """
   c = run.config
   origins.check(run, 'ppo')  # a workdir that is named may have trained on
+  for stage in ('sft', 'reward_model', 'ppo'):
+    products.check_unchanged(run.workdir, stage)
   policy = sources.policy_source(c, run.workdir)
   trained = products.Source('', products.product(run.workdir, 'ppo'))
   load = lambda source, kind: judge.Model(*sources.load(run, source, kind))

@@ -192,6 +192,7 @@ def _check_done(
         f'{workdir} has no critic: it was trained with ppo.baseline='
         f'{config.ppo.baseline!r}; choose another --stage'
     )
+  products.check_unchanged(workdir, stage)
   adapter = epath.Path(products.adapter(workdir, stage))
   if request.adapter and not adapter.exists():
     raise ExportError(

@@ -76,8 +76,9 @@ def read_sealed(path: epath.PathLike) -> dict[str, Any]:
   if not content:
     return content
   name, found = content.popitem()
-  # Whatever the name of the last entry has become, it is a digest.
-  if not isinstance(found, str) or len(found) != _SEAL_LENGTH:
+  # Whatever has become of its name, or of its digits, it is a digest.
+  is_digest = isinstance(found, str) and len(found) == _SEAL_LENGTH
+  if name != _SEAL and not is_digest:
     return content | {name: found}
   if name != _SEAL or digest(content) != found:
     raise DamagedError(

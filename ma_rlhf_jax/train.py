@@ -269,7 +269,7 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   shape = shape_here(config.mesh)
   validation.validate(config, shape[0] * shape[1])
   path = workdir or workdir_lib.default_workdir(recipe, config)
-  to_abandon = processes.is_first() and not workdir_lib.is_workdir(path)
+  to_abandon = processes.is_first() and not workdir_lib.is_started(path)
   try:
     run, to_train, notes = processes.first_then_rest(
         lambda: _open(config, path)

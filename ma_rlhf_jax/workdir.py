@@ -344,3 +344,12 @@ def is_workdir(path: epath.PathLike) -> bool:
   """Whether `path` is a folder that `open_workdir` has started a run in."""
   folder = epath.Path(path).expanduser()
   return folder.is_dir() and any(folder.glob('run-[0-9]*.json'))
+
+
+def is_started(path: epath.PathLike) -> bool:
+  """Whether `path` holds what a start has written, of which nothing may go.
+
+  Unlike `is_workdir` it counts a workdir whose run-*.json are missing.
+  """
+  folder = epath.Path(path).expanduser()
+  return is_workdir(path) or (folder / 'config.json').exists()

@@ -153,12 +153,18 @@ def _lives(holder: Holder, here: Holder) -> bool | None:
 
 
 def read(folder: epath.Path) -> Holder | None:
-  """Who holds a workdir, or held it when it was killed; None = nobody."""
+  """Who holds a workdir, or held it when it was killed; None = nobody.
+
+  Of a damaged file nobody's name can be read: its holder has an empty key, and
+  only a sign of life, which writes the file anew, tells whether it lives.
+  """
   try:
     fields = json.loads((folder / HOLDER).read_text())
     return Holder(**fields | {'folder': tuple(fields['folder'])})
-  except (FileNotFoundError, ValueError, KeyError, TypeError):
-    return None  # of this file, cut or damaged, nobody's name can be read
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError, TypeError):
+    return Holder('', f'unknown ({HOLDER} is damaged)', '', 0, 0, 'unknown', ())
 
 
 def _write(folder: epath.Path, holder: Holder) -> None:
@@ -217,7 +223,7 @@ class Lock:
   def beat(self) -> None:
     """Gives a sign of life; ends the process where another has the folder."""
     found = read(self.folder)
-    if found and found.key != self.holder.key:
+    if found and found.key not in ('', self.holder.key):
       self._lost(found)
     self.holder = dataclasses.replace(self.holder, beat=self.holder.beat + 1)
     _write(self.folder, self.holder)
@@ -237,9 +243,10 @@ class Lock:
     self._thread.join(_SETTLE)
     with contextlib.suppress(OSError), _one_at_a_time(self.folder):
       found = read(self.folder)
-      if found and found.key == self.holder.key:
+      ours = found and found.key in ('', self.holder.key)
+      if ours:
         (self.folder / HOLDER).unlink()
-      if not found or found.key == self.holder.key:
+      if not found or ours:
         (self.folder / MUTEX).unlink(missing_ok=True)
     _remove(self._made)
 

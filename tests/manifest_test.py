@@ -175,3 +175,11 @@ def test_an_old_file_is_read_once_and_again_when_it_changes(
   path.write_bytes(b'two')
   os.utime(path, (1e9 + 1, 1e9 + 1))
   assert manifest.sha256(path) == hashlib.sha256(b'two').hexdigest()
+
+
+def test_a_seal_that_lost_a_digit_is_damage(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / 'done.json'
+  text = manifest.sealed({'step': 6}).replace('"step": 6', '"step": 9')
+  path.write_text(text[:-5] + text[-4:])
+  with pytest.raises(manifest.DamagedError, match='done.json'):
+    manifest.read_sealed(path)

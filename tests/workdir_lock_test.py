@@ -195,10 +195,20 @@ def test_a_full_disk_leaves_nothing(
   assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_holder_file_is_nobodys(tmp_path: pathlib.Path) -> None:
+def test_of_a_damaged_holder_file_a_sign_of_life_is_awaited(
+    tmp_path: pathlib.Path,
+) -> None:
   for text in ('', '{"key": 1', '[]', '{"key": "a"}', '{"folder": 3}'):
     (tmp_path / lib.HOLDER).write_text(text)
-    lib.acquire(tmp_path, _Clock({0.0: pytest.fail})).release()
+    clock = _Clock()
+    lib.acquire(tmp_path, clock).release()
+    assert clock.now() >= lib.STALE
+  lock = lib.acquire(tmp_path)
+  (tmp_path / lib.HOLDER).write_text('{"key": "x')
+  with pytest.raises(lib.HeldError):  # it writes its name again
+    lib.acquire(tmp_path, _Clock({30.0: lock.beat}))
+  lock.release()
+  assert not (tmp_path / lib.HOLDER).exists()
 
 
 _RACE = """

@@ -262,3 +262,13 @@ def test_a_workdir_that_cannot_be_made_names_the_flag(
   (tmp_path / 'file').write_text('')
   with pytest.raises(WorkdirError, match='--workdir=.*file/run cannot be made'):
     workdir_lib.open_workdir(tmp_path / 'file' / 'run', tiny.config())
+
+
+def test_a_config_tells_a_start_though_its_run_files_are_missing(tmp_path):
+  open_workdir(tmp_path, _config())
+  for path in tmp_path.glob('run-*.json'):
+    path.unlink()
+  assert workdir_lib.is_started(tmp_path) and not workdir_lib.is_workdir(
+      tmp_path
+  )
+  assert not workdir_lib.is_started(tmp_path / 'other')

@@ -48,6 +48,8 @@ def _chooses(
 def _workdirs(name: str) -> list[epath.Path]:
   """The workdir that `name` is, or whose <stage>/hf or ppo/critic it is."""
   path = epath.Path(name).expanduser()
+  if not path.exists() and ':' in path.name:  # WORKDIR:STAGE
+    path = epath.Path(str(path).rpartition(':')[0])
   if not path.is_dir():
     return []  # an id of the hub
   return [p for p in (path, path.parent.parent) if workdir_lib.is_workdir(p)]

@@ -256,7 +256,7 @@ def run_stage(stage: Stage) -> tuple[States, int]:
         print(f'{stage.name}: no checkpoint may be best; the last is exported')
       else:
         states, step = best.state, best.step
-        stage.watch.restore(best.meta.get('symptoms', {}))
+        stage.watch.restore_best(best.meta.get('symptoms', {}))
     _check_states(stage, step, states, checkpoints)
   return states, step
 

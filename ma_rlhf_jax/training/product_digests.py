@@ -38,18 +38,26 @@ def digests(workdir: epath.PathLike, stage: str) -> dict[str, str]:
 def discard_damaged(config: ConfigDict, workdir: epath.PathLike) -> None:
   """Marks stages as not done whose product is no longer as it was written.
 
-  They go on after their last checkpoint, which makes the product again. Only
-  stages of the config, whose data and models are at hand, are looked at. One
+  They go on after their last checkpoint, which makes the product again. One
   process calls this.
+
+  Raises:
+    DamagedError: if the stage is none of the config's, so that it is not run,
+      and the folder is there, so that it could be used.
   """
-  for stage in config.stages:
+  for stage in ('sft', 'reward_model', 'ppo'):
     done = workdir_lib.read_done(workdir, stage) or {}
     try:
       for folder, digest in done.get('products', {}).items():
         _check_product(epath.Path(workdir) / folder, digest)
     except manifest.DamagedError as error:
-      _log.warning('%s', error)
-      workdir_lib.mark_undone(workdir, stage)
+      if stage not in config.stages and (epath.Path(workdir) / folder).exists():
+        raise manifest.DamagedError(
+            f'{error}, if {stage!r} is in stages'
+        ) from error
+      if stage in config.stages:
+        _log.warning('%s', error)
+        workdir_lib.mark_undone(workdir, stage)
 
 
 def _check_product(folder: epath.Path, digest: str) -> None:

@@ -13,6 +13,7 @@ import re
 
 from etils import epath
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 
 
@@ -97,7 +98,33 @@ def locate(field: str, value: str, role: str, stage: str = '') -> Source:
   if not workdir:
     return Source(field, value)
   stage = _finished(field, value, workdir, role, stage or named)
+  check_unchanged(workdir, stage)
   return Source(field, product(workdir, stage), workdir, stage)
+
+
+def check_unchanged(workdir: epath.PathLike, stage: str) -> None:
+  """Raises where a product is no longer the one that its stage has made.
+
+  The digest of the folder's manifest is compared, not that of its files, which
+  whoever loads them compares with the manifest.
+
+  Args:
+    workdir: of the run.
+    stage: whose product it is; 'critic' for that of PPO.
+
+  Raises:
+    DamagedError: with the folder, and what makes it anew.
+  """
+  done = workdir_lib.read_done(workdir, 'ppo' if stage == 'critic' else stage)
+  folder = product(workdir, stage)
+  name = str(epath.Path(folder).relative_to(epath.Path(workdir)))
+  wanted = (done or {}).get('products', {}).get(name)
+  if wanted and manifest.digest_of(folder) != wanted:
+    raise manifest.DamagedError(
+        f'{folder} is damaged: it holds no {manifest.NAME}, or another one '
+        'than done.json of its stage names; run the train command of '
+        f'{workdir} again, which makes the folder anew from the checkpoint'
+    )
 
 
 def _split(field: str, value: str, role: str) -> tuple[str, str]:

@@ -105,8 +105,8 @@ def verify(step: epath.Path) -> None:
   """Compares the files of a step with its manifest, shared by all processes.
 
   Each process looks at every n-th file, so all must call this together. A step
-  that an earlier version of this package has saved has no digests: a line says
-  so, and it is taken as it is.
+  that an earlier version of this package has saved has no digests, nor have
+  those beside it: a line says so, and it is taken as it is.
 
   Raises:
     DamagedError: names the file.
@@ -115,6 +115,11 @@ def verify(step: epath.Path) -> None:
   names = sorted(manifest.read(step) or ())
   mine = set(names[index::count])
   if not manifest.verify(step, mine.__contains__, remedy='it is not used'):
+    if any((path / manifest.NAME).exists() for path in step.parent.iterdir()):
+      raise manifest.DamagedError(
+          f'{step} is damaged: it holds no {manifest.NAME}, and a step beside '
+          'it does; it is not used'
+      )
     _log.warning(
         '%s holds no %s, so damage of it cannot be seen; it is used as it is',
         step,

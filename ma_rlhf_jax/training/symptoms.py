@@ -183,6 +183,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
     ),
 )
 CODES = tuple(symptom.code for symptom in SYMPTOMS)
+# What a stage is not tested for before its last update.
+_SHOWN_AT_THE_END = ('reward_model_at_chance',)
 _BY_CODE = {symptom.code: symptom for symptom in SYMPTOMS}
 
 
@@ -211,6 +213,12 @@ class Watch:
     """Takes over what `state` of an earlier start has returned."""
     self.found = dict(state.get('found', {}))
     self.first = dict(state.get('first', {}))
+
+  def restore_best(self, state: Mapping[str, Any]) -> None:
+    """`restore` of the best step; what only shows at the end of all stays."""
+    at_end = {c: e for c, e in self.found.items() if c in _SHOWN_AT_THE_END}
+    self.restore(state)
+    self.found |= at_end
 
   def state(self) -> dict[str, Any]:
     """What a later start needs, as JSON values."""

@@ -52,6 +52,8 @@ def test_what_another_run_has_chosen_counts(
     _start_in_place(tmp_path / which, which)
     source = {field: str(tmp_path / which / path)}
     assert _is_made(tmp_path / 'new', **source) == (which == 'best')
+    stage = {field: f'{tmp_path / which}:sft'}
+    assert _is_made(tmp_path / 'new', **stage) == (which == 'best')
     # And through a run that begins with that one.
     _start(tmp_path / f'after-{which}', **source)
     found = _is_made(tmp_path / 'new', sft__init=f'{tmp_path}/after-{which}')

@@ -78,3 +78,11 @@ def test_stages_that_the_config_does_not_list_are_left_alone(
   shutil.rmtree(workdir / 'sft' / 'hf')
   product_digests.discard_damaged(tiny.config(stages=('ppo',)), workdir)
   assert _done(workdir) == list(STAGES)
+
+
+def test_a_damaged_product_of_a_stage_that_is_not_run_ends_the_start(
+    workdir: pathlib.Path,
+) -> None:
+  (workdir / 'sft/hf/model.safetensors').write_text('sft/hg')
+  with pytest.raises(manifest.DamagedError, match="sft/hf.*'sft' is in stages"):
+    product_digests.discard_damaged(tiny.config(stages=('ppo',)), workdir)

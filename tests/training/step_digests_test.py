@@ -120,9 +120,21 @@ def test_a_step_without_digests_is_used_with_a_line(
 ) -> None:
   folder = tmp_path / 'a'
   shutil.copytree(saved, folder)
-  (folder / '40' / manifest.NAME).unlink()
+  for step in folder.iterdir():
+    (step / manifest.NAME).unlink(missing_ok=True)
   with _open(folder) as opened, caplog.at_level(logging.WARNING):
     restored = opened.restore_latest(ABSTRACT)
   assert restored.step == 40
   np.testing.assert_array_equal(restored.state['x'], jnp.asarray(X + 1))
   assert f'{folder / "40"} holds no {manifest.NAME}' in caplog.text
+
+
+def test_a_step_that_lost_its_digests_is_damaged(
+    saved: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  folder = tmp_path / 'a'
+  shutil.copytree(saved, folder)
+  (folder / '40' / manifest.NAME).unlink()
+  with _open(folder) as opened:
+    assert opened.restore_latest(ABSTRACT).step < 40
+  assert (folder / 'damaged-40').exists()

@@ -189,3 +189,11 @@ def test_every_symptom_has_its_field_of_stop():
   assert len(set(symptoms.CODES)) == len(symptoms.SYMPTOMS)
   for symptom in symptoms.SYMPTOMS:
     assert dataclasses.asdict(symptom)['remedy']
+
+
+def test_what_shows_at_the_end_of_a_stage_stays_with_its_best_step():
+  watch = symptoms.Watch('reward_model', config_lib.base(), 256)
+  watch.note({'eval/accuracy': 0.5})
+  watch.check(True)
+  watch.restore_best({'found': {}, 'first': {}})
+  assert list(watch.found) == ['reward_model_at_chance']
