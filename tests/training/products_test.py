@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.training import products
 from ma_rlhf_jax.training.products import Source, SourceError
@@ -135,3 +136,22 @@ def test_a_field_that_takes_a_whole_run_takes_no_part_of_one(
   for value in (f'{run}:ppo', str(tmp_path), 'google/gemma-2b'):
     with pytest.raises(SourceError, match='ppo.policy_init'):
       products.locate('ppo.from', value, 'policy', 'sft')
+
+
+def test_a_product_that_was_exchanged_is_not_used(
+    tmp_path: pathlib.Path,
+) -> None:
+  run = _made(tmp_path / 'run', 'sft')
+  folder = pathlib.Path(run) / 'sft' / 'hf'
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'model.safetensors').write_text('as trained')
+  made = {'sft/hf': manifest.write(folder)}
+  workdir_lib.mark_done(run, 'sft', {'step': 1, 'products': made})
+  assert products.locate('f', run, 'policy').stage == 'sft'
+  (folder / 'model.safetensors').write_text('another one')
+  manifest.write(folder)  # whole, and not what the stage has made
+  with pytest.raises(manifest.DamagedError, match='sft/hf is damaged'):
+    products.locate('f', run, 'policy')
+  (folder / manifest.NAME).unlink()
+  with pytest.raises(manifest.DamagedError, match='sft/hf is damaged'):
+    products.locate('f', f'{run}:sft', 'policy')
