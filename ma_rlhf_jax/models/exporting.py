@@ -179,7 +179,9 @@ def write_tokenizer(
   content.setdefault('model_input_names', ['input_ids', 'attention_mask'])
   for name in ('is_local', 'local_files_only'):  # how it was read here
     content.pop(name, None)
-  _write_json(path, content)
+  # One order, whether the tokenizer was just trained or read back: a resumed
+  # run writes the same bytes.
+  _write_json(path, dict(sorted(content.items())))
 
 
 def write_manifest(draft: pathlib.Path) -> None:

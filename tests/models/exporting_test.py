@@ -18,6 +18,7 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax import manifest
+from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data import tokenizer_files
 from ma_rlhf_jax.models import exporting, folders, heads, huggingface
 from ma_rlhf_jax.models.presets import GemmaConfig
@@ -308,3 +309,16 @@ def test_the_manifest_lists_what_is_fetched_of_a_folder(
   }
   assert 'chat_template.jinja' in names
   assert manifest.verify(tmp_path / 'hf')
+
+
+def test_a_tokenizer_is_written_the_same_when_it_was_read_back(
+    tmp_path: pathlib.Path,
+) -> None:
+  trained, first, again = (tmp_path / name for name in ('t', '1', '2'))
+  tokenizer_lib.train_tokenizer(['My boss was late. TL;DR:'], 300, str(trained))
+  for source, folder in ((trained, first), (first, again)):
+    folder.mkdir()
+    loaded = tokenizer_lib.load_tokenizer(str(source))
+    exporting.write_tokenizer(folder, loaded)
+  for path in first.iterdir():
+    assert (again / path.name).read_bytes() == path.read_bytes(), path.name
