@@ -243,6 +243,21 @@ def _remedy(folder: epath.Path) -> str:
   )
 
 
+def check_digest(folder: epath.PathLike, wanted: str, *, remedy: str) -> None:
+  """Raises DamagedError where a folder's manifest is missing or another one.
+
+  Args:
+    folder: also gs://.
+    wanted: the `digest_of` it when it was written.
+    remedy: what the user can do.
+  """
+  if digest_of(folder) != wanted:
+    raise DamagedError(
+        f'{folder} is damaged: it holds no {NAME}, or another one than '
+        f'done.json of its stage names; {remedy}'
+    )
+
+
 def is_small(name: str) -> bool:
   """Whether a file of a model folder is none of its weights."""
   return not name.endswith('.safetensors')

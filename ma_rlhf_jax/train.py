@@ -133,9 +133,8 @@ def train_sft(run: Run) -> None:
   stage = SFT(run, *sources.initial_policy(run))
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
-  trained = ('policy', stage.shape, stage.params(states))
-  facts = {'symptoms': stage.watch.found}
-  _finish(run, 'sft', step, {'sft': trained}, **facts)
+  exports = {'sft': ('policy', stage.shape, stage.params(states))}
+  _finish(run, 'sft', step, exports, symptoms=stage.watch.found)
 
 
 def train_reward_model(run: Run) -> None:
@@ -144,9 +143,8 @@ def train_reward_model(run: Run) -> None:
   stage = RewardModel(run, *sources.initial_reward_model(run))
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
-  trained = ('scalar', stage.shape, stage.params(states))
-  facts = {'symptoms': stage.watch.found}
-  _finish(run, 'reward_model', step, {'reward_model': trained}, **facts)
+  exports = {'reward_model': ('scalar', stage.shape, stage.params(states))}
+  _finish(run, 'reward_model', step, exports, symptoms=stage.watch.found)
 
 
 def _ppo_models(run: Run) -> tuple[Models, Models]:

@@ -14,6 +14,7 @@ from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.training import products
 
 _log = logging.getLogger(__name__)
+_REMEDY = 'the folder is made again from the last checkpoint'
 
 
 def digests(workdir: epath.PathLike, stage: str) -> dict[str, str]:
@@ -48,23 +49,15 @@ def discard_damaged(config: ConfigDict, workdir: epath.PathLike) -> None:
   for stage in ('sft', 'reward_model', 'ppo'):
     done = workdir_lib.read_done(workdir, stage) or {}
     try:
-      for folder, digest in done.get('products', {}).items():
-        _check_product(epath.Path(workdir) / folder, digest)
+      for name, digest in done.get('products', {}).items():
+        folder = epath.Path(workdir) / name
+        manifest.verify(folder, remedy=_REMEDY)
+        manifest.check_digest(folder, digest, remedy=_REMEDY)
     except manifest.DamagedError as error:
-      if stage not in config.stages and (epath.Path(workdir) / folder).exists():
+      if stage not in config.stages and folder.exists():
         raise manifest.DamagedError(
             f'{error}, if {stage!r} is in stages'
         ) from error
       if stage in config.stages:
         _log.warning('%s', error)
         workdir_lib.mark_undone(workdir, stage)
-
-
-def _check_product(folder: epath.Path, digest: str) -> None:
-  remedy = 'the folder is made again from the last checkpoint'
-  manifest.verify(folder, remedy=remedy)
-  if manifest.digest_of(folder) != digest:
-    raise manifest.DamagedError(
-        f'{folder} is damaged: it holds no {manifest.NAME}, or another one '
-        f'than done.json of its stage names; {remedy}'
-    )

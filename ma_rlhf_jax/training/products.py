@@ -119,11 +119,12 @@ def check_unchanged(workdir: epath.PathLike, stage: str) -> None:
   folder = product(workdir, stage)
   name = str(epath.Path(folder).relative_to(epath.Path(workdir)))
   wanted = (done or {}).get('products', {}).get(name)
-  if wanted and manifest.digest_of(folder) != wanted:
-    raise manifest.DamagedError(
-        f'{folder} is damaged: it holds no {manifest.NAME}, or another one '
-        'than done.json of its stage names; run the train command of '
-        f'{workdir} again, which makes the folder anew from the checkpoint'
+  if wanted:
+    manifest.check_digest(
+        folder,
+        wanted,
+        remedy=f'run the train command of {workdir} again, which makes the '
+        'folder anew from the checkpoint',
     )
 
 
