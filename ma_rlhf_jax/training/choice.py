@@ -1,24 +1,18 @@
 """Whether held-out rows have chosen the models of a run."""
 
 from collections.abc import Mapping
-import json
+import logging
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.training import products, sources
 
-# What may name the workdir of another run, or a model in one.
-_SOURCES = (
-    'sft.init',
-    'reward_model.init',
-    'ppo.policy_init',
-    'ppo.reward_model',
-    'ppo.critic_init',
-    'ppo.from_run',
-)
+_log = logging.getLogger(__name__)
 
 
 def is_made(config: ConfigDict, workdir: epath.PathLike) -> bool:
@@ -41,15 +35,13 @@ def _chooses(
   """Whether this start chooses, or began with what another run has chosen."""
   if flat.get('export.which') == 'best':
     return True
-  names = filter(None, (flat.get(field) for field in _SOURCES))
+  names = filter(None, (flat.get(field) for field in sources.MODEL_FIELDS))
   return any(_chose(run, seen) for name in names for run in _workdirs(name))
 
 
 def _workdirs(name: str) -> list[epath.Path]:
   """The workdir that `name` is, or whose <stage>/hf or ppo/critic it is."""
-  path = epath.Path(name).expanduser()
-  if not path.exists() and ':' in path.name:  # WORKDIR:STAGE
-    path = epath.Path(str(path).rpartition(':')[0])
+  path = epath.Path(products.split(str(epath.Path(name).expanduser()))[0])
   if not path.is_dir():
     return []  # an id of the hub
   return [p for p in (path, path.parent.parent) if workdir_lib.is_workdir(p)]
@@ -64,11 +56,11 @@ def _chose(workdir: epath.Path, seen: frozenset[str] = frozenset()) -> bool:
 
 
 def _starts(workdir: epath.Path) -> list[dict[str, Any]]:
-  """The configs of all starts; one killed while it was written did nothing."""
+  """The configs of all starts whose files are whole."""
   found = []
   for path in workdir.glob('run-[0-9]*.json'):
     try:
-      found.append(json.loads(path.read_text())['config'])
-    except ValueError:
-      continue
+      found.append(manifest.read_sealed(path).get('config', {}))
+    except manifest.DamagedError as error:
+      _log.warning('%s; what it chose is not known', error)
   return found

@@ -88,7 +88,7 @@ def locate(field: str, value: str, role: str, stage: str = '') -> Source:
   """
   if value.startswith('~'):
     value = str(epath.Path(value).expanduser())
-  workdir, named = _split(field, value, role)
+  workdir, named = _workdir(field, value, role)
   if stage and (named or not workdir):
     raise SourceError(
         f'{field}={value} must be the workdir of a run, whose SFT policy and '
@@ -128,18 +128,27 @@ def check_unchanged(workdir: epath.PathLike, stage: str) -> None:
     )
 
 
-def _split(field: str, value: str, role: str) -> tuple[str, str]:
-  """(workdir, named stage); empty where the value has none."""
-  if workdir_lib.is_workdir(value):
-    return value, ''
+def split(value: str) -> tuple[str, str]:
+  """(folder, stage) of `WORKDIR:STAGE`; the stage is '' in any other value.
+
+  Only a name that is not there itself, and has a stage without a slash, is of
+  that form; whether the folder is a workdir is not asked.
+  """
   head, _, stage = value.rpartition(':')
   if not head or '/' in stage or epath.Path(value).exists():
-    return '', ''
+    return value, ''
+  return head, stage
+
+
+def _workdir(field: str, value: str, role: str) -> tuple[str, str]:
+  """(workdir, named stage); empty where the value has none."""
+  head, stage = split(value)
   if not workdir_lib.is_workdir(head):
-    _refuse_name(field, value, head, role)
+    if stage:
+      _refuse_name(field, value, head, role)
     return '', ''
   usual, others = ROLES[role]
-  if stage not in (*usual, *others):
+  if stage and stage not in (*usual, *others):
     raise SourceError(
         f'{field}={value}: no stage {stage!r} of a workdir is a {role}; name '
         f'one of {", ".join((*usual, *others))}'

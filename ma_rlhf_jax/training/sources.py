@@ -51,6 +51,15 @@ _FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
         ('ppo.critic_init', 'critic'),
     ),
 }
+# Every field that may name a model, as the config spells it.
+MODEL_FIELDS = tuple(
+    dict.fromkeys(
+        field.replace('ppo.from', 'ppo.from_run')
+        for named in _FIELDS.values()
+        for field, role in named
+        if role != 'tokenizer'
+    )
+)
 # Use -> the stage of this run whose product serves where no field is set.
 OWN = {
     'reward_model': 'sft',
