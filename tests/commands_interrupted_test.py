@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end_test import _RECIPE
+from tests import whole_run
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PACKAGE = 'ma_rlhf_jax'
@@ -134,7 +134,7 @@ def _interrupted(place: _Place, seconds: float, *command: str) -> str | None:
 @pytest.fixture
 def place(tmp_path: pathlib.Path) -> _Place:
   (tmp_path / 'tmp').mkdir()
-  (tmp_path / 'recipe.py').write_text(_RECIPE)
+  (tmp_path / 'recipe.py').write_text(whole_run.recipe())
   (tmp_path / 'toy_parser.py').write_text(_PARSER)
   return _Place(tmp_path, tmp_path / 'tmp')
 

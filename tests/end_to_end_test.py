@@ -21,29 +21,12 @@ from ma_rlhf_jax import manifest
 from ma_rlhf_jax.models import fingerprint, huggingface
 from ma_rlhf_jax.training import metrics as metrics_lib
 from ma_rlhf_jax.training import symptoms
+from tests import whole_run
 from tests.hashing import params_sha256
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STAGES = ('sft', 'reward_model', 'ppo')
-_RECIPE = """
-from ma_rlhf_jax.config import apply_arguments, base
-
-def get_config(arguments=''):
-  config = base()
-  config.update_from_flattened_dict({
-      'model.vocab_size': 512, 'model.num_layers': 1, 'model.embed_dim': 16,
-      'model.mlp_dim': 24, 'model.num_heads': 2, 'model.head_dim': 8,
-      'model.remat': 'none', 'tokenizer.vocab_size': 512,
-      'data.synthetic_rows': 300, 'data.eval_rows': 16,
-      'data.max_prompt_len': 64, 'data.max_response_len': 48,
-      'sft.batch_size': 8, 'sft.steps': 3, 'sft.eval_every': 2,
-      'reward_model.batch_size': 8, 'reward_model.steps': 3,
-      'ppo.batch_size': 8, 'ppo.steps': 8, 'ppo.eval_every': 4,
-      'checkpoint.every': 4, 'evaluate.prompts': 16,
-      'log.sinks': ('jsonl',), 'log.samples': 2,
-  })
-  return apply_arguments(config, arguments)
-"""
+_RECIPE = whole_run.recipe()
 # Ends the process in the middle of PPO as `kill -9` does: after update 5 was
 # logged and the checkpoint of step 4 committed.
 _KILLED = """

@@ -22,7 +22,7 @@ from ma_rlhf_jax.generation import finished
 from ma_rlhf_jax.training import sources
 from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.sft import SFT
-from tests import products
+from tests import products, whole_run
 
 _FLIPS = 100
 _PRODUCTS = ('sft/hf', 'reward_model/hf', 'ppo/hf', 'ppo/critic')
@@ -75,18 +75,10 @@ def test_a_damaged_product_is_neither_served_nor_exported(
 
 def _config(*stages: str) -> ConfigDict:
   config = config_lib.base()
-  config.update_from_flattened_dict({
-      'model.vocab_size': 512, 'model.num_layers': 1, 'model.embed_dim': 16,
-      'model.mlp_dim': 24, 'model.num_heads': 2, 'model.head_dim': 8,
-      'model.remat': 'none', 'tokenizer.vocab_size': 512,
-      'data.synthetic_rows': 300, 'data.eval_rows': 16,
-      'data.max_prompt_len': 64, 'data.max_response_len': 48,
-      'sft.batch_size': 8, 'sft.steps': 4, 'sft.eval_every': 0,
-      'reward_model.batch_size': 8, 'reward_model.steps': 2,
-      'ppo.batch_size': 8, 'ppo.steps': 4, 'ppo.eval_every': 0,
-      'checkpoint.every': 1, 'evaluate.prompts': 16,
-      'log.sinks': ('jsonl',), 'log.samples': 0,
-      'stages': stages,
+  config.update_from_flattened_dict(whole_run.FIELDS | {
+      'sft.steps': 4, 'sft.eval_every': 0, 'reward_model.steps': 2,
+      'ppo.steps': 4, 'ppo.eval_every': 0, 'checkpoint.every': 1,
+      'log.samples': 0, 'stages': stages,
   })  # fmt: skip
   return config
 

@@ -17,29 +17,16 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.training.metrics import read_metrics
+from tests import whole_run
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STAGES = ('sft', 'reward_model', 'ppo')
-_RECIPE = """
-from ma_rlhf_jax.config import apply_arguments, base
-
-def get_config(arguments=''):
-  config = base()
-  config.update_from_flattened_dict({
-      'model.vocab_size': 512, 'model.num_layers': 1, 'model.embed_dim': 16,
-      'model.mlp_dim': 24, 'model.num_heads': 2, 'model.head_dim': 8,
-      'model.remat': 'none', 'tokenizer.vocab_size': 512,
-      'data.synthetic_rows': 300, 'data.eval_rows': 16,
-      'data.max_prompt_len': 64, 'data.max_response_len': 48,
-      'sft.batch_size': 8, 'sft.steps': 7, 'sft.eval_every': 0,
-      'reward_model.batch_size': 8, 'reward_model.steps': 3,
-      'ppo.batch_size': 8, 'ppo.steps': 7, 'ppo.eval_every': 0,
-      'sft.optim.lr': 1e-2, 'ppo.optim.lr': 1e-3,
-      'checkpoint.every': 4, 'evaluate.prompts': 16,
-      'log.sinks': ('jsonl',), 'log.samples': 0,
-  })
-  return apply_arguments(config, arguments)
-"""
+_RECIPE = whole_run.recipe({
+    'sft.steps': 7, 'sft.eval_every': 0,
+    'ppo.steps': 7, 'ppo.eval_every': 0,
+    'sft.optim.lr': 1e-2, 'ppo.optim.lr': 1e-3,
+    'log.samples': 0,
+})  # fmt: skip
 # Once a run, process 1 gets a signal before update 7, after the checkpoint of
 # step 4. The line of update 5 is written by then.
 _STOPPED = """

@@ -186,10 +186,13 @@ def load(path: epath.PathLike) -> tuple[EncodedSet, Counts]:
   """What `save` wrote.
 
   Raises:
-    DamagedError: if the file does not have the SHA-256 of its marker.
+    DamagedError: if the file does not have the SHA-256 of its marker, or the
+      marker holds none, as those of earlier versions.
   """
   content = epath.Path(path).read_bytes()
   written = epath.Path(f'{path}.done').read_bytes().strip()
+  if not written:
+    raise manifest.DamagedError(f'{path} is of a version without digests')
   if hashlib.sha256(content).hexdigest().encode() != written:
     raise manifest.DamagedError(
         f'{path} is damaged: its SHA-256 is not that in {path}.done'

@@ -9,7 +9,6 @@ import collections
 from collections.abc import Iterable, Sequence
 import hashlib
 import json
-import logging
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -20,8 +19,6 @@ from ma_rlhf_jax.data import tokenizer_files
 if TYPE_CHECKING:
   import tokenizers
   from transformers import PreTrainedTokenizerBase
-
-_log = logging.getLogger(__name__)
 
 # Gemma's layout: these, then 256 byte tokens, then what was learned.
 SPECIAL_TOKENS = ('<pad>', '<eos>', '<bos>', '<unk>')

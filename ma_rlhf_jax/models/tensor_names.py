@@ -85,9 +85,9 @@ GEMMA2_DEFAULTS = {
 }
 # Names of the kinds of layers in `layer_types`.
 SLIDING, FULL = 'sliding_attention', 'full_attention'
-# Where the tensors lie: in one file, or in shards that an index lists.
 # What is fetched of a folder: never code, never pickles.
 FETCHED = ('*.safetensors', '*.json', 'tokenizer.model')
+# Where the tensors lie: in one file, or in shards that an index lists.
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 

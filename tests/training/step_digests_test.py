@@ -31,6 +31,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return folder
 
 
+@pytest.fixture
+def folder(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+  """A copy of it, which may be damaged."""
+  return pathlib.Path(shutil.copytree(saved, tmp_path / 'a'))
+
+
 def test_every_file_of_a_step_has_its_sha256(saved: pathlib.Path) -> None:
   step = saved / '40'
   want = {
@@ -80,12 +86,8 @@ def test_a_flipped_bit_of_any_file_is_found_or_changes_nothing(
 
 
 def test_the_best_is_not_chosen_by_a_damaged_number(
-    saved: pathlib.Path,
-    tmp_path: pathlib.Path,
-    caplog: pytest.LogCaptureFixture,
+    folder: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-  folder = tmp_path / 'a'
-  shutil.copytree(saved, folder)
   meta = folder / '40' / 'meta' / 'metadata'
   meta.write_text(meta.read_text().replace('0.5', '4.5'))  # one bit of 0
   with caplog.at_level(logging.WARNING), _open(folder) as opened:
@@ -114,12 +116,8 @@ def test_a_step_appears_with_its_digests_or_not_at_all(
 
 
 def test_a_step_without_digests_is_used_with_a_line(
-    saved: pathlib.Path,
-    tmp_path: pathlib.Path,
-    caplog: pytest.LogCaptureFixture,
+    folder: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-  folder = tmp_path / 'a'
-  shutil.copytree(saved, folder)
   for step in folder.iterdir():
     (step / manifest.NAME).unlink(missing_ok=True)
   with _open(folder) as opened, caplog.at_level(logging.WARNING):
@@ -129,11 +127,7 @@ def test_a_step_without_digests_is_used_with_a_line(
   assert f'{folder / "40"} holds no {manifest.NAME}' in caplog.text
 
 
-def test_a_step_that_lost_its_digests_is_damaged(
-    saved: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-  folder = tmp_path / 'a'
-  shutil.copytree(saved, folder)
+def test_a_step_that_lost_its_digests_is_damaged(folder: pathlib.Path) -> None:
   (folder / '40' / manifest.NAME).unlink()
   with _open(folder) as opened:
     assert opened.restore_latest(ABSTRACT).step < 40
