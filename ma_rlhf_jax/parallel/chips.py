@@ -27,6 +27,21 @@ class Chip:
   capability: tuple[int, int] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Shares:
+  """Which share of the datasheet a program reaches.
+
+  Attributes:
+    compute: of bfloat16 FLOP/s. Published training runs: 0.38 to 0.65.
+    hbm: of the bytes/s of HBM. Published decoding: 0.45 to 0.6; copies 0.9.
+    wire: of the bytes/s of all links that a collective can use.
+  """
+
+  compute: float = 0.45
+  hbm: float = 0.6
+  wire: float = 0.7
+
+
 # docs.cloud.google.com/tpu/docs and the scaling book (jax-ml.github.io); one
 # way per link. A chip of tpu7x is two devices, each with half of it.
 TPUS = {

@@ -7,23 +7,9 @@ the machine that is planned.
 import dataclasses
 
 from ma_rlhf_jax.parallel import chips
+from ma_rlhf_jax.parallel.chips import Shares
 from ma_rlhf_jax.planning.compiling import Compiled
 from ma_rlhf_jax.planning.topology import Topology
-
-
-@dataclasses.dataclass(frozen=True)
-class Shares:
-  """Which share of the datasheet a program reaches.
-
-  Attributes:
-    compute: of bfloat16 FLOP/s. Published training runs: 0.38 to 0.65.
-    hbm: of the bytes/s of HBM. Published decoding: 0.45 to 0.6; copies 0.9.
-    wire: of the bytes/s of all links that a collective can use.
-  """
-
-  compute: float = 0.45
-  hbm: float = 0.6
-  wire: float = 0.7
 
 
 @dataclasses.dataclass(frozen=True)

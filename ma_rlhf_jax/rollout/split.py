@@ -10,8 +10,7 @@ import dataclasses
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import chips
 
-# Shares of the datasheet that are reached, those that plans assume.
-_HBM, _WIRE = 0.6, 0.7
+_SHARES = chips.Shares()  # those that plans assume
 # Weights and cache may take so much of a device; the rest trains.
 _ROOM = 0.5
 _GIB = 2**30
@@ -89,8 +88,8 @@ def token_seconds(work: Decoding, chip: chips.Chip, split: int) -> float:
   sums = work.rows_of(split) * c.embed_dim * c.compute_dtype.itemsize
   sent = 2 * (2 * c.num_layers + 1) * sums * (split - 1) / split
   return (
-      read / (chip.hbm * _HBM)
-      + sent / (chip.link * _WIRE)
+      read / (chip.hbm * _SHARES.hbm)
+      + sent / (chip.link * _SHARES.wire)
       + latency(c, chip, split)
   )
 

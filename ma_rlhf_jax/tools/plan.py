@@ -6,6 +6,7 @@ they cost; `--topology=gpu:h200:8` answers by formula. Needs no weights, rows,
 tokenizer or TPU; for slices `pip install -e '.[plan]'`.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -61,7 +62,7 @@ _JOBS = flags.DEFINE_integer(
 )
 _SHARES = flags.DEFINE_list(
     'shares',
-    ['0.45', '0.6', '0.7'],
+    [str(share) for share in dataclasses.astuple(roofline.Shares())],
     'Share of the datasheet that is reached: compute, HBM, wire.',
 )
 _JSON = flags.DEFINE_string('json', None, 'Also write the plan to this file.')

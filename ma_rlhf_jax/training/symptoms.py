@@ -56,6 +56,7 @@ class Symptom:
     reads: metrics without which there is nothing to test.
     test: the evidence in words and numbers; '' where it is absent.
     remedy: which fields to change.
+    at_end: whether it is tested for after the last update of the stage alone.
   """
 
   code: str
@@ -63,12 +64,13 @@ class Symptom:
   reads: tuple[str, ...]
   test: Callable[[Reading], str]
   remedy: str
+  at_end: bool = False
 
   def evidence(self, reading: Reading) -> str:
-    """That of the test; '' where a metric that it reads is missing."""
-    if any(name not in reading.metrics for name in self.reads):
-      return ''
-    return self.test(reading)
+    """That of the test; '' where there is nothing to test yet."""
+    missing = any(name not in reading.metrics for name in self.reads)
+    too_early = self.at_end and not reading.is_last
+    return '' if missing or too_early else self.test(reading)
 
   def line(self, evidence: str) -> str:
     """Code, evidence and remedy."""
@@ -76,14 +78,14 @@ class Symptom:
 
 
 def _at_chance(r: Reading) -> str:
-  """Held-out accuracy that a coin toss explains, once training is over.
+  """Held-out accuracy that a coin toss explains.
 
   The test is that of p = 1/2 at the 0.5 % level (one-sided). Of few pairs it
   tells little, so an accuracy of 0.6 or more never counts.
   """
   accuracy = r.metrics['eval/accuracy']
   chance = 0.5 + 2.58 * math.sqrt(0.25 / r.held_out)
-  if not r.is_last or accuracy >= min(0.6, chance):
+  if accuracy >= min(0.6, chance):
     return ''
   return (
       f'the reward model prefers the chosen response in {accuracy:.3f} of '
@@ -133,7 +135,9 @@ def _worse_score(r: Reading) -> str:
   now, before = r.metrics['eval/score'], r.first['eval/score']
   if now >= before - 0.5 * r.first['objective/score_std']:
     return ''
-  return f'eval/score is {now:.4g}, and that of the SFT policy was {before:.4g}'
+  return (
+      f'eval/score is {now:.4g}, and was {before:.4g} before the first update'
+  )
 
 
 SYMPTOMS: tuple[Symptom, ...] = (
@@ -144,6 +148,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         _at_chance,
         'check the labels (data.chosen_column, data.rejected_column, '
         'data.shuffle_labels), or raise reward_model.optim.lr or epochs',
+        at_end=True,
     ),
     Symptom(
         'kl_above_max',
@@ -183,8 +188,6 @@ SYMPTOMS: tuple[Symptom, ...] = (
     ),
 )
 CODES = tuple(symptom.code for symptom in SYMPTOMS)
-# What a stage is not tested for before its last update.
-_SHOWN_AT_THE_END = ('reward_model_at_chance',)
 _BY_CODE = {symptom.code: symptom for symptom in SYMPTOMS}
 
 
@@ -216,7 +219,7 @@ class Watch:
 
   def restore_best(self, state: Mapping[str, Any]) -> None:
     """`restore` of the best step; what only shows at the end of all stays."""
-    at_end = {c: e for c, e in self.found.items() if c in _SHOWN_AT_THE_END}
+    at_end = {c: e for c, e in self.found.items() if _BY_CODE[c].at_end}
     self.restore(state)
     self.found |= at_end
 
@@ -296,7 +299,7 @@ def of_comparison(
   mean, low, high = numbers['score']['difference']
   if high < 0:
     found['score_below_sft'] = (
-        f'the score is lower than that of SFT by {-mean:.4g} [{-high:.4g}, '
+        f'the score is lower than before PPO by {-mean:.4g} [{-high:.4g}, '
         f'{-low:.4g}]'
     )
   return found
