@@ -44,6 +44,7 @@ class _State:
     self.held = self.noted = 0  # blocks entered
     self.raising = False
     self.asked = False  # Ctrl-C came in a block that goes on
+    self.errors = 2  # where the line goes: standard error
     self.ending = threading.Lock()  # locked once the process ends
     self.said = threading.Lock()
 
@@ -122,6 +123,7 @@ def end() -> NoReturn:
   """Ends the process as the first Ctrl-C does; a second call is the second."""
   if not _state.ending.acquire(blocking=False):
     _leave('')
+  _silence()
   words = [_state.message]
   try:
     # What a block is in the middle of is left as a kill would leave it.
@@ -134,15 +136,28 @@ def end() -> NoReturn:
     _leave('; '.join(filter(None, words)))
 
 
+def _silence() -> None:
+  """Nothing but the line of this module reaches the standard error any more.
+
+  Other threads run on for a moment, and would report what is taken away from
+  them: a parser that has ended, say.
+  """
+  with contextlib.suppress(OSError):
+    _state.errors = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+
+
 def _leave(line: str) -> NoReturn:
   """Writes the line, unless it is written, and ends; runs nothing else.
 
   Threads that still compile would crash in an orderly end.
   """
   if _state.said.acquire(blocking=False):
-    start = '\n' if os.isatty(2) else ''  # a progress bar may be in the line
+    # A progress bar may be in the line of a terminal.
+    start = '\n' if os.isatty(_state.errors) else ''
     with contextlib.suppress(OSError):
-      os.write(2, f'{start}{line or _state.message}\n'.encode())
+      os.write(_state.errors, f'{start}{line or _state.message}\n'.encode())
   os._exit(EXIT_CODE)
 
 

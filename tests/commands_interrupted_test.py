@@ -114,7 +114,7 @@ def _interrupted(place: _Place, seconds: float, *command: str) -> str | None:
     os.killpg(process.pid, signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     code = process.wait(60)
-    said = errors.read_text()[written:]
+    said = errors.read_bytes()[written:].decode()
     if code == 0 and not said:  # its work was done, and it was just ending
       said = None
     else:

@@ -186,3 +186,20 @@ os.kill(os.getpid(), signal.SIGUSR1)
 busy(0.8)
 """
   assert _run(code, times=0) == (0, 'usr1\n', '')
+
+
+def test_other_threads_do_not_report_what_is_taken_from_them() -> None:
+  code = """
+import threading
+gone = threading.Event()
+def complain():
+  gone.wait()
+  print('it is gone', file=sys.stderr, flush=True)
+threading.Thread(target=complain, daemon=True).start()
+def take():
+  gone.set()
+  time.sleep(0.2)
+with interrupts.at_end(take):
+  ready(); busy()
+"""
+  assert _run(code) == (130, '', 'stopped\n')
