@@ -285,10 +285,9 @@ def _rollout(name: str, z: Sizes) -> Load:
 
 def _reshard(z: Sizes) -> Load:
   """The policy from its layout in training to that of decoding."""
-  copy, share = z.decode_copy
-  # Each layer is gathered whole on its way.
-  layer = copy * share / z.shape.num_layers
-  return Load(layer, 2 * share, copy * share * _ring(z.fsdp), 0.0)
+  _, share = z.decode_copy
+  # A device receives what it will keep, layer by layer.
+  return Load(2 * share / z.shape.num_layers, 2 * share, share, 0.0)
 
 
 def is_fused(name: str, config: ConfigDict, machine: Machine) -> bool:

@@ -202,32 +202,52 @@ def to_decode(params: Params, *, layout: DecodeLayout) -> Params:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
+def _between(layout: DecodeLayout) -> Mesh:
+  """The devices along (data, fsdp, moved, tensor).
+
+  Training splits `embed` over fsdp x moved and heads over tensor, decoding
+  splits heads over moved x tensor.
+  """
+  data, fsdp, tensor = layout.mesh.devices.shape
+  before = layout.train_mesh.devices.shape[2]
+  return Mesh(
+      layout.mesh.devices.reshape(data, fsdp, tensor // before, before),
+      ('data', 'fsdp', 'moved', 'tensor'),
+  )
+
+
 def _moved(
     layout: DecodeLayout, path: str, x: Array, to: NamedSharding
 ) -> Array:
   """`x` laid out anew; a stack layer by layer.
 
-  XLA moves between meshes by way of a whole copy on every device, for which a
-  stack of all layers is too large.
+  Devices first exchange parts of `embed` for parts of heads, of the vocabulary
+  or of the mlp, then gather what is left of `embed`. Asked for both at once,
+  XLA makes a whole copy on every device, for which a stack is too large, and
+  sends 16 times as much for 16 devices to a copy.
   """
-  constrain = jax.lax.with_sharding_constraint
-  train_mesh, whole = layout.train_mesh, PartitionSpec(*[None] * x.ndim)
-  source = partition.param_spec(path, x.shape, train_mesh)
-  # Parts of other sizes lie on other devices: then every device has it all
-  # before it keeps its part. Equal ones need to be gathered over `fsdp` only.
-  same = to.mesh.shape['tensor'] == train_mesh.shape['tensor']
-  gathered = to.spec if same else whole
-  # The first keeps the others from reaching the whole stack.
-  steps = (train_mesh, source), (train_mesh, gathered), (to.mesh, to.spec)
+  source = partition.param_spec(path, x.shape, layout.train_mesh)
+  trained = [('fsdp', 'moved') if a == 'fsdp' else a for a in source]
+  decoded = [('moved', 'tensor') if a == 'tensor' else a for a in to.spec]
+  splits = 'tensor' in to.spec
+  exchanged = [
+      'fsdp' if splits and a == 'fsdp' else new or old
+      for a, old, new in zip(source, trained, decoded, strict=True)
+  ]
+  between = _between(layout)
 
   def move(x: Array, skipped: int = 0) -> Array:
-    for mesh, axes in steps:
-      x = constrain(x, NamedSharding(mesh, PartitionSpec(*axes[skipped:])))
+    # The first keeps the others from reaching the whole stack.
+    for axes in (trained, exchanged, decoded):
+      spec = PartitionSpec(*axes[skipped:])
+      x = jax.lax.with_sharding_constraint(x, NamedSharding(between, spec))
     return x
 
-  if not path.startswith('layers/'):
-    return move(x)
-  return constrain(jax.lax.map(functools.partial(move, skipped=1), x), to)
+  if path.startswith('layers/'):
+    x = jax.lax.map(functools.partial(move, skipped=1), x)
+  else:
+    x = move(x)
+  return jax.lax.with_sharding_constraint(x, to)
 
 
 def abstract_params(params: Params, layout: DecodeLayout) -> Params:

@@ -25,7 +25,7 @@ def _config(**fields: object) -> config_lib.ConfigDict:
     [
         ('reward_model/update', 2.04, 56.9),
         ('ppo/rollout', 3.75, 44.8),
-        ('ppo/reshard', None, 15.7),
+        ('ppo/reshard', None, 0.98),
         ('ppo/score', 1.53, None),
         ('ppo/update_policy', 6.94, None),  # with the table gathered in a loop
         ('ppo/update_critic', 2.86, 56.9),
