@@ -15,7 +15,7 @@ import pytest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches, validation
 from ma_rlhf_jax.training import ppo
-from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.structs import Models
 from tests import pairs, tiny
 
 _CONFIGS, _FORBIDDEN = pairs.covering_set()

@@ -82,7 +82,7 @@ class Judged:
 
 @functools.partial(
     jax.jit,
-    static_argnames=('shapes', 'temperature', 'chunk_tokens', 'num_micro'),
+    static_argnames=('shapes', 'temperature', 'num_micro'),
 )
 def _measure(
     shared: Shared,
@@ -90,7 +90,6 @@ def _measure(
     *,
     shapes: tuple[GemmaConfig, ...],
     temperature: float,
-    chunk_tokens: int,
     num_micro: int,
 ) -> dict[str, Array]:
   """kl [B] of finished responses, and their score [B] by a third model."""
@@ -98,9 +97,7 @@ def _measure(
 
   def measure(rows: SequenceBatch) -> dict[str, Array]:
     logprobs_BT, ref_logprobs_BT = (
-        scoring.response_logprobs(
-            shape, p, rows, temperature=temperature, chunk_tokens=chunk_tokens
-        )[0]
+        scoring.response_logprobs(shape, p, rows, temperature=temperature)[0]
         for shape, p in zip(shapes[:2], params[:2], strict=True)
     )
     kl_B, _ = rewards.kl_estimates(
@@ -210,11 +207,11 @@ def judge(
   count = min(num_prompts, len(data))
   models = (policy, ref_policy, reward_model)
   parts = []
-  for start in range(0, count, run.rows):
-    rows = np.arange(start, start + run.rows) % len(data)
+  for start in range(0, count, run.spec.rows):
+    rows = np.arange(start, start + run.spec.rows) % len(data)
     prompts = prompt_batch(run, data, rows)
     parts.append(
-        _judge_batch(run, prompts, run.key(stream), temperature, models)
+        _judge_batch(run, prompts, run.spec.key(stream), temperature, models)
     )
   join = lambda lists: [x for part in lists for x in part][:count]
   names = parts[0].numbers
@@ -244,9 +241,11 @@ def _draw(
       prompts,
       key,
       step,
-      layout=run.decode_layout(policy.shape),
+      layout=run.spec.decode_layout(policy.shape),
       settings=settings,
-      num_rollouts=update.num_micro(run.rows, run.config.rollout.batch_size),
+      num_rollouts=update.num_micro(
+          run.spec.rows, run.config.rollout.batch_size
+      ),
   )
 
 
@@ -257,7 +256,7 @@ def _judge_batch(
     sampled_at: float,
     models: _Models,
 ) -> Judged:
-  settings = run.sampling(sampled_at)
+  settings = run.spec.sampling(sampled_at)
   rollout = _draw(run, models[0], prompts, key, 0, settings)
   texts, responses = _texts(run, rollout)
   numbers: dict[str, Any] = {}
@@ -298,14 +297,15 @@ def _by_models(
         rollout,
         shapes=tuple(model.shape for model in models),
         temperature=temperature,
-        chunk_tokens=run.config.model.logprob_chunk,
-        num_micro=update.num_micro(run.rows, run.config.ppo.micro_batch_size),
+        num_micro=update.num_micro(
+            run.spec.rows, run.config.ppo.micro_batch_size
+        ),
     )
 
   policy, ref_policy, _ = models
   temperature = settings.temperature or 1.0
   if settings.temperature == run.config.rollout.temperature:
-    temperature = run.logprob_temperature
+    temperature = run.spec.logprob_temperature
   found = measure(rollout, temperature, models)
   policy_kl_B = found['kl']
   plain = dataclasses.replace(settings, **_PLAIN)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import heads, huggingface, kernels, lora, presets
+from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training import products
@@ -147,7 +148,7 @@ def of_stage(
         'reference policy': policy_source(config, workdir),
         'reward model': reward_model_source(config, workdir),
     }
-    if config.ppo.baseline == 'critic':
+    if BASELINES[config.ppo.baseline].has_critic:
       found['critic'] = critic_source(config, workdir)
     return found
   if stage == 'sft':
@@ -207,7 +208,7 @@ def _named_models(config: ConfigDict) -> list[tuple[Source, str]]:
       ('ppo', 'policy'),
       ('score', 'scalar'),
   ]
-  if config.ppo.baseline == 'critic':
+  if BASELINES[config.ppo.baseline].has_critic:
     uses.append(('critic', 'scalar'))
   found = [(named_source(config, use), kind) for use, kind in uses]
   return list(dict.fromkeys((s, kind) for s, kind in found if s))
@@ -356,7 +357,7 @@ def load_to_train(
     return shape, _load_params(source, shape, kind)
   shape, params = frozen or load(run, source, kind)
   shape = presets.trained(shape, run.config)
-  key = run.key(f'adapters_{role}')
+  key = run.spec.key(f'adapters_{role}')
   return shape, lora.add_adapters(kind, shape, params, key)
 
 
@@ -404,12 +405,12 @@ def initial_policy(run: Run) -> tuple[presets.GemmaConfig, Params]:
     return load_to_train(run, source, 'policy', 'sft')
   shape = presets.from_fields(run.config.model, len(run.tokenizer))
   shape = presets.trained_whole(shape, run.config.model)
-  return shape, heads.init_params('policy', shape, run.key('init_sft'))
+  return shape, heads.init_params('policy', shape, run.spec.key('init_sft'))
 
 
 def initial_reward_model(run: Run) -> tuple[presets.GemmaConfig, Params]:
   """Where the reward model starts: a policy with a new scalar head."""
   source = _source(run.config, run.workdir, 'reward_model')
   shape, backbone = load_to_train(run, source, 'policy', 'reward_model')
-  head = heads.init_head(shape, run.key('init_reward_model'))
+  head = heads.init_head(shape, run.spec.key('init_reward_model'))
   return shape, {'backbone': backbone, 'head': head}

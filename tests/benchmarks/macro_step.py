@@ -16,7 +16,7 @@ import jax
 
 from ma_rlhf_jax.benching import workload
 from ma_rlhf_jax.parallel.mesh import make_mesh
-from ma_rlhf_jax.training.ppo import PPO
+from ma_rlhf_jax.ppo.stage import PPO
 from tests.benchmarks import recipes
 
 # What learns: its name -> words after the recipe's colon.
@@ -64,7 +64,7 @@ def main() -> None:
   run = first.run
   print(
       f'{flags.recipe} on {jax.device_count()} x {device}, jax '
-      f'{jax.__version__}, {run.rows} x ({run.prompt_len} + '
+      f'{jax.__version__}, {run.spec.rows} x ({run.prompt_len} + '
       f'{run.response_len}), medians of {flags.runs} rounds'
   )
   for index, clock in enumerate(('wall', 'CPU')):

@@ -29,7 +29,7 @@ from ma_rlhf_jax.structs import (
     SequenceBatch,
 )
 from ma_rlhf_jax.training import optim, ppo
-from ma_rlhf_jax.training.experience import Models, form_macro_actions
+from ma_rlhf_jax.structs import Models, form_macro_actions
 from tests import tiny
 from tests.reference import ma_ppo
 from tests.reference.variants import VARIANTS, Variant

@@ -9,8 +9,8 @@ from ma_rlhf_jax.models import heads, presets
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training import checkpoint
 from ma_rlhf_jax.training.abstract import abstract_stages
-from ma_rlhf_jax.training.experience import Models
-from ma_rlhf_jax.training.ppo import PPO
+from ma_rlhf_jax.structs import Models
+from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.training.run import Run
 from tests import tiny
 

@@ -29,10 +29,10 @@ def _sample(
   return layout.sample_responses(
       POLICY.params,
       judge.prompt_batch(run, run.data.eval, rows),
-      run.key(stream),
+      run.spec.key(stream),
       0,
-      layout=run.decode_layout(tiny.SHAPE),
-      settings=run.sampling(),
+      layout=run.spec.decode_layout(tiny.SHAPE),
+      settings=run.spec.sampling(),
       num_rollouts=num_rollouts,
   )
 
@@ -109,10 +109,10 @@ def _found(run: Run, temperature: float = 1.0) -> Rollout:
   return layout.sample_responses(
       POLICY.params,
       judge.prompt_batch(run, run.data.eval, np.arange(8)),
-      run.key('evaluate'),
+      run.spec.key('evaluate'),
       0,
-      layout=run.decode_layout(tiny.SHAPE),
-      settings=run.sampling(temperature),
+      layout=run.spec.decode_layout(tiny.SHAPE),
+      settings=run.spec.sampling(temperature),
   )
 
 
@@ -316,5 +316,5 @@ def test_sampling_settings_are_those_of_the_config(tmp_path: Any):
       top_p=0.75,
       min_new_tokens=2,
   )
-  assert run.sampling() == want
-  assert run.sampling(0.0).temperature == 0
+  assert run.spec.sampling() == want
+  assert run.spec.sampling(0.0).temperature == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.training import ppo
-from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.structs import Models
 from tests import tiny
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'

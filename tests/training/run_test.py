@@ -24,7 +24,7 @@ def test_each_stream_has_a_key_of_its_own(tmp_path: pathlib.Path) -> None:
   again = tiny.run(tmp_path / 'x', tiny.config(ppo__kl_coef=0.5)).key('macro')
   assert jax.random.key_data(again).tolist() == list(data[names.index('macro')])
   with pytest.raises(ValueError):
-    run.key('no stream')
+    run.spec.key('no stream')
 
 
 def test_missing_rows_are_filled_with_padding(tmp_path: pathlib.Path) -> None:
@@ -74,9 +74,9 @@ def test_sampling_is_as_the_config_says(tmp_path: pathlib.Path) -> None:
       ppo__samples_per_prompt=3,
   )
   run = tiny.run(tmp_path, config)
-  found = run.sampling()
+  found = run.spec.sampling()
   assert (found.temperature, found.top_k, found.top_p) == (0.7, 5, 0.9)
   assert (found.min_new_tokens, found.max_new_tokens) == (2, 8)
   assert (found.pad_id, found.eos_id) == (0, 1)
-  assert run.sampling(0.0).temperature == 0.0  # greedy, not the default
-  assert run.rows == 12  # 4 prompts, 3 samples of each
+  assert run.spec.sampling(0.0).temperature == 0.0  # greedy, not the default
+  assert run.spec.rows == 12  # 4 prompts, 3 samples of each

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ma_rlhf_jax.models import lora, presets
-from ma_rlhf_jax.training.experience import Models
-from ma_rlhf_jax.training.ppo import PPO
+from ma_rlhf_jax.structs import Models
+from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.training.shared import Shared
 from tests import tiny
 
