@@ -143,6 +143,7 @@ def _lora(config: ConfigDict) -> Values:
       'lora.rank': 32,
       # What a recipe sets for its slice is too much for one GPU.
       'model.remat': 'full',
+      'mesh.tensor': 1,
       **({'ppo.one_pass': 'policy'} if config.model.preset else {}),
       **{f'{s}.optim.lr': 10 * config[s].optim.lr for s in adapted},
       **{f'{s}.micro_batch_size': min(8, config[s].batch_size) for s in stages},

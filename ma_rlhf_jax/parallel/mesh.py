@@ -52,7 +52,8 @@ def mesh_shape(
     raise ValueError(
         f'mesh (data, fsdp, tensor) = {asked} does not '
         f'cover the {num_devices} devices; set one of config.mesh.data, .fsdp, '
-        '.tensor to -1 or make their product equal to that number'
+        '.tensor to -1 or make their product equal to that number (data=1, '
+        'fsdp=-1, tensor=1 serves any)'
     )
   if shape[0] % slices:
     raise ValueError(
