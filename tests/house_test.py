@@ -13,7 +13,7 @@ _PACKAGE = 'ma_rlhf_jax'
 # last line is the shell, which may import anything.
 _ROOMS = (
     ('config', 'structs', 'masking', 'switches', 'arguments')
-    + ('atomic_file', 'interrupts', 'manifest'),
+    + ('atomic_file', 'interrupts', 'manifest', 'registry'),
     ('parallel',),
     ('workdir', 'workdir_lock'),
     ('data',),
@@ -23,6 +23,7 @@ _ROOMS = (
     ('objective',),
     ('scorers',),
     ('training',),
+    ('ppo',),
     ('evaluation',),
     ('generation',),
     ('publishing',),

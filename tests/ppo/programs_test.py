@@ -134,33 +134,33 @@ def test_where_it_is_not_exact_two_passes_are_taken(
   assert not programs.why_not_fused(tiny.config())
 
 
-def _first_pass_only(tmp: Any, monkeypatch: Any, **fields: Any) -> Any:
-  """The step that one pass would take where it is refused."""
-  monkeypatch.setattr(one_pass, 'why_not', lambda _: '')
-  return _step(tmp, **fields)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'fields',
-    [
-        {'ppo__whiten_advantages': True, 'ppo__micro_batch_size': 2},
-        {'macro__termination': 'ppl', 'ppo__loss_reduction': 'macro'},
-        {'macro__termination': 'ppl', 'critic__target': 'starts'},
-    ],
-    ids=lambda x: ', '.join(x),
-)
-def test_each_clause_is_needed(
-    tmp_path: Any, monkeypatch: Any, fields: dict[str, Any]
+def test_whitened_by_micro_batches_the_step_would_be_another(
+    tmp_path: Any, monkeypatch: Any
 ) -> None:
+  fields = {'ppo__whiten_advantages': True, 'ppo__micro_batch_size': 2}
   _, want, _ = _step(tmp_path, **fields)
-  _, found, _ = _first_pass_only(tmp_path, monkeypatch, **fields)
+  monkeypatch.setattr(programs, 'why_not_fused', lambda _: '')
+  _, found, _ = _step(tmp_path, **fields)
   apart = jax.tree.map(
       lambda a, b: np.abs(a - b).max(),
       [found[name].params for name in ('policy', 'critic')],
       [want[name].params for name in ('policy', 'critic')],
   )
   assert max(jax.tree.leaves(apart)) > 1e-5
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [{'ppo__loss_reduction': 'macro'}, {'critic__target': 'starts'}],
+    ids=lambda x: ', '.join(x),
+)
+def test_macro_actions_that_come_with_the_scores_cannot_be_counted_before(
+    tmp_path: Any, monkeypatch: Any, fields: dict[str, Any]
+) -> None:
+  monkeypatch.setattr(programs, 'why_not_fused', lambda _: '')
+  with pytest.raises((TypeError, AssertionError)):
+    _step(tmp_path, macro__termination='ppl', **fields)
 
 
 @pytest.mark.slow
