@@ -47,6 +47,7 @@ from ma_rlhf_jax.parallel import host_memory, processes
 from ma_rlhf_jax.parallel.mesh import matmul_precision, shape_here
 from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.publishing import card
+from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.structs import Models
 from ma_rlhf_jax.training import (
     automatic,
@@ -154,14 +155,14 @@ def _ppo_models(run: Run) -> tuple[Models, Models]:
   source = sources.policy_source(config, workdir)
   ref_policy = sources.load(run, source, 'policy')
   policy = sources.load_to_train(run, source, 'policy', 'policy', ref_policy)
-  source = sources.reward_model_source(config, workdir)
-  reward_model = sources.load(run, source, 'scalar')
-  critic = (None, None)
+  reward_model = critic = None
+  if functions.has_model(config):
+    source = sources.reward_model_source(config, workdir)
+    reward_model = sources.load(run, source, 'scalar')
   if BASELINES[config.ppo.baseline].has_critic:
-    start = sources.critic_source(config, workdir)
-    same = reward_model if start == source else None
-    critic = sources.load_to_train(run, start, 'scalar', 'critic', same)
-  loaded = Models(policy, ref_policy, critic, reward_model)
+    critic = sources.initial_critic(run, ref_policy, reward_model)
+  none = (None, None)
+  loaded = Models(policy, ref_policy, critic or none, reward_model or none)
   shapes, params = zip(*loaded, strict=True)
   return Models(*shapes), Models(*params)
 

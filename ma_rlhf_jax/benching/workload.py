@@ -83,7 +83,7 @@ class Workload:
 
 
 def make_spec(config: ConfigDict) -> tuple[Spec, presets.GemmaConfig]:
-  """What the programs of a recipe are made from, and the shape of its models."""
+  """What the programs of a recipe are made from; the shape of its models."""
   shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
   prompt_len, response_len = config_lib.lengths(config)
   mesh = make_mesh(config.mesh)

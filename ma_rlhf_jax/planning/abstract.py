@@ -8,11 +8,11 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax.macro import host
 from ma_rlhf_jax.models import heads, lora, presets
 from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel.mesh import AXES, mesh_shape
 from ma_rlhf_jax.ppo import programs as ppo
+from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.structs import Models, Params
 from ma_rlhf_jax.training import automatic, reward_model, sft
 from ma_rlhf_jax.training.spec import Program, Spec
@@ -83,8 +83,10 @@ def _ppo(
   c = spec.config
   ref_policy, scorer = (_model(kind, frozen) for kind in ('policy', 'scalar'))
   critic = (None, None)
+  if not functions.has_model(c):
+    scorer = (None, None)
   if BASELINES[c.ppo.baseline].has_critic:
-    apart = c.ppo.critic_init
+    apart = c.ppo.critic_init or not functions.has_model(c)
     critic = _learning('scalar', learns, None if apart else scorer[1])
   models = Models(
       policy=_learning('policy', learns, ref_policy[1]),
@@ -98,7 +100,6 @@ def _ppo(
       Models(*configs),
       Models(*params),
       num_steps,
-      asks_host=c.macro.termination in host.NAMES,
   )
 
 

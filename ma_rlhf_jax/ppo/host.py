@@ -1,7 +1,8 @@
 """What a step asks the host: it reads the text of responses."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 from flax import struct
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import host as host_rules
 from ma_rlhf_jax.parallel.mesh import own_part, place
-from ma_rlhf_jax.structs import Array, Rollout
+from ma_rlhf_jax.structs import Array, PromptBatch, Rollout
 
 # (tokens_BT, mask_BT) -> starts_BT and counts by row; see `macro.host`.
 TextRule = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, dict]]
+# (rows of the data set [B], tokens_BT, mask_BT) -> float32 [B].
+RowReward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 _rule_metrics = jax.jit(host_rules.metrics)
 
 
@@ -24,9 +27,11 @@ class HostAnswers:
 
   Attributes:
     starts_BT: bool, true where its rule opens a macro action.
+    score_B: float, reward-model units, of the reward functions.
   """
 
   starts_BT: Array | None = None
+  score_B: Array | None = None
 
 
 class Asked(NamedTuple):
@@ -36,22 +41,34 @@ class Asked(NamedTuple):
   metrics: dict[str, Array]
 
 
-def ask(rule: TextRule | None, rollout: Rollout, mesh: Mesh) -> Asked:
-  """Asks about the responses of a rollout.
+@dataclasses.dataclass(frozen=True)
+class Host:
+  """What is asked; each host reads the rows of its own devices.
 
-  Each host reads the rows of its own devices.
-
-  Args:
+  Attributes:
     rule: where macro actions start; None = the devices decide.
-    rollout: on the devices.
-    mesh: of the devices.
+    reward: of a response; None = the reward model alone.
   """
-  if rule is None:
-    return Asked(HostAnswers(), {})
-  rows = rollout.sequences
-  own = lambda x: own_part(x, mesh)
-  made: Any = rule(
-      own(masking.response_tokens(rows)), own(rows.response_mask_BT)
-  )
-  starts_BT, counts_B = place(made, mesh, rows.mask_BL.shape[0])
-  return Asked(HostAnswers(starts_BT), _rule_metrics(counts_B))
+
+  rule: TextRule | None = None
+  reward: RowReward | None = None
+
+  def ask(self, prompts: PromptBatch, rollout: Rollout, mesh: Mesh) -> Asked:
+    """Asks about the responses of a rollout on the devices of `mesh`."""
+    if self.rule is None and self.reward is None:
+      return Asked(HostAnswers(), {})
+    rows = rollout.sequences
+    own = lambda x: own_part(x, mesh)
+    tokens_BT = own(masking.response_tokens(rows))
+    mask_BT = own(rows.response_mask_BT)
+    starts_BT = score_B = counts_B = None
+    if self.rule is not None:
+      starts_BT, counts_B = self.rule(tokens_BT, mask_BT)
+    if self.reward is not None:
+      score_B = self.reward(own(prompts.prompt_ids_B), tokens_BT, mask_BT)
+    answers, counts_B = place(
+        (HostAnswers(starts_BT, score_B), counts_B or {}),
+        mesh,
+        rows.mask_BL.shape[0],
+    )
+    return Asked(answers, _rule_metrics(counts_B))

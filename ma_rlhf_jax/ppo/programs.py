@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from ma_rlhf_jax.macro import host as host_rules
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import rewards
@@ -21,9 +22,10 @@ from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import abstract
 from ma_rlhf_jax.ppo import learn, metrics, step
-from ma_rlhf_jax.ppo.host import Asked, HostAnswers, TextRule, ask
+from ma_rlhf_jax.ppo.host import Asked, Host, HostAnswers
 from ma_rlhf_jax.rollout import layout as layout_lib
 from ma_rlhf_jax.rollout import sampling
+from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
@@ -85,9 +87,7 @@ class Programs:
       configs: Models,
       params: Models,
       num_steps: int,
-      *,
-      rule: TextRule | None = None,
-      asks_host: bool | None = None,
+      host: Host = Host(),  # noqa: B008 - it is frozen
   ):
     """Traces nothing yet.
 
@@ -98,12 +98,10 @@ class Programs:
       params: their parameters, real or abstract; those of policy and critic
         are where they start from.
       num_steps: updates in all.
-      rule: of the host, for where macro actions start.
-      asks_host: whether there is one; None = as `rule` says.
+      host: what is asked of it; not for compiling.
     """
     config, c = spec.config, spec.config.ppo
-    self.spec, self._rule = spec, rule
-    self._asks_host = rule is not None if asks_host is None else asks_host
+    self.spec, self._host = spec, host
     self.method = step.Method(
         configs,
         Objective.from_config(config),
@@ -256,9 +254,9 @@ class Programs:
         prompts.sample_ids_B,
     )
 
-  def ask_host(self, rollout: Rollout) -> Asked:
+  def ask_host(self, prompts: PromptBatch, rollout: Rollout) -> Asked:
     """What the host says about the text of responses."""
-    return ask(self._rule, rollout, self.spec.mesh)
+    return self._host.ask(prompts, rollout, self.spec.mesh)
 
   def score(self, states: step.States, rollout: Rollout) -> Scored:
     """What the four models say about responses, apart from learning."""
@@ -317,6 +315,19 @@ class Programs:
       made |= {f'{model}/{name}': value for name, value in found.items()}
     return made
 
+  def _abstract_answers(self, rollout: Rollout, scored: Scored) -> HostAnswers:
+    """Shapes of what the host will say, by the config."""
+    config, mask_BT = self.spec.config, rollout.sequences.response_mask_BT
+    reads_text = config.macro.termination in host_rules.NAMES
+    scores = any(t != functions.MODEL for t in functions.terms(config.reward))
+    wide = lambda x: jax.ShapeDtypeStruct(
+        x.shape, np.float32, sharding=x.sharding
+    )
+    return HostAnswers(
+        mask_BT if reads_text else None,
+        wide(scored.score_B) if scores else None,
+    )
+
   def listing(self) -> dict[str, Program]:
     """What a step runs, by name, in its order."""
     states, frozen, models = checkpoint.abstract_of(
@@ -337,8 +348,9 @@ class Programs:
       programs['ppo/reshard'] = Program(lay_out, (copied,))
     programs['ppo/rollout'] = Program(self.rollout, (policy, prompts, key, 0))
     rollout, scored = self.spec.abstract_rollout(rows)
-    mask_BT = rollout.sequences.response_mask_BT
-    answers = HostAnswers(mask_BT if self._asks_host else None)
+    answers = self._abstract_answers(rollout, scored)
+    if self.fixed.reward_model is None:
+      scored = scored.replace(score_B=None)
     keys_B = abstract(jax.eval_shape(split), mesh)
     asked = keys_B, states['kl_coef'], answers
     args = (rollout, scored, *asked)

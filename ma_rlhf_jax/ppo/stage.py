@@ -3,6 +3,7 @@
 from typing import Any
 
 from ma_rlhf_jax.ppo import step
+from ma_rlhf_jax.ppo.host import Host
 from ma_rlhf_jax.ppo.programs import Programs
 from ma_rlhf_jax.structs import Models
 from ma_rlhf_jax.training import judge
@@ -27,7 +28,7 @@ class PPO(Stage):
         configs,
         params,
         self.num_steps,
-        rule=run.host_termination(),
+        Host(run.host_termination(), run.text_reward(run.data.ppo)),
     )
     self.states = self.programs.init_states(params)
 
@@ -43,9 +44,12 @@ class PPO(Stage):
 
   def _judge(self, states: dict, num_prompts: int) -> judge.Judged:
     params = self.params(states)
-    model = lambda name: judge.Model(
-        getattr(self.configs, name), getattr(params, name)
-    )
+
+    def model(name: str) -> judge.Model | None:
+      of_name = getattr(params, name)
+      config = getattr(self.configs, name)
+      return None if of_name is None else judge.Model(config, of_name)
+
     return judge.judge(
         self.run,
         model('policy'),

@@ -10,6 +10,7 @@ same forward pass; else they are programs of their own.
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -84,7 +85,7 @@ def learn(
   trained, fused = p.trained(index), p.fused(index)
   keys_B, kl_coef = p.macro_keys(prompts, index), states['kl_coef']
   if fused:
-    asked = p.ask_host(rollout)
+    asked = p.ask_host(prompts, rollout)
     with jax.profiler.TraceAnnotation('one_pass'):
       new, experience, metrics, learned = p.score_and_learn(
           states, rollout, keys_B, kl_coef, asked.answers
@@ -92,7 +93,7 @@ def learn(
   else:
     with jax.profiler.TraceAnnotation('score'):
       scored = p.score(states, rollout)
-    asked = p.ask_host(rollout)  # while the devices score
+    asked = p.ask_host(prompts, rollout)  # while the devices score
     experience, metrics = p.experience(
         rollout, scored, keys_B, kl_coef, asked.answers
     )
@@ -157,6 +158,7 @@ def form_experience(
   objective, mask_BT = method.objective, sequences.response_mask_BT
   with jax.named_scope('macro'):
     macro = segment(mask_BT, scored, keys_B, host, method.rule)
+    scored = scored.replace(score_B=_score(scored, host))
     rewards_BT = rewards.token_rewards(
         scored.logprobs_BT,
         scored.ref_logprobs_BT,
@@ -167,6 +169,12 @@ def form_experience(
     )
     aims = targets.estimate(scored.values_BT, rewards_BT, macro, objective)
   return Experience(sequences, scored, macro, aims), rewards_BT
+
+
+def _score(scored: Scored, host: HostAnswers) -> Array:
+  """[B]: of the reward model, of the host, or both."""
+  given = [x for x in (scored.score_B, host.score_B) if x is not None]
+  return functools.reduce(jnp.add, given)
 
 
 def losses(

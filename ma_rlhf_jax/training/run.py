@@ -15,10 +15,15 @@ from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.macro.host import NAMES, HostSettings, HostTermination
 from ma_rlhf_jax.parallel.mesh import own_rows, place
+from ma_rlhf_jax.scorers.functions import TextReward
 from ma_rlhf_jax.training.spec import Spec
 
 if TYPE_CHECKING:  # transformers takes seconds to import
   from transformers import PreTrainedTokenizerBase
+
+
+# What reward functions are told of a row.
+_OF_ROW = ('prompt', 'chosen', 'rejected')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,34 @@ class Run(Setup):
         token for token in np.asarray(ids).tolist() if token not in special
     ]
     return tokenizer_lib.decode(self.tokenizer, plain)
+
+  def text_reward(self, data: EncodedSet) -> Callable[..., np.ndarray] | None:
+    """What the reward functions of the config give responses to rows of `data`.
+
+    Returns:
+      (rows [B], tokens_BT, mask_BT) -> float32 [B], reward-model units; None
+      where there is no function.
+    """
+    reward = TextReward.from_config(self.config)
+    if reward is None:
+      return None
+
+    def score(
+        rows: np.ndarray, tokens_BT: np.ndarray, mask_BT: np.ndarray
+    ) -> np.ndarray:
+      given = [
+          {name: self.text(getattr(data, name)[row]) for name in _OF_ROW}
+          for row in np.asarray(rows).tolist()
+      ]
+      responses = [
+          self.text(tokens[mask])
+          for tokens, mask in zip(
+              np.asarray(tokens_BT), np.asarray(mask_BT), strict=True
+          )
+      ]
+      return reward([row.pop('prompt') for row in given], responses, given)
+
+    return score
 
   def host_termination(self) -> HostTermination | None:
     """The rule of the host that the config names; None = one of the device.

@@ -37,6 +37,7 @@ _STREAMS = (
     'adapters_reward_model',
     'adapters_policy',
     'adapters_critic',
+    'init_critic',
 )
 
 
