@@ -20,9 +20,9 @@ from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import losses, targets
 from ma_rlhf_jax.objective.settings import Objective
 from ma_rlhf_jax.parallel import partition
-from ma_rlhf_jax.ppo import step as step_lib
 from ma_rlhf_jax.ppo.host import HostAnswers
-from ma_rlhf_jax.ppo.step import Method, Metrics
+from ma_rlhf_jax.ppo.method import Method, segment
+from ma_rlhf_jax.ppo.step import Metrics, form_experience
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import (
     Array,
@@ -121,6 +121,50 @@ def token_weights(
   return made
 
 
+def model_losses(
+    new: Scored,
+    experience: Experience,
+    weights: dict[str, LossWeights],
+    objective: Objective,
+) -> dict[str, Metrics]:
+  """Loss and metrics of each model that has weights, summed over the rows.
+
+  Args:
+    new: log-probs and values under the parameters that learn.
+    experience: the same of before the update, and the targets. In the first
+      update of a rollout both are equal: then those of before are the new ones,
+      held fixed.
+    weights: of `loss_weights`.
+    objective: of the run.
+  """
+  old, macro, aims = experience.scored, experience.macro, experience.targets
+  found = {}
+  if 'policy' in weights:
+    loss, found['policy'] = losses.policy_loss(
+        new.logprobs_BT,
+        old.logprobs_BT,
+        aims.advantages_BT,
+        weights['policy'],
+        macro,
+        clip_eps=objective.clip_eps,
+        ratio=objective.ratio,
+    )
+    found['policy']['loss'] = loss
+  if 'critic' in weights:
+    loss, found['critic'] = losses.value_loss(
+        new.values_BT,
+        old.values_BT,
+        aims.returns_BT,
+        weights['critic'],
+        targets.critic_mask(
+            macro.mask_BT, macro.starts_BT, objective.critic_target
+        ),
+        clip_eps=objective.value_clip_eps,
+    )
+    found['critic']['loss'] = loss
+  return found
+
+
 def _loss(
     learning: dict[str, Params],
     rows: _Rows,
@@ -143,7 +187,7 @@ def _loss(
     new, experience, formed = ask(only=tuple(learning)), rows.experience, ()
   else:
     new = ask()
-    formed = experience, _ = step_lib.form_experience(
+    formed = experience, _ = form_experience(
         rows.sequences,
         jax.lax.stop_gradient(new),
         jax.random.wrap_key_data(rows.key_data_B2),
@@ -151,7 +195,7 @@ def _loss(
         rows.host,
         method,
     )
-  found = step_lib.losses(new, experience, rows.weights, method.objective)
+  found = model_losses(new, experience, rows.weights, method.objective)
   # The parameters of the two models are disjoint: so are the gradients.
   return sum(metrics['loss'] for metrics in found.values()), (found, formed)
 
@@ -220,7 +264,7 @@ def score_and_learn(
   sequences, starts_BT = rollout.sequences, None
   mask_BT = sequences.response_mask_BT
   if not method.rule.asks_models:
-    macro = step_lib.segment(mask_BT, None, row_keys_B, host, method.rule)
+    macro = segment(mask_BT, None, row_keys_B, host, method.rule)
     starts_BT = macro.starts_BT
   rows = _Rows(
       sequences,

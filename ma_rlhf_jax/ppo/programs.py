@@ -23,6 +23,7 @@ from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import abstract
 from ma_rlhf_jax.ppo import learn, metrics, step
 from ma_rlhf_jax.ppo.host import Asked, Host, HostAnswers
+from ma_rlhf_jax.ppo.method import Method
 from ma_rlhf_jax.rollout import layout as layout_lib
 from ma_rlhf_jax.rollout import sampling
 from ma_rlhf_jax.scorers import functions
@@ -102,7 +103,7 @@ class Programs:
     """
     config, c = spec.config, spec.config.ppo
     self.spec, self._host = spec, host
-    self.method = step.Method(
+    self.method = Method(
         configs,
         Objective.from_config(config),
         termination.TerminationSettings.from_config(config.macro),
