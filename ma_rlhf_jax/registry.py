@@ -71,7 +71,8 @@ def problem(names: Iterable[str], name: str, field: str) -> str:
   if name in names:
     return ''
   if not is_path(name):
-    return f'{field}={name!r} must be one of {tuple(names)} or module:function'
+    known = ', '.join(names)
+    return f'{field}={name!r} must be one of {known}, or module:function'
   try:
     load(name, field)
   except ValueError as error:
