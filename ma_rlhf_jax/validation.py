@@ -273,7 +273,7 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
 
 def _of_kernel(c: ConfigDict, machine: partition.Machine) -> Iterator[str]:
   """The attention that is asked for; a shape in a folder is checked there."""
-  shape = presets.from_fields(c.model, 1)
+  shape = presets.from_config(c.model, 1)
   if c.sft.init and not c.model.preset:
     shape = dataclasses.replace(shape, attn_softcap=0, head_dim=128)
   shape = dataclasses.replace(shape, dtype=c.model.dtype)

@@ -14,7 +14,7 @@ from ma_rlhf_jax.parallel.mesh import AXES, mesh_shape
 from ma_rlhf_jax.ppo import programs as ppo
 from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.structs import Models, Params
-from ma_rlhf_jax.training import automatic, reward_model, sft
+from ma_rlhf_jax.training import automatic, model_configs, reward_model, sft
 from ma_rlhf_jax.training.spec import Program, Spec
 
 # As `data.parts` shares the rows.
@@ -128,11 +128,13 @@ def programs_of(
     num_rows: to train on, by stage.
   """
   config = spec.config
-  shape = presets.from_fields(config.model, vocab_size)
-  learns = presets.trained(shape, config)
-  frozen = presets.frozen(shape, config.model)
+  shape = presets.from_config(config.model, vocab_size)
+  learns = model_configs.trained(shape, config)
+  frozen = model_configs.frozen(shape, config.model)
   start = (
-      learns if config.sft.init else presets.trained_whole(shape, config.model)
+      learns
+      if config.sft.init
+      else model_configs.trained_whole(shape, config.model)
   )
   makers = {
       'sft': lambda n: sft.Programs(spec, *_model('policy', start), n),

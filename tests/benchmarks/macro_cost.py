@@ -96,7 +96,7 @@ def _update_program(config: ConfigDict, method: Method, micro: int) -> Any:
 
 
 def _method(config: ConfigDict) -> Method:
-  shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
+  shape = presets.from_config(config.model, config.tokenizer.vocab_size)
   shape = dataclasses.replace(shape, remat='none')
   return Method(
       Models(*[shape] * 4),

@@ -100,9 +100,7 @@ def test_a_function_is_added_to_the_reward_model(
   both = _stage(tmp_path, monkeypatch, reward='model+seam_rewards:vowels')
   alone = _stage(tmp_path, monkeypatch)
   want = _step(alone)[1]['objective/score'] + _by_hand(both).mean()
-  np.testing.assert_allclose(
-      _step(both)[1]['objective/score'], want, rtol=1e-5
-  )
+  np.testing.assert_allclose(_step(both)[1]['objective/score'], want, rtol=1e-5)
 
 
 def test_the_evaluation_scores_as_training_does(

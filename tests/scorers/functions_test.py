@@ -98,5 +98,5 @@ def test_what_is_no_number_a_row_ends_the_run_by_name(
 
 def test_an_error_of_the_function_names_it() -> None:
   reward = functions.TextReward.from_config(_config('own_rewards:fails'))
-  with pytest.raises(functions.RewardError, match="own_rewards:fails.*absent"):
+  with pytest.raises(functions.RewardError, match='own_rewards:fails.*absent'):
     reward(*_TEXTS)
