@@ -45,7 +45,7 @@ def check_text(text: str) -> None:
   """What every help has, whatever it is of."""
   assert max(map(len, text.splitlines())) <= 80
   assert not any(word in text for word in _ABSL)
-  assert 'efault' in text and text.startswith('usage: ')
+  assert text.startswith('usage: ') and '\nflags:\n' in text
   assert len(examples(text)) == 2
 
 
