@@ -395,10 +395,5 @@ def _exit(error: Exception) -> NoReturn:
   sys.exit(f'error: {error}' if processes.is_first() else 1)
 
 
-def entry_point() -> None:
-  """What `python -m ma_rlhf_jax.train` runs."""
-  app.run(main, flags_parser=recipe_flag.parse)
-
-
 if __name__ == '__main__':
-  entry_point()
+  app.run(main, flags_parser=recipe_flag.parse)

@@ -64,6 +64,10 @@ def check_command(
         and flag.help[0].isupper()
         or (flag.help.startswith('--'))
     )
+  path = ROOT / 'ma_rlhf_jax' / f'{command.name.replace(".", "/")}.py'
+  source = path.read_text()
+  assert ('recipe_flag' in source) == ('\n  --config.FIELD=' in text)
+  assert ('cluster_flags' in source) == ('\n  --process_id=' in text)
   monkeypatch.setattr(sys, 'argv', ['command', '--overwrite', '-h'])
   with pytest.raises(SystemExit) as ended:
     answer(command)

@@ -19,7 +19,7 @@ _DEFINE_NUMBER = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
 def define(
     table: Sequence[Flag], values: flags.FlagValues | None = None
 ) -> None:
-  """Defines each flag that is not defined elsewhere.
+  """Defines each flag of a table.
 
   Args:
     table: flags of a command.
@@ -27,15 +27,15 @@ def define(
   """
   values = flags.FLAGS if values is None else values
   for flag in table:
-    how = {'flag_values': values}
-    texts = (flag.name, flag.default, flag.help)
-    if flag.kind in _DEFINE_NUMBER:
-      _DEFINE_NUMBER[flag.kind](*texts, lower_bound=flag.least, **how)
-    elif flag.kind in _DEFINE:
-      _DEFINE[flag.kind](*texts, **how)
-    elif flag.kind is not None:
-      name, default, text = texts
-      flags.DEFINE_enum(name, default, list(flag.kind), text, **how)
+    how = {'name': flag.name, 'default': flag.default, 'help': flag.help}
+    how |= {'flag_values': values}
+    kind = flag.kind or (str if flag.default is None else type(flag.default))
+    if kind in _DEFINE_NUMBER:
+      _DEFINE_NUMBER[kind](lower_bound=flag.least, **how)
+    elif kind in _DEFINE:
+      _DEFINE[kind](**how)
+    else:
+      flags.DEFINE_enum(enum_values=list(kind), **how)
 
 
 def parse(argv: Sequence[str]) -> list[str]:

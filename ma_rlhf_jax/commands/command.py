@@ -32,9 +32,9 @@ class Flag:
     help: whole sentences, with the unit; the default is added to them.
     default: what it is where it is not given.
     shown: the default in words, where the value does not say it.
-    kind: str, int, float, bool, list (one flag with commas), tuple (the flag
-      may be repeated), or the values that it may have. None: it is defined
-      elsewhere.
+    kind: int, float, list (values with commas between them) or the values that
+      it may have. None: the type of the default, or str; the flag may be
+      repeated where that is a tuple.
     least: the smallest number; None = not bounded.
   """
 
@@ -43,13 +43,13 @@ class Flag:
   help: str
   default: Any = None
   shown: str = ''
-  kind: type | Sequence[str] | None = str
+  kind: type | Sequence[str] | None = None
   least: float | None = None
 
   def text(self) -> str:
     """The flag as it stands in a help."""
     head = f'--{self.name}={self.value}' if self.value else f'--{self.name}'
-    default = self.shown or ('off' if self.kind is bool else '')
+    default = self.shown or ('off' if self.default is False else '')
     if not default and self.value and self.default not in (None, '', ()):
       default = str(self.default)
     said = self.help + (f' Default: {default}.' if default else '')
@@ -64,7 +64,7 @@ class Command:
     name: as in `python -m ma_rlhf_jax.NAME`.
     flags: those that are its own.
     examples: command lines, without `python -m ma_rlhf_jax.NAME`.
-    recipe: the flag of its recipe, which `recipe_flag` defines.
+    recipe: flags of recipes, which `recipe_flag` defines.
     processes: flags that name several processes; `cluster_flags` defines them.
   """
 
@@ -103,8 +103,8 @@ class Command:
 
 
 _ANY = (
-    Flag('help', '', 'Prints this text; -h does so too.', kind=None),
-    Flag('version', '', f'Prints the version of {PACKAGE}.', kind=None),
+    Flag('help', '', 'Prints this text; -h does so too.'),
+    Flag('version', '', f'Prints the version of {PACKAGE}.'),
 )
 
 

@@ -24,7 +24,6 @@ PLAN = Command(
             'The cheapest settings that fit are looked for, and printed as '
             'flags. Without it the first that fit are taken.',
             default=False,
-            kind=bool,
         ),
         Flag(
             'seconds',
@@ -65,7 +64,6 @@ PLAN = Command(
             'How many processes compile at once.',
             default=os.cpu_count() or 1,
             shown='one for each CPU core',
-            kind=int,
             least=1,
         ),
         Flag(
@@ -74,7 +72,6 @@ PLAN = Command(
             'Programs are compiled down to machine code, which takes ten '
             'times as long.',
             default=False,
-            kind=bool,
         ),
         Flag('json', 'FILE', 'The plan is also written to this file, as JSON.'),
     ),
@@ -101,7 +98,6 @@ BENCH = Command(
             'N',
             'How often each phase is measured, after one run that compiles.',
             default=3,
-            kind=int,
             least=1,
         ),
         Flag('json', 'FILE', 'The report is also written to this JSON file.'),
@@ -120,25 +116,23 @@ BENCH = Command(
     RECIPE,
 )
 
+# Defined by `tools.explore`.
 OTHER = Flag(
     'other',
     'RECIPE[:ARGUMENTS]',
     'The recipe of rule B; --other.FIELD sets a field of it. --config is that '
     'of rule A.',
     shown='--config with its fields, without macro actions (token_ppo)',
-    kind=None,
 )
 
 EXPLORE = Command(
     'tools.explore',
     (
-        OTHER,
         Flag(
             'text',
             'TEXT',
             'A response. The flag may be repeated.',
             (),
-            kind=tuple,
         ),
         Flag(
             'input',
@@ -158,7 +152,6 @@ EXPLORE = Command(
             'N',
             'How many responses are shown.',
             default=8,
-            kind=int,
             least=1,
         ),
         Flag(
@@ -166,7 +159,6 @@ EXPLORE = Command(
             'N',
             'How many rows of --input are read, for the statistics.',
             default=256,
-            kind=int,
             least=1,
         ),
         Flag(
@@ -190,14 +182,12 @@ EXPLORE = Command(
             'row of --input may have its own. Scores are clipped at '
             'ppo.score_clip.',
             default=1.0,
-            kind=float,
         ),
         Flag(
             'value',
             'VALUE',
             "The critic's value of each state, in reward-model units.",
             default=0.0,
-            kind=float,
         ),
         Flag('html', 'FILE', 'The result is also written to this HTML page.'),
         Flag(
@@ -213,7 +203,7 @@ EXPLORE = Command(
         '--input=rows.jsonl --config=configs/tiny.py:termination=ppl '
         '--model=runs/mine --html=page.html',
     ),
-    RECIPE,
+    (*RECIPE, OTHER),
 )
 
 LAYOUT = Command(
@@ -224,7 +214,6 @@ LAYOUT = Command(
             'N',
             'The row of each stage that is shown, from 0.',
             default=0,
-            kind=int,
         ),
     ),
     (

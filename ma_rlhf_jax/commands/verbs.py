@@ -15,7 +15,6 @@ RECIPE = (
         '(ngram=TOKENS, seed=NUMBER, termination=RULE), as in '
         'RECIPE:paper,ngram=3.',
         shown='configs/tiny.py, a small model for 2 CPU cores',
-        kind=None,
     ),
     Flag(
         'config.FIELD',
@@ -24,7 +23,6 @@ RECIPE = (
         '--config.log.sinks="(\'jsonl\',)". The flag may be repeated. '
         'ma_rlhf_jax/config.py lists every field with its meaning, unit and '
         'default.',
-        kind=None,
     ),
 )
 
@@ -45,7 +43,6 @@ PROCESSES = (
         'The number of processes. It goes with --coordinator_address.',
         default=0,
         shown='none, one process',
-        kind=int,
     ),
     Flag(
         'process_id',
@@ -54,14 +51,12 @@ PROCESSES = (
         '--coordinator_address.',
         default=-1,
         shown='none, one process',
-        kind=int,
     ),
     Flag(
         'initialization_timeout',
         'SECONDS',
         'How long the processes wait for each other at the start.',
         default=300,
-        kind=int,
     ),
 )
 
@@ -117,7 +112,6 @@ GENERATE = Command(
             '',
             '--output and its .partial are replaced where they exist.',
             default=False,
-            kind=bool,
         ),
         Flag(
             'reward_model',
@@ -132,14 +126,12 @@ GENERATE = Command(
             'N',
             'How many responses are drawn for each prompt.',
             default=1,
-            kind=int,
         ),
         Flag(
             'max_new_tokens',
             'TOKENS',
             'The longest response, EOS included.',
             default=256,
-            kind=int,
         ),
         Flag(
             'max_prompt_len',
@@ -148,21 +140,18 @@ GENERATE = Command(
             'conversation forgets its oldest turns instead.',
             default=0,
             shown='0, which stands for 8192 - max_new_tokens',
-            kind=int,
         ),
         Flag(
             'temperature',
             'T',
             'The logits are divided by it; 0 = greedy.',
             default=1.0,
-            kind=float,
         ),
         Flag(
             'top_k',
             'TOKENS',
             'Only this many most probable tokens can be drawn; 0 = all.',
             default=0,
-            kind=int,
         ),
         Flag(
             'top_p',
@@ -170,7 +159,6 @@ GENERATE = Command(
             'Only the most probable tokens that together have this '
             'probability can be drawn; 1 = all.',
             default=1.0,
-            kind=float,
         ),
         Flag(
             'seed',
@@ -178,14 +166,12 @@ GENERATE = Command(
             'The seed of the random draws. The same seed gives the same '
             'responses.',
             default=0,
-            kind=int,
         ),
         Flag(
             'batch_size',
             'RESPONSES',
             'How many responses are drawn at once, on all devices together.',
             default=32,
-            kind=int,
         ),
         Flag(
             'dtype',
@@ -207,7 +193,6 @@ GENERATE = Command(
             'How many devices each weight is split over, where one device has '
             'too little memory for all weights.',
             default=1,
-            kind=int,
         ),
     ),
     (
@@ -231,7 +216,6 @@ EVALUATE = Command(
             'How many held-out prompts are answered; 0 = as many as '
             'evaluate.prompts of the run says.',
             default=0,
-            kind=int,
         ),
     ),
     ('--workdir=runs/mine', '--workdir=gs://my-bucket/run --prompts=64'),
@@ -277,7 +261,6 @@ EXPORT = Command(
             '',
             'Only the LoRA adapters are exported, as a folder for peft.',
             default=False,
-            kind=bool,
         ),
         Flag(
             'base',
@@ -300,7 +283,6 @@ EXPORT = Command(
             '',
             'An earlier export in --output is replaced.',
             default=False,
-            kind=bool,
         ),
         Flag(
             'push_to_hub',

@@ -9,9 +9,9 @@ from ma_rlhf_jax.commands import command
 from ma_rlhf_jax.commands.command import Command, Flag
 
 _FLAGS = (
-    Flag('name', 'WORD', 'The name.', kind=str),
-    Flag('size', 'TOKENS', 'The size.', 0, kind=int),
-    Flag('fast', '', 'Goes fast.', False, kind=bool),
+    Flag('name', 'WORD', 'The name.'),
+    Flag('size', 'TOKENS', 'The size.', 0),
+    Flag('fast', '', 'Goes fast.', False),
 )
 _COMMAND = Command('evaluate', _FLAGS, ("--name='a b'", '--size=1'))
 
@@ -47,7 +47,7 @@ def test_a_flag_shows_its_value_its_unit_and_its_default() -> None:
       '  --size=TOKENS\n      The size. Default: 0.',
       '  --fast\n      Goes fast. Default: off.',
   ]
-  said = Flag('n', 'N', 'The number.', -1, 'as many as fit', kind=int)
+  said = Flag('n', 'N', 'The number.', -1, 'as many as fit')
   assert said.text().endswith('The number. Default: as many as fit.')
 
 
