@@ -30,7 +30,6 @@ if __name__ == '__main__':  # before the imports below, which take seconds
   command.answer(verbs.TRAIN)
 
 from absl import app, flags
-from etils import epath
 import jax
 from ml_collections import ConfigDict, config_flags
 
@@ -43,14 +42,14 @@ from ma_rlhf_jax import (
 )
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.commands import absl_flags
-from ma_rlhf_jax.data import batch_sizes, parts, tasks
+from ma_rlhf_jax.data import batch_sizes, parts
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.evaluation import comparison
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import host_memory, processes
-from ma_rlhf_jax.parallel.mesh import matmul_precision, shape_here
+from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.publishing import card
 from ma_rlhf_jax.scorers import functions
@@ -193,26 +192,6 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
-def check_products(config: ConfigDict, workdir: epath.Path) -> None:
-  """Raises if a stage needs a product that is neither given nor to be made."""
-  have = set(sources.given_stages(config, workdir)) | set(config.stages)
-  have |= {s for s in STAGES if workdir_lib.read_done(workdir, s)}
-  needs = {
-      'reward_model': () if config.reward_model.init else ('sft',),
-      'ppo': ('sft', 'reward_model'),
-      'evaluate': ('sft', 'reward_model', 'ppo'),
-  }
-  missing = [
-      f'stage {stage!r} needs the product of {need!r}: list it in stages, or '
-      'give ppo.from, ppo.policy_init or ppo.reward_model'
-      for stage in config.stages
-      for need in needs.get(stage, ())
-      if need not in have
-  ]
-  if missing:
-    raise validation.ConfigError('\n'.join(missing))
-
-
 def train(run: Run) -> None:
   """Runs the stages of a run that are not done."""
   given = sources.given_stages(run.config, run.workdir)
@@ -249,7 +228,8 @@ def _open(config: ConfigDict, path: str) -> tuple[Run, list[str], list[str]]:
   workdir = workdir_lib.open_workdir(path, config)
   if processes.is_first():
     product_digests.discard_damaged(config, workdir)
-  check_products(config, workdir)
+  done = [stage for stage in STAGES if workdir_lib.read_done(workdir, stage)]
+  validation.refuse(validation.missing_products(config, done))
   run = load_run(config, workdir, check_models=True)
   to_train = sources.stages_to_train(config, workdir)
   notes = _smaller(config, run, to_train)
@@ -264,12 +244,11 @@ def set_up(config: ConfigDict, recipe: str, workdir: str | None) -> Run:
   The first process prepares the data, the others then read what it wrote. What
   fails on one fails on all.
   """
-  validation.validate(config)
-  tasks.check_task(config.data.task)
-  metrics.check_sinks(config.log.sinks)
-  shape = shape_here(config.mesh)
-  validation.validate(config, shape[0] * shape[1])
   path = workdir or workdir_lib.default_workdir(recipe, config)
+  found = validation.problems_here(config)
+  if found and not workdir_lib.is_started(path):
+    found += validation.missing_products(config)
+  validation.refuse(found)
   to_abandon = processes.is_first() and not workdir_lib.is_started(path)
   try:
     run, to_train, notes = processes.first_then_rest(

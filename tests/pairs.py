@@ -6,7 +6,8 @@ import random
 from typing import Any
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import switches, validation
+from ma_rlhf_jax import switches
+from ma_rlhf_jax.config_fields import FIELDS
 
 Values = dict[str, Any]
 
@@ -14,7 +15,7 @@ _BOOLEAN = (False, True)
 # Every value of every switch that changes what a PPO step computes.
 SWITCHES: dict[str, tuple[Any, ...]] = {
     **{
-        name: validation.CHOICES[name]
+        name: FIELDS[name].choices
         for name in (
             'macro.termination',
             'macro.random_leftover',

@@ -8,7 +8,7 @@ import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
-from ma_rlhf_jax.training import symptoms
+from ma_rlhf_jax.config_fields import FIELDS
 from ma_rlhf_jax.validation import ConfigError, problems, validate, warnings
 
 
@@ -18,67 +18,64 @@ def _config(fields: dict[str, Any] | None = None) -> ConfigDict:
   return config
 
 
-# Names, paths and switches, of which every value is allowed.
-_FREE = set(
-    'data.cache_dir data.chosen_column'
-    ' data.drop_truncated data.eval_path data.eval_split data.path'
-    ' data.prompt_column data.rejected_column data.shuffle_labels data.split'
-    ' data.subset ppo.critic_init ppo.from_run ppo.policy_init'
-    ' ppo.reward_model ppo.whiten_advantages reward_model.init sft.init'
-    ' tokenizer.path macro.parser macro.last_token_alone'
-    ' macro.empty_step rollout.int8_cache'.split()
-) | {f'stop.{code}' for code in symptoms.CODES}
-# Checked together with other fields, or by `parallel.mesh`.
-_RULES = set(
-    'critic.gae_lambda data.parts log.sinks macro.random_lengths mesh.data'
-    ' ppo.kl_estimator lora.targets reward'
-    ' mesh.fsdp mesh.tensor profile.steps stages tokenizer.vocab_size'.split()
-)
-
-
 def test_base_has_no_problem_and_no_warning() -> None:
   assert problems(_config()) == []
   assert warnings(_config()) == []
   validate(_config(), 8)
 
 
-def test_every_field_is_checked_and_every_check_has_its_field() -> None:
-  ranged = {name for names, _, _ in validation.RANGES for name in names}
-  checked = ranged | validation.CHOICES.keys() | _RULES
-  fields = config_lib.flatten(_config()).keys()
-  assert sorted(checked - fields) == []
-  assert sorted(fields - checked) == sorted(_FREE)
+_CHOSEN = [n for n, f in FIELDS.items() if f.check.entries]
 
 
-@pytest.mark.parametrize('name', sorted(validation.CHOICES))
+@pytest.mark.parametrize('name', _CHOSEN)
 def test_a_word_that_is_no_choice_is_refused(name: str) -> None:
-  assert f"{name}='other' must be one of {validation.CHOICES[name][0]}" in (
+  first = next(filter(None, FIELDS[name].choices))
+  assert f"{name}='other' must be one of {first}" in (
       '\n'.join(problems(_config({name: 'other'})))
   )
 
 
 @pytest.mark.parametrize(
-    'need, outside, inside',
+    ('name', 'value', 'need'),
     [
-        ('at least 1', (0, -3), (1, 2)),
-        ('at least 2', (0, 1), (2, 3)),
-        ('at least 0', (-1,), (0, 1)),
-        ('above 0', (0, -1), (1,)),
-        ('between 0 and 1', (-1, 2), (0, 1)),
+        ('ppo.batch_size', 0, 'between 1 and 1048576'),
+        ('macro.min_len', -3, 'at least 1'),
+        ('evaluate.prompts', 1, 'between 2 and 100000000'),
+        ('ppo.optim.lr', 0.0, 'above 0'),
+        ('ppo.gamma', 2.0, 'between 0 and 1'),
+        ('mesh.fsdp', 0, 'at least 1, or -1'),
+        ('model.unroll', -2, 'at least -1'),
     ],
 )
 def test_numbers_out_of_range_are_refused(
-    need: str, outside: tuple[int, ...], inside: tuple[int, ...]
+    name: str, value: float, need: str
 ) -> None:
-  names, holds, words = next(r for r in validation.RANGES if r[2] == need)
-  assert words == need and names
-  assert not any(map(holds, outside)) and all(map(holds, inside))
-  for name in names:
-    found = problems(_config({name: outside[0]}))
-    assert any(
-        line.startswith(f'{name}={outside[0]}') and line.endswith(need)
-        for line in found
-    ), f'{name}: {found}'
+  found = problems(_config({name: value}))
+  assert f'{name}={value!r} must be {need}' in found
+
+
+def test_no_number_breaks_the_rules_that_compute_with_it() -> None:
+  for name, field in FIELDS.items():
+    whole = [0, -1, 10**30, -(10**30)]
+    wild = {int: whole, float: [math.nan, math.inf, -math.inf, -1e308, 0.0]}
+    for value in wild.get(type(field.default), []):
+      problems(_config({name: value}))
+
+
+def test_all_of_a_start_stands_in_one_message() -> None:
+  fields = {'data.task': 'tldr', 'data.path': 'x', 'ppo.gamma': 2.0}
+  fields |= {'mesh.data': 3, 'stages': ('ppo',)}
+  found = validation.problems_here(_config(fields))
+  assert len(found) == 3
+  for line, words in zip(
+      found,
+      ('ppo.gamma=2.0', 'does not cover the 8 devices', "data.task='tldr'"),
+      strict=True,
+  ):
+    assert words in line
+  found = validation.problems_here(_config({'rollout.tensor': 3}))
+  assert len(found) == 1 and 'rollout.tensor=3 must divide' in found[0]
+  assert validation.problems_here(_config()) == []
 
 
 # Fields that are set, and what the only message must hold.
@@ -110,53 +107,92 @@ _REFUSED = [
     ),
     ({'rollout.batch_size': 100}, 'rollout.batch_size=100 must divide the 256'),
     ({'data.task': 'hh'}, "data.path is empty; data.task='hh' needs a file"),
-    ({'data.parts': (1, 2)}, 'data.parts=(1, 2) must be three shares'),
-    ({'data.parts': (0, 0, 0)}, 'data.parts=(0, 0, 0) must be three shares'),
-    ({'data.parts': (2, -1, 4)}, 'data.parts=(2, -1, 4) must hold numbers'),
+    ({'data.parts': (1, 2)}, 'data.parts=(1, 2) must be three numbers'),
+    ({'data.parts': (0, 0, 0)}, 'data.parts=(0, 0, 0) must be three numbers'),
+    ({'data.parts': (2, -1, 4)}, 'data.parts=(2, -1, 4) must be three numbers'),
     ({'data.max_prompt_len': 1}, 'must be at least 2'),
     (
         {'rollout.min_new_tokens': 24, 'data.max_response_len': 24},
         'rollout.min_new_tokens=24 must be below the response limit of 24',
     ),
-    ({'stages': ('ppo', 'sft')}, "stages=('ppo', 'sft') must be some of"),
-    ({'stages': ('sft', 'rm')}, "stages=('sft', 'rm') must be some of"),
-    ({'stages': ('sft', 'sft')}, "stages=('sft', 'sft') must be some of"),
-    ({'data.parts': ('a', 'b', 'c')}, 'must hold numbers of at least 0'),
-    ({'data.parts': (math.nan, 5, 5)}, 'must hold numbers of at least 0'),
+    (
+        {'stages': ('ppo', 'sft')},
+        "stages=('ppo', 'sft') must be a tuple of some of",
+    ),
+    (
+        {'stages': ('sft', 'rm')},
+        "stages=('sft', 'rm') must be a tuple of some of",
+    ),
+    (
+        {'stages': ('sft', 'sft')},
+        "stages=('sft', 'sft') must be a tuple of some of",
+    ),
+    (
+        {'data.parts': ('a', 'b', 'c')},
+        'must be three numbers of at least 0, not all 0',
+    ),
+    (
+        {'data.parts': (math.nan, 5, 5)},
+        'must be three numbers of at least 0, not all 0',
+    ),
     ({'rollout.temperature': 0.0}, 'rollout.temperature=0.0 draws'),
     ({'rollout.temperature': 0.005}, 'rollout.temperature=0.005 draws'),
     (
         {'rollout.temperature': 1e-20, 'stages': ('sft',)},
-        'rollout.temperature=1e-20 must be 0 or at least 1e-4',
+        'rollout.temperature=1e-20 must be between 0.0001 and 1e6, or 0',
     ),
-    ({'evaluate.temperature': 1e-40}, 'evaluate.temperature=1e-40 must be 0'),
-    ({'rollout.top_p': 1e-300}, 'rollout.top_p=1e-300 must be at least 1e-6'),
-    ({'lora.targets': ([1],)}, 'lora.targets=([1],) must hold names'),
-    ({'log.sinks': ([],)}, 'log.sinks=([],) must hold names'),
-    ({'stages': ([],)}, 'stages=([],) must hold names'),
-    ({'data.max_response_len': 10**9}, 'data.max_response_len=1000000000 must'),
-    ({'data.max_response_len': 10**12}, '1000000000000 is too large; it must'),
-    ({'lora.rank': 10**9}, 'lora.rank=1000000000 must be at most 4096'),
+    (
+        {'evaluate.temperature': 1e-40},
+        'evaluate.temperature=1e-40 must be between',
+    ),
+    (
+        {'rollout.top_p': 1e-300},
+        'rollout.top_p=1e-300 must be between 1e-6 and 1',
+    ),
+    (
+        {'lora.targets': ([1],)},
+        'lora.targets=([1],) must be a tuple of some of query',
+    ),
+    ({'log.sinks': ([],)}, 'log.sinks=([],) must be a tuple of some of jsonl'),
+    ({'stages': ([],)}, 'stages=([],) must be a tuple of some of sft'),
+    (
+        {'data.max_response_len': 10**9},
+        'data.max_response_len=1000000000 must be between',
+    ),
+    (
+        {'data.max_response_len': 10**12},
+        '1000000000000 must be between 0 and 1048576',
+    ),
+    ({'lora.rank': 10**9}, 'lora.rank=1000000000 must be between 0 and 4096'),
     ({'data.synthetic_rows': 10**9}, 'data.synthetic_rows=1000000000 must be'),
-    ({'data.synthetic_rows': 10**14}, 'data.synthetic_rows=100000000000000 is'),
-    ({'model.num_layers': 10**9}, 'model.num_layers=1000000000 must be at mos'),
-    ({'model.embed_dim': 10**12}, 'model.embed_dim=1000000000000 is too large'),
-    ({'model.vocab_size': 10**13}, 'model.vocab_size=10000000000000 is too'),
+    ({'data.synthetic_rows': 10**14}, 'data.synthetic_rows=100000000000000 mu'),
+    ({'model.num_layers': 10**9}, 'model.num_layers=1000000000 must be bet'),
+    ({'model.embed_dim': 10**12}, 'model.embed_dim=1000000000000 must be b'),
+    ({'model.vocab_size': 10**13}, 'model.vocab_size=10000000000000 must'),
     ({'macro.random_repeats': 2 * 10**9}, 'macro.random_repeats=2000000000 mu'),
-    ({'ppo.kl_coef': 1e300}, 'ppo.kl_coef=1e+300 is too large; it must be at'),
-    ({'ppo.kl_coef': 1e7}, 'ppo.kl_coef=10000000.0 must be at most 1e6'),
+    ({'ppo.kl_coef': 1e300}, 'ppo.kl_coef=1e+300 must be between 0 and 1e6'),
+    ({'ppo.kl_coef': 1e7}, 'ppo.kl_coef=10000000.0 must be between 0 and'),
     ({'ppo.optim.lr': math.inf}, 'ppo.optim.lr=inf must be a finite number'),
-    ({'seed': 2**40}, 'seed=1099511627776 must be below 2**32'),
-    ({'macro.ngram': 3 * 10**9}, 'macro.ngram=3000000000 is too large'),
+    ({'seed': 2**40}, 'seed=1099511627776 must be between 0 and 4294967295'),
+    (
+        {'macro.ngram': 3 * 10**9},
+        'macro.ngram=3000000000 must be at most 2147483647 in',
+    ),
     ({'sft.optim.b1': 1.0}, 'sft.optim.b1=1.0 must be at least 0 and below 1'),
     ({'model.dtype': 'float64'}, 'float64 needs JAX_ENABLE_X64=1'),
     ({'profile.steps': (5, 2)}, 'profile.steps=(5, 2) must be () or (first'),
-    ({'profile.steps': ('a', 'b')}, 'must hold whole numbers of at least 1'),
+    ({'profile.steps': ('a', 'b')}, 'whole numbers of at least 1'),
     ({'profile.steps': (1,)}, 'profile.steps=(1,) must be () or (first, last)'),
-    ({'log.sinks': ('jsonl', 'csv')}, "log.sinks has ['csv']; known: jsonl"),
-    ({'macro.random_lengths': ()}, 'macro.random_lengths is empty'),
-    ({'macro.random_lengths': (2, 0)}, 'must hold whole numbers of at least 1'),
-    ({'macro.random_lengths': (2.5,)}, 'must hold whole numbers of at least 1'),
+    (
+        {'log.sinks': ('jsonl', 'csv')},
+        'must be a tuple of some of jsonl, tensorboard, wandb',
+    ),
+    (
+        {'macro.random_lengths': ()},
+        'macro.random_lengths=() must be some whole',
+    ),
+    ({'macro.random_lengths': (2, 0)}, 'whole numbers of at least 1'),
+    ({'macro.random_lengths': (2.5,)}, 'whole numbers of at least 1'),
     (
         {
             'checkpoint.best_metric.ppo': 'eval/gold',
@@ -167,7 +203,7 @@ _REFUSED = [
     ),
     ({'macro.reward': 'mean'}, "use critic.target='macro'"),
     ({'critic.gae_lambda': -0.5}, 'critic.gae_lambda=-0.5 must be between'),
-    ({'critic.gae_lambda': 1.5}, 'or -1 for that of ppo'),
+    ({'critic.gae_lambda': 1.5}, 'or -1'),
 ]
 
 
@@ -205,8 +241,8 @@ def test_all_problems_stand_in_one_message() -> None:
   message = str(caught.value)
   assert message.startswith('4 problem(s) in the config:\n  ')
   for words in (
-      'ppo.kl_coef=-0.5 must be at least 0',
-      'seed=-1 must be at least 0',
+      'ppo.kl_coef=-0.5 must be between 0 and 1e6',
+      'seed=-1 must be between 0 and 4294967295',
       'data.path is empty',
       "stages=('a',)",
   ):
@@ -360,3 +396,62 @@ def test_memory_of_the_host_must_be_there(
   monkeypatch.setattr(validation.partition, 'has_host_memory', lambda: False)
   (found,) = problems(_config(fields))
   assert 'this cpu cannot read the memory of the host' in found
+
+
+def _missing(fields: dict[str, Any], done: tuple[str, ...] = ()) -> list[str]:
+  return validation.missing_products(_config(fields), done)
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        {'stages': ('sft',)},
+        {'stages': ('sft', 'reward_model')},
+        {'stages': ('reward_model',), 'reward_model.init': 'folder'},
+        {'stages': ('reward_model',), 'ppo.policy_init': 'folder'},
+        {
+            'stages': ('ppo',),
+            'ppo.policy_init': 'folder',
+            'ppo.reward_model': 'folder',
+        },
+        {'stages': ('ppo', 'evaluate'), 'ppo.from_run': 'workdir'},
+        {'stages': ('sft', 'ppo'), 'reward': 'my_rewards:politeness'},
+    ],
+)
+def test_every_product_is_given_or_to_be_made(fields: dict[str, Any]) -> None:
+  assert _missing(fields) == []
+
+
+@pytest.mark.parametrize(
+    'fields, missing',
+    [
+        ({'stages': ('reward_model',)}, [('reward_model', 'sft')]),
+        (
+            {'stages': ('ppo',)},
+            [('ppo', 'sft'), ('ppo', 'reward_model')],
+        ),
+        (
+            {'stages': ('sft', 'evaluate')},
+            [('evaluate', 'reward_model'), ('evaluate', 'ppo')],
+        ),
+        (
+            {'stages': ('ppo',), 'ppo.reward_model': 'folder'},
+            [('ppo', 'sft')],
+        ),
+    ],
+)
+def test_a_product_that_nobody_makes_is_named(
+    fields: dict[str, Any], missing: list[tuple[str, str]]
+) -> None:
+  assert [line.split(':')[0] for line in _missing(fields)] == [
+      f'stage {stage!r} needs the product of {need!r}'
+      for stage, need in missing
+  ]
+
+
+def test_a_product_made_before_counts() -> None:
+  done = ('sft', 'reward_model')
+  assert _missing({'stages': ('ppo',)}, done) == []
+  (line,) = _missing({'stages': ('evaluate',)}, done)
+  assert "product of 'ppo'" in line

@@ -10,14 +10,14 @@ import dataclasses
 import pathlib
 import re
 import sys
-import textwrap
 from typing import Any
 
 from ma_rlhf_jax import __version__
+from ma_rlhf_jax.commands import config_help
+from ma_rlhf_jax.commands.config_help import filled
 
 PACKAGE = 'ma_rlhf_jax'
 _ROOT = pathlib.Path(__file__).parents[1]
-_WIDTH = 80
 # absl takes -help and --helpshort as well.
 HELP = ('--help', '-h', '-help', '--helpshort')
 
@@ -53,7 +53,7 @@ class Flag:
     if not default and self.value and self.default not in (None, '', ()):
       default = str(self.default)
     said = self.help + (f' Default: {default}.' if default else '')
-    return f'  {head}\n{_filled(said, "      ")}'
+    return f'  {head}\n{filled(said, 6)}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,29 +108,17 @@ _ANY = (
 )
 
 
-def _filled(text: str, indent: str) -> str:
-  """`text` in lines, broken at blanks alone."""
-  return textwrap.fill(
-      text,
-      _WIDTH,
-      initial_indent=indent,
-      subsequent_indent=indent,
-      break_long_words=False,
-      break_on_hyphens=False,
-  )
-
-
 def _example(line: str) -> str:
   r"""A command line as a shell reads it, broken by `\` where it is long."""
   # Blanks between quotes are no places to break.
   whole = re.sub("'[^']*'", lambda m: m[0].replace(' ', '\0'), line)
-  lines = _filled(whole, ' ' * 6).splitlines()  # room for `  ` and ` \`
+  lines = filled(whole, 6).splitlines()  # room for `  ` and ` \`
   broken = ' \\\n    '.join(line.strip() for line in lines)
   return '  ' + broken.replace('\0', ' ')
 
 
 def _asked(command: Command, words: Sequence[str]) -> str:
-  """Whether a command line asks for 'help' or 'version'; '' if it does not."""
+  """'help', 'version' or the word `--config.help`; '' = none is asked for."""
   with_value = {
       f'{dashes}{flag.name}'
       for flag in command.all_flags
@@ -147,6 +135,8 @@ def _asked(command: Command, words: Sequence[str]) -> str:
       return 'help'
     elif word == '--version':
       return 'version'
+    elif command.recipe and re.match(r'--?config\.help(=|$)', word):
+      return word
     else:
       is_value = word in with_value
   return ''
@@ -155,9 +145,16 @@ def _asked(command: Command, words: Sequence[str]) -> str:
 def answer(command: Command) -> None:
   """Prints help or version, and ends, where the command line asks for it."""
   asked = _asked(command, sys.argv[1:])
-  if asked:
+  if not asked:
+    return
+  if asked in ('help', 'version'):
     print(command.text() if asked == 'help' else version())
     sys.exit(0)
+  try:
+    print(config_help.text(asked.partition('=')[2]))
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  sys.exit(0)
 
 
 def version() -> str:

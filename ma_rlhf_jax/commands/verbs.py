@@ -20,9 +20,13 @@ RECIPE = (
         'config.FIELD',
         'VALUE',
         'Overrides a field of the config, as in --config.ppo.kl_coef=0.1 or '
-        '--config.log.sinks="(\'jsonl\',)". The flag may be repeated. '
-        'ma_rlhf_jax/config.py lists every field with its meaning, unit and '
-        'default.',
+        '--config.log.sinks="(\'jsonl\',)". The flag may be repeated.',
+    ),
+    Flag(
+        'config.help',
+        'BLOCK',
+        'Prints every field of a block, as ppo, with its default, meaning, '
+        'unit, allowed values and source. Without =BLOCK it prints all.',
     ),
 )
 

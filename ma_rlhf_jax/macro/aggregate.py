@@ -98,16 +98,21 @@ def _sum(offset_BT: Array, length_BT: Array, dtype: jnp.dtype) -> Array:
   return jnp.ones_like(offset_BT, dtype)
 
 
+Weights = Callable[[Array, Array, jnp.dtype], Array]
 # sigma of each token from its place in the macro action.
-WEIGHTS: dict[str, Callable[[Array, Array, jnp.dtype], Array]] = {
-    'sum': _sum,
+REWARD_WEIGHTS: dict[str, Weights] = {
+    'sum': _sum,  # paper
     'mean': _equal,
+    'position_reversed': _position_reversed,  # authors' code
+}
+VALUE_WEIGHTS: dict[str, Weights] = {
     'start': _start,  # the macro action's first token: the SMDP value
     'equal': _equal,  # the paper's default for values
     'unit': _unit,  # the last token
     'position': _position,  # paper: later tokens weigh more
     'position_reversed': _position_reversed,  # authors' code: earlier ones do
 }
+WEIGHTS = REWARD_WEIGHTS | VALUE_WEIGHTS
 
 
 def sigma(macro: MacroActions, weights: str, dtype: jnp.dtype) -> Array:

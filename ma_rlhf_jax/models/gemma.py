@@ -57,7 +57,7 @@ class _Kernels(nn.Module):
     """`x` times a kernel, plus what its adapter adds.
 
     Args:
-      name: of the kernel, one of `config.KERNELS`.
+      name: of the kernel, one of `config_fields.KERNELS`.
       x: [..., *inputs].
       outputs: sizes of the axes that the result has in place of `inputs`.
       count: of axes in `inputs`.

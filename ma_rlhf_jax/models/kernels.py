@@ -214,7 +214,6 @@ def cudnn(
 
 # In the order in which 'auto' tries them.
 KERNELS: dict[str, Callable[..., Array]] = {'splash': splash, 'cudnn': cudnn}
-CHOICES = ('auto', 'xla', *KERNELS)
 
 
 def _shared(keys_BLKH: Array, heads: int, shards: int) -> tuple[Array, bool]:

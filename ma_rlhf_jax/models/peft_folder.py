@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ma_rlhf_jax import manifest
-from ma_rlhf_jax.config import KERNELS
+from ma_rlhf_jax.config_fields import KERNELS
 from ma_rlhf_jax.models import folders, lora
 from ma_rlhf_jax.models.gemma import LORA_A, LORA_B
 from ma_rlhf_jax.models.heads import abstract_params

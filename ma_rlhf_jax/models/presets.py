@@ -13,7 +13,7 @@ class Lora:
   Attributes:
     rank: width of A [inputs, rank] and B [rank, outputs], >= 1.
     alpha: scale of the product, divided by the rank.
-    targets: the kernels that get adapters, some of `config.KERNELS`.
+    targets: the kernels that get adapters, some of `config_fields.KERNELS`.
   """
 
   rank: int

@@ -44,7 +44,7 @@ _WEIGHTS = {
 }
 # The norm before the MLP is named after the attention before it in Gemma 1;
 # Gemma 2 gives that name to the norm of what attention adds.
-_NORMS = {
+NORMS = {
     'gemma': {'mlp_norm': 'post_attention_layernorm'},
     'gemma2': {
         'attention_post_norm': 'post_attention_layernorm',
@@ -59,7 +59,7 @@ WEIGHTS = {
         f'layers/{ours}/scale': Weight(f'layers.{{}}.{theirs}.weight', 0)
         for ours, theirs in norms.items()
     }
-    for family, norms in _NORMS.items()
+    for family, norms in NORMS.items()
 }
 # Their size -> ours.
 SIZES = {

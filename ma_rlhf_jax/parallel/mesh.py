@@ -90,6 +90,16 @@ def across_slices(
   )
 
 
+def check_decode(shape: tuple[int, ...], tensor: int) -> None:
+  """Raises ValueError unless `tensor` divides fsdp * tensor of a mesh."""
+  _, fsdp, split = shape
+  if tensor < 1 or fsdp * split % tensor:
+    raise ValueError(
+        f'rollout.tensor={tensor} must divide the {fsdp * split} devices of '
+        'mesh.fsdp * mesh.tensor; 0 chooses'
+    )
+
+
 def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
   """The same devices, `tensor` of them to one copy of the weights.
 
@@ -100,12 +110,8 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
   Raises:
     ValueError: if it does not.
   """
+  check_decode(mesh.devices.shape, tensor)
   data, fsdp, split = mesh.devices.shape
-  if tensor < 1 or fsdp * split % tensor:
-    raise ValueError(
-        f'rollout.tensor={tensor} must divide the {fsdp * split} devices of '
-        'mesh.fsdp * mesh.tensor; 0 chooses'
-    )
   shape = (data, fsdp * split // tensor, tensor)
   types = (AxisType.Auto,) * len(AXES)
   return Mesh(mesh.devices.reshape(shape), AXES, axis_types=types)

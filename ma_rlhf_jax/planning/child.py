@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from ma_rlhf_jax import atomic_file
 from ma_rlhf_jax import config as config_lib
+from ma_rlhf_jax.config_fields import KERNELS
 from ma_rlhf_jax.models import presets
 from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.planning import abstract, flops, residency
@@ -84,7 +85,7 @@ def _weights(args: Any, vocab: int) -> list[list[int]]:
   for path, x in jax.tree_util.tree_leaves_with_path(args):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     last = name.rpartition('/')[2]
-    if last in config_lib.KERNELS and x.ndim > 2:
+    if last in KERNELS and x.ndim > 2:
       found.add(x.shape[1:])
     elif last == 'embedding':
       found.add((vocab, x.shape[-1]))

@@ -10,13 +10,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import validation
+from ma_rlhf_jax.config_fields import FIELDS
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.planning import estimate
 from ma_rlhf_jax.planning.planner import Planner, problems, whole
 
 # What may change without changing what is learned; of options that the config
-# does not have nothing is tried. () = all choices that validation knows.
+# does not have nothing is tried. () = all choices that the field has.
 LAYOUTS: dict[str, tuple[Any, ...]] = {
     'mesh.tensor': (1, 2, 4, 8),
     'model.remat': ('full', 'dots', 'none'),
@@ -47,8 +47,7 @@ def choices(flat: dict[str, Any], space: dict[str, Any]) -> list[list[tuple]]:
   options = []
   for field, values in space.items():
     if field in flat:
-      known = (False, True) if isinstance(flat[field], bool) else ()
-      values = values or validation.CHOICES.get(field, known)
+      values = values or FIELDS[field].choices
       values = [v for v in values if v != 'auto']
       options.append(
           [(field, v) for v in dict.fromkeys([flat[field], *values])]

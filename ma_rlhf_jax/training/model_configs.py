@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from ma_rlhf_jax.config import KERNELS
+from ma_rlhf_jax.config_fields import KERNELS
 from ma_rlhf_jax.models.presets import GemmaConfig, Lora
 
 

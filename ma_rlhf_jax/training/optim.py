@@ -10,7 +10,7 @@ import optax
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.structs import Array, Params
 
-_DECAYS: dict[str, Callable[[float, float, int], optax.Schedule]] = {
+SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {
     'cosine': lambda lr, final, steps: optax.cosine_decay_schedule(
         lr, steps, alpha=final
     ),
@@ -19,7 +19,6 @@ _DECAYS: dict[str, Callable[[float, float, int], optax.Schedule]] = {
     ),
     'constant': lambda lr, final, steps: optax.constant_schedule(lr),
 }
-SCHEDULES = tuple(_DECAYS)
 
 
 def learning_rate(optim: ConfigDict, num_updates: int) -> optax.Schedule:
@@ -31,7 +30,7 @@ def learning_rate(optim: ConfigDict, num_updates: int) -> optax.Schedule:
   """
   warmup = round(optim.warmup_ratio * num_updates)
   steps = max(1, num_updates - warmup)
-  decay = _DECAYS[optim.schedule](optim.lr, optim.final_lr_ratio, steps)
+  decay = SCHEDULES[optim.schedule](optim.lr, optim.final_lr_ratio, steps)
   if not warmup:
     return decay
   ramp = optax.linear_schedule(optim.lr / warmup, optim.lr, warmup - 1 or 1)

@@ -73,14 +73,15 @@ OWN = {
 _TAKEN_OVER = {'policy': 'sft', 'reward model': 'reward_model'}
 
 
+def _value(config: ConfigDict, field: str) -> str:
+  block, name = field.replace('ppo.from', 'ppo.from_run').split('.')
+  return config[block][name]
+
+
 def _named(config: ConfigDict, field: str, role: str) -> Source | None:
   """The model that a field names; None where it is empty."""
-  if field == 'ppo.from':
-    value = config.ppo.from_run
-    stage = _TAKEN_OVER[role]
-  else:
-    block, name = field.split('.')
-    value, stage = config[block][name], ''
+  value = _value(config, field)
+  stage = _TAKEN_OVER[role] if field == 'ppo.from' else ''
   return products.locate(field, value, role, stage) if value else None
 
 
@@ -181,6 +182,16 @@ def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
     if source.field and stage not in given:
       given[stage] = f'{source.field} gives {source.path}'
   return given
+
+
+def named_stages(config: ConfigDict) -> list[str]:
+  """Stages whose product a field names or `config.reward` does not ask for."""
+  named = [
+      stage
+      for stage, use in (('sft', 'ppo'), ('reward_model', 'score'))
+      if any(_value(config, field) for field, _ in _FIELDS[use])
+  ]
+  return named if functions.has_model(config) else [*named, 'reward_model']
 
 
 def stages_to_train(config: ConfigDict, workdir: epath.PathLike) -> list[str]:

@@ -56,7 +56,6 @@ def load_run(
     check_models: whether all models that the config names are checked, before
       a row is read.
   """
-  tasks.check_task(config.data.task)  # before a model is looked for
   if check_models:
     sources.check_shapes(config)
   mesh = make_mesh(config.mesh)

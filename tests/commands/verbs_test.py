@@ -48,7 +48,7 @@ def test_flags_have_the_names_and_defaults_of_what_they_fill(
 
 
 def test_every_argument_of_a_recipe_stands_in_the_help() -> None:
-  recipe, _ = verbs.RECIPE
+  recipe, *_ = verbs.RECIPE
   for word in WORDS:
     assert word in recipe.help
   for name in ARGUMENTS:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.config import KERNELS
+from ma_rlhf_jax.config_fields import KERNELS
 from ma_rlhf_jax.models import exporting, gemma, heads, huggingface, lora
 from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.presets import GemmaConfig, Lora

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.config import KERNELS
+from ma_rlhf_jax.config_fields import KERNELS
 from ma_rlhf_jax.models import (
     exporting,
     folders,

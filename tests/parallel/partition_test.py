@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.config import KERNELS
+from ma_rlhf_jax.config_fields import KERNELS
 from ma_rlhf_jax.models import gemma, heads, lora
 from ma_rlhf_jax.models.presets import PRESETS, GemmaConfig, Lora
 from ma_rlhf_jax.parallel.mesh import AXES, make_mesh, place

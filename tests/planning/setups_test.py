@@ -1,8 +1,11 @@
 """Set-ups that may be planned."""
 
+import dataclasses
+
 import pytest
 
-from ma_rlhf_jax import validation
+from ma_rlhf_jax.config_fields import FIELDS
+from ma_rlhf_jax.fields import one_of
 from ma_rlhf_jax.models import gemma
 from ma_rlhf_jax.planning import setups
 from tests.planning.planner_test import config, make
@@ -16,8 +19,10 @@ def test_options_come_from_the_config_and_its_choices(
   assert {(c.model.remat, c.mesh.tensor) for c in found} == {
       (remat, tensor) for remat in gemma.REMAT for tensor in (1, 2)
   }
-  choices = validation.CHOICES | {'model.dtype': ('float32', 'bfloat16')}
-  monkeypatch.setattr(validation, 'CHOICES', choices)
+  known = dataclasses.replace(
+      FIELDS['model.dtype'], check=one_of('float32', 'bfloat16')
+  )
+  monkeypatch.setitem(FIELDS, 'model.dtype', known)
   found = list(setups.layouts(config(), make(), {'model.dtype': ()}))
   assert [c.model.dtype for c in found] == ['bfloat16', 'float32']
 
