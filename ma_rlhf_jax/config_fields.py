@@ -230,8 +230,9 @@ BLOCKS['ppo'] = block('MA-PPO and its policy',
       'policy and critic, whose gradients exist at once.', resumable=True),
   kl_coef=Field(0.05, within(0, 1e6), 'Weight of the KL penalty of each token '
       'in its reward, in reward-model units per nat.', 'paper'),
-  kl_estimator=Field('k1', TEXT,
-      'Estimator of the KL in the reward; only k1 has the right gradient.'),
+  kl_estimator=Field('k1', one_of('k1'), 'Estimator of the KL in the reward: '
+      'the log-ratio. A reward is a constant to the gradient, and k2 and k3 '
+      'have another gradient than that of the KL then; k3 is logged.'),
   kl_target=Field(0.0, within(0, 1e6), 'KL (objective/kl) in nats per response '
       'that kl_coef adapts to; 0 = kl_coef is fixed.'),
   kl_horizon=Field(10_000, at_least(1),

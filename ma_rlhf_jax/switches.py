@@ -272,13 +272,6 @@ def _of_estimation(f: Values) -> Iterator[str]:
         "ppo.advantage='own' with ppo.discount='token' is defined for "
         f"macro.value='start' only, not {f['macro.value']!r}"
     )
-  if f['ppo.kl_estimator'] != 'k1':
-    yield (
-        f"ppo.kl_estimator={f['ppo.kl_estimator']!r} must be 'k1': a reward is "
-        'a constant to the gradient, and only the plain log-ratio has the '
-        "expected gradient of the KL then (k2 and k3 depend on the policy's "
-        'probability itself, which that drops); k3 is logged'
-    )
   if f['ppo.kl_target'] and not f['ppo.kl_coef']:
     yield (
         f"ppo.kl_target={f['ppo.kl_target']} adapts ppo.kl_coef by factors, "

@@ -215,7 +215,7 @@ def _smaller(config: ConfigDict, run: Run, to_train: list[str]) -> list[str]:
   if notes:
     devices = run.mesh.shape['data'] * run.mesh.shape['fsdp']
     try:
-      validation.validate(run.config, devices)
+      validation.refuse(validation.problems(run.config, devices))
     except validation.ConfigError as error:
       raise validation.ConfigError('\n'.join([*notes, str(error)])) from error
   return notes

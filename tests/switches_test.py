@@ -206,7 +206,6 @@ _REFUSED = [
         },
         "macro.value='start' only, not 'unit'",
     ),
-    ({'ppo__kl_estimator': 'k3'}, "ppo.kl_estimator='k3' must be 'k1'"),
     (
         {'ppo__kl_target': 3.0, 'ppo__kl_coef': 0.0},
         'ppo.kl_target=3.0 adapts ppo.kl_coef by factors',

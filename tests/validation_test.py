@@ -9,7 +9,7 @@ import pytest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import validation
 from ma_rlhf_jax.config_fields import FIELDS
-from ma_rlhf_jax.validation import ConfigError, problems, validate, warnings
+from ma_rlhf_jax.validation import ConfigError, problems, refuse, warnings
 
 
 def _config(fields: dict[str, Any] | None = None) -> ConfigDict:
@@ -21,7 +21,8 @@ def _config(fields: dict[str, Any] | None = None) -> ConfigDict:
 def test_base_has_no_problem_and_no_warning() -> None:
   assert problems(_config()) == []
   assert warnings(_config()) == []
-  validate(_config(), 8)
+  assert problems(_config(), 8) == []
+  refuse([])
 
 
 _CHOSEN = [n for n, f in FIELDS.items() if f.check.entries]
@@ -202,6 +203,7 @@ _REFUSED = [
         "no true quality is known in data.task='hh'",
     ),
     ({'macro.reward': 'mean'}, "use critic.target='macro'"),
+    ({'ppo.kl_estimator': 'k3'}, "ppo.kl_estimator='k3' must be one of k1"),
     ({'critic.gae_lambda': -0.5}, 'critic.gae_lambda=-0.5 must be between'),
     ({'critic.gae_lambda': 1.5}, 'or -1'),
 ]
@@ -237,7 +239,7 @@ def test_what_is_only_unusual_is_allowed(fields: dict[str, Any]) -> None:
 def test_all_problems_stand_in_one_message() -> None:
   wrong = {'ppo.kl_coef': -0.5, 'seed': -1, 'data.task': 'hh', 'stages': ('a',)}
   with pytest.raises(ConfigError) as caught:
-    validate(_config(wrong))
+    refuse(problems(_config(wrong)))
   message = str(caught.value)
   assert message.startswith('4 problem(s) in the config:\n  ')
   for words in (

@@ -31,17 +31,7 @@ CACHE_SIZE = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class HostSettings:
-  """What is fixed for a run.
-
-  Attributes:
-    termination: name of the rule, one of `NAMES`.
-    parser: of `parsing`: `module:function`, a .jsonl file or `command: ...`.
-    parse_cutoff: tokens, >= 1; a smaller constituent is one macro action.
-    parse_fallback: of a sentence without a tree: `fixed` or `one`.
-    parse_workers: processes that parse; 0 = this one, which a command takes
-      as 1.
-    ngram: tokens per macro action of the fallback `fixed`; 0 = one.
-  """
+  """What is fixed for a run: fields of `macro`, see `config_fields`."""
 
   termination: str
   parser: str
@@ -49,21 +39,6 @@ class HostSettings:
   parse_fallback: str
   parse_workers: int
   ngram: int
-
-
-def _check(settings: HostSettings) -> None:
-  """Raises ValueError on a field that `HostSettings` does not allow."""
-  allowed = {
-      'termination': (NAMES, settings.termination in NAMES),
-      'parse_cutoff': ('>= 1', settings.parse_cutoff >= 1),
-      'parse_fallback': (FALLBACKS, settings.parse_fallback in FALLBACKS),
-      'parse_workers': ('>= 0', settings.parse_workers >= 0),
-      'ngram': ('>= 0', settings.ngram >= 0),
-  }
-  for field, (values, is_allowed) in allowed.items():
-    if not is_allowed:
-      value = getattr(settings, field)
-      raise ValueError(f'macro.{field}={value!r} must be {values}')
 
 
 def metrics(counts_B: dict[str, Array]) -> dict[str, Array]:
@@ -92,14 +67,13 @@ class HostTermination:
     tokenizer: of the responses; see `macro.spelling.Speller`.
 
   Raises:
-    ValueError, ImportError, OSError: if a field, the parser, its file or the
-      tokenizer does not serve, or tensorflow-text is missing.
+    ValueError, ImportError, OSError: if the parser, its file or the tokenizer
+      does not serve, or tensorflow-text is missing.
   """
 
   def __init__(
       self, settings: HostSettings, tokenizer: 'PreTrainedTokenizerBase'
   ):
-    _check(settings)
     self._settings = settings
     self._speller = spelling_lib.Speller(tokenizer)
     self._kept: collections.OrderedDict[bytes, Parsed] = (

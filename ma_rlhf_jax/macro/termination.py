@@ -36,19 +36,7 @@ from ma_rlhf_jax.structs import Array, MacroActions, Scored
 class TerminationSettings:
   """What is fixed for a run; hashable, a static argument under `jit`.
 
-  Attributes:
-    termination: name of the rule, a key of `RULES`.
-    ngram: tokens per macro action of `fixed`; 0 = infinity.
-    random_lengths: tokens, the lengths that `randomised` shuffles.
-    random_repeats: how often each of them occurs.
-    random_leftover: `one` or `cycle`, what follows after all of them.
-    cut_probability: of `low_probability`; less probable tokens are cut points.
-    cut_count: cut points in each macro action of `low_probability`.
-    min_len: tokens, at least 1, of every macro action of every rule.
-    max_len: tokens, at most; 0 = no bound.
-    last_token_alone: the last token of a response is a macro action.
-    empty_step: with that, the empty step of the authors' code.
-    logprobs: whose log-probs rules of probability read, `ref` or `old`.
+  Fields of `macro`, see `config_fields`.
   """
 
   termination: str

@@ -300,7 +300,8 @@ def describe(run: Run, table: Table) -> str:
 
 def show(config: ConfigDict, row: int) -> str:
   """All tables of a config as text; raises what a user can mend."""
-  validation.refuse(validation.problems_here(config))
+  found = validation.problems(config) + validation.unreadable(config)
+  validation.refuse(found)
   if row < 0:
     raise ValueError(f'--row={row} must be at least 0')
   with interrupts.temporary_folder() as folder:

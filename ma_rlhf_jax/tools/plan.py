@@ -99,7 +99,7 @@ def plan() -> plans.Plan:
   if flags.FLAGS.json:
     outputs.check_place('json', flags.FLAGS.json)
   shares, given = _shares(), automatic.fixed(recipe_flag.CONFIG.value)
-  validation.validate(given, 1, topology.machine)
+  validation.refuse(validation.problems(given, 1, topology.machine))
   config = abstract.with_preset(given)
   planner = Planner(
       topology,

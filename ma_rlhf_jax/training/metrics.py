@@ -17,7 +17,7 @@ import importlib.util
 import json
 import math
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -64,19 +64,6 @@ def check_finite(
     raise NonFiniteError(stage, step, bad, last_checkpoint)
 
 
-class _Sink(Protocol):
-  """Where lines go; `seal` is called before each checkpoint."""
-
-  def write(self, step: int, metrics: dict[str, float]) -> None:
-    ...
-
-  def seal(self) -> None:
-    ...
-
-  def close(self) -> None:
-    ...
-
-
 class MetricsWriter:
   """Sends metrics to all sinks; a context manager that closes them."""
 
@@ -102,17 +89,7 @@ class MetricsWriter:
       flush_seconds: how old a line may grow in memory before the next write
         brings it to disk; 0 = each at once.
       config: field -> value, which W&B shows beside the run.
-
-    Raises:
-      ValueError: on an unknown sink.
-      ImportError: if the package of a sink is missing.
     """
-    for name in sinks:
-      if name not in SINKS:
-        raise ValueError(
-            f'log.sinks has {name!r}; known are {", ".join(sorted(SINKS))}'
-        )
-    check_sinks(sinks)
     folder = epath.Path(folder)
     about = _About(folder, stage, first_step, flush_seconds, config or {})
     self._sinks = [SINKS[name](about) for name in sinks]
