@@ -1,10 +1,15 @@
 """Package ma_rlhf_jax and its optional parts; tool settings: pyproject.toml."""
 
+import pathlib
+import runpy
+
 import setuptools
+
+_INIT = pathlib.Path(__file__).parent / 'ma_rlhf_jax' / '__init__.py'
 
 setuptools.setup(
     name='ma_rlhf_jax',
-    version='0.1.0',
+    version=runpy.run_path(str(_INIT))['__version__'],
     description='RLHF with macro actions (MA-RLHF) in JAX and Flax for Gemma.',
     license='Apache-2.0',
     license_files=['LICENSE'],

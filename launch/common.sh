@@ -17,6 +17,9 @@
 #
 # and after nothing else: other codes tell of errors that would come again.
 
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 2
@@ -81,8 +84,8 @@ shared_flag() {
 }
 
 unknown_flag() {
-  die "$1: no such flag; see the first lines of $0. The command and its own" \
-    'flags follow --'
+  die "$1: no such flag; --help lists them. The command and its own flags" \
+    'follow --'
 }
 
 check_shared() {

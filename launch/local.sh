@@ -1,27 +1,38 @@
 #!/usr/bin/env bash
-# Several processes of one run on this machine, on its CPU or its GPUs.
+# usage: ./launch/local.sh --num_processes=N [flags] -- COMMAND
 #
-#   ./launch/local.sh --num_processes=2 [flags] -- COMMAND
+# Runs several processes of one run on this machine, on its CPU or its GPUs. One
+# process drives all GPUs of a machine as well, without this script; several
+# share the work of the host. Each gets the command and the flags that say which
+# process it is. --coordinator_address is 127.0.0.1:PORT.
 #
-#   ./launch/local.sh --num_processes=2 --gpus_per_process=4 -- \
-#     python -m ma_rlhf_jax.train --config=configs/hh_7b.py --workdir=DIR
-#
-# One process drives all GPUs of a machine as well, without this script; several
-# share the work of the host. Each gets the command and the flags that say who
-# it is. --coordinator_address is 127.0.0.1:PORT.
-#
-#   --num_processes=N      processes, at least 1
-#   --gpus_per_process=K   process i sees the GPUs K i .. K i + K - 1 and no
-#                          other; default 0: CUDA_VISIBLE_DEVICES as it is
-#   --port=PORT            free on this machine; default 8476
-#   --grace=SECONDS        for the others to end by themselves, once one has
-#                          failed; default 20
-#   --max_restarts=N --pause=SECONDS --dry_run   see common.sh; pause is 5
+# flags:
+#   --num_processes=N       The number of processes, at least 1. It is needed.
+#   --gpus_per_process=K    The number of GPUs of each process: process I sees
+#                           the GPUs K I to K I + K - 1. Default: 0, which
+#                           leaves CUDA_VISIBLE_DEVICES as it is.
+#   --port=PORT             A port that is free on this machine. Default: 8476.
+#   --grace=SECONDS         How long the other processes may take to end by
+#                           themselves once one has failed. Default: 20.
+#   --max_restarts=N        How often the command is run again. Default: 10.
+#   --pause=SECONDS         How long to wait before that. Default: 5.
+#   --dry_run               Prints what would be run, and runs nothing.
+#   -h, --help              Prints this text.
 #
 # Ctrl-C or SIGTERM saves and stops; a second one stops at once.
+#
+# Exit codes: 0 the command is done; 2 a flag is wrong; else that of the
+# command, which is run again after 75, 134, 137, 143 and 255: it was preempted,
+# or lost another process or its connection. launch/common.sh says more.
+#
+# examples:
+#   ./launch/local.sh --num_processes=2 -- python -m ma_rlhf_jax.train
+#   ./launch/local.sh --num_processes=2 --gpus_per_process=4 -- \
+#     python -m ma_rlhf_jax.train --config=configs/hh_7b.py --workdir=runs/hh
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+answer_help "$@"
 
 num_processes=''
 gpus_per_process=0

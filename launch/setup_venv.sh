@@ -4,6 +4,9 @@
 # PYTHON         the interpreter; default: the first on PATH that fits
 # MA_RLHF_VENV   folder of the environment; default: .venv of the checkout
 
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+
 ROOT="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${MA_RLHF_VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
@@ -57,9 +60,11 @@ make_venv() {
     "module (Debian, Ubuntu: apt install python3-venv) or another Python"
 }
 
-# What an installation depends on, in one line: place, Python and setup.py.
+# What an installation depends on, in one line: place, Python, setup.py and the
+# version that it reads.
 stamp() {
-  { echo "$ROOT"; "$VENV_PYTHON" -VV; cat "$ROOT/setup.py"; } | cksum
+  { echo "$ROOT"; "$VENV_PYTHON" -VV
+    cat "$ROOT/setup.py" "$ROOT/ma_rlhf_jax/__init__.py"; } | cksum
 }
 
 # Installs this checkout, editable, with the extra $1 (may be missing) into

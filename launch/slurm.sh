@@ -1,19 +1,29 @@
 #!/usr/bin/env bash
-# One run on GPU nodes of a Slurm cluster, a process for each GPU. Submit it in
-# the checkout, which all nodes must see, as they must see --workdir:
+# usage: sbatch [flags of sbatch] launch/slurm.sh [flags] -- COMMAND
 #
+# One run on GPU nodes of a Slurm cluster, a process for each GPU. Submit it in
+# the checkout, which all nodes must see, as they must see --workdir.
+#
+# Flags of sbatch: --nodes (default: 2), --time (default: 24:00:00),
+# --partition, --account and others; the #SBATCH lines of this file set the
+# defaults. --ntasks-per-node must equal --gpus-per-node (default: 8 of each):
+# jax gives each process the GPU of its number.
+#
+# flags:
+#   --max_restarts=N    How often the job is queued again under the same number
+#                       after it was cut off. Default: 10.
+#   --pause=SECONDS     How long to wait before that. Default: 60.
+#   --dry_run           Prints the step of a job, and runs nothing.
+#   -h, --help          Prints this text.
+#
+# Exit codes: 0 the command is done; 2 a flag is wrong; else that of the
+# command, which is run again after 75, 134, 137, 143 and 255: it was preempted,
+# or lost another process or its connection. launch/common.sh says more.
+#
+# examples:
 #   sbatch --nodes=4 launch/slurm.sh -- .venv/bin/python -m ma_rlhf_jax.train \
 #     --config=configs/hh_7b.py --workdir=/shared/run
-#
-# What stands below can be set on the line of sbatch, as --nodes is; partition
-# and account too. --ntasks-per-node must equal --gpus-per-node: jax gives each
-# process the GPU of its number.
-#
-#   --max_restarts=N --pause=SECONDS --dry_run   see common.sh. A restart queues
-#                          the job again under its number.
-#
-# ./launch/slurm.sh --dry_run -- COMMAND prints the step of a job.
-#
+#   ./launch/slurm.sh --dry_run -- .venv/bin/python -m ma_rlhf_jax.train
 #SBATCH --job-name=ma_rlhf_jax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -38,6 +48,7 @@ if [[ ! -f "$root/launch/common.sh" ]]; then
 fi
 # shellcheck source=launch/common.sh
 source "$root/launch/common.sh"
+answer_help "$@"
 
 while (($#)); do
   case "$1" in

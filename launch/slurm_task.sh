@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
-# One process of a Slurm step; called by slurm.sh through srun.
+# usage: slurm_task.sh FILE COMMAND
 #
-#   slurm_task.sh FILE COMMAND
+# One process of a Slurm step; slurm.sh calls it through srun. Runs the command,
+# and notes its exit code in FILE where that tells of an error that would come
+# again.
 #
-# Runs the command and notes its code in FILE where that tells of an error which
-# would come again.
+# flags:
+#   -h, --help    Prints this text.
+#
+# Exit codes: 2 an argument is missing; else that of the command.
+#
+# examples:
+#   srun bash launch/slurm_task.sh failed python -m ma_rlhf_jax.train
+#   bash launch/slurm_task.sh /tmp/failed true
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+answer_help "${1:-}"
 
 (($# >= 2)) || die 'usage: slurm_task.sh FILE COMMAND'
 file="$1"

@@ -1,12 +1,24 @@
 #!/usr/bin/env bash
-# Linters and tests on the CPU, with all their set-up.
+# usage: ./launch/test.sh [flags] [arguments of pytest]
 #
-#   ./launch/test.sh [--slow] [arguments of pytest]
+# Makes the virtual environment and runs the linters and the tests on the CPU.
 #
-# --slow also runs the tests marked slow. The environment: see setup_venv.sh.
+# flags:
+#   --slow        Also runs the tests that take minutes. Default: off.
+#   -h, --help    Prints this text.
+#
+# Variables: PYTHON is the interpreter to make the environment with (default:
+# the first that fits on PATH), MA_RLHF_VENV its folder (default: .venv).
+#
+# Exit codes: 0 all passed; 1 something failed, which the last line names.
+#
+# examples:
+#   ./launch/test.sh --slow
+#   ./launch/test.sh tests/masking_test.py -k whiten
 set -euo pipefail
 # shellcheck source=launch/setup_venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+answer_help "$@"
 
 failed=()
 

@@ -1,34 +1,51 @@
 #!/usr/bin/env bash
+# usage: ./launch/tpu_queued.sh --name=NAME --zone=ZONE --accelerator_type=TYPE
+#          --runtime_version=VERSION [flags] -- COMMAND
+#
 # One run on a TPU that is asked for, waited for, and asked for again after it
-# was preempted.
+# was preempted. Needs gcloud with its alpha commands, logged in. The TPU is a
+# queued resource with autocheckpoint: before maintenance and preemption the
+# processes are told, and save. Installs and runs as tpu_vm.sh does.
 #
-#   ./launch/tpu_queued.sh --name=NAME --zone=ZONE --accelerator_type=TYPE \
-#     --runtime_version=VERSION [flags] -- COMMAND
+# flags:
+#   --name=NAME                The name of the queued resource and of its TPU.
+#                              It is needed, as the next three are.
+#   --zone=ZONE                The zone of the TPU.
+#   --accelerator_type=TYPE    The kind and size of the TPU.
+#   --runtime_version=VERSION  The software of its virtual machines.
+#   --project=ID               The project of the TPU. Default: that of gcloud.
+#   --spot                     The TPU is cheaper, and may be taken away at any
+#                              time. Default: off.
+#   --keep                     The TPU is kept when the command is done.
+#                              Default: it is deleted, after an error too.
+#   --dir=DIR                  The folder on the workers, in their home.
+#                              Default: ma_rlhf_jax.
+#   --poll=SECONDS             How long to wait between two looks at the state
+#                              of the TPU. Default: 30.
+#   --max_restarts=N           How often the command is run again. Default: 10.
+#   --pause=SECONDS            How long to wait before that. Default: 60.
+#   --dry_run                  Prints what would be run, and runs nothing.
+#   -h, --help                 Prints this text.
 #
+# Exit codes: 0 the command is done; 2 a flag is wrong; else that of the
+# command, which is run again after 75, 134, 137, 143 and 255: it was preempted,
+# or lost another process or its connection. launch/common.sh says more.
+#
+# examples:
 #   ./launch/tpu_queued.sh --name=my-pod --zone=us-east5-a --spot \
 #     --accelerator_type=v5p-32 --runtime_version=v2-alpha-tpuv5 -- \
 #     python -m ma_rlhf_jax.train --config=configs/hh_7b.py \
 #     --workdir=gs://my-bucket/run
-#
-# Needs gcloud with its alpha commands, logged in. The TPU is a queued resource
-# with autocheckpoint: before maintenance and preemption the processes are told,
-# and save. Installs and runs as tpu_vm.sh does.
-#
-#   --name=NAME                of the queued resource and of its TPU
-#   --zone=ZONE --project=ID   where; default project: that of gcloud
-#   --accelerator_type=TYPE --runtime_version=VERSION   what
-#   --spot                     cheaper, and may be taken away at any time
-#   --keep                     leave the TPU when the command is done; default:
-#                              it is deleted, and after an error too
-#   --dir=DIR                  see tpu_vm.sh
-#   --poll=SECONDS             between looks while waiting; default 30
-#   --max_restarts=N --pause=SECONDS --dry_run   see common.sh
-#
+#   ./launch/tpu_queued.sh --name=my-pod --zone=us-east5-a --keep \
+#     --accelerator_type=v5p-32 --runtime_version=v2-alpha-tpuv5 -- \
+#     python -m ma_rlhf_jax.evaluate --workdir=gs://my-bucket/run
+
 # shellcheck disable=SC2329 # with_restarts and trap call the functions
 set -euo pipefail
 here="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
+answer_help "$@"
 
 name='' zone='' project='' type='' version='' dir=ma_rlhf_jax
 spot=0 keep=0 poll=30 deleted=0

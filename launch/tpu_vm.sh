@@ -1,30 +1,41 @@
 #!/usr/bin/env bash
-# One run on all workers of a TPU VM or pod slice that is there.
+# usage: ./launch/tpu_vm.sh --tpu=NAME --zone=ZONE [flags] -- COMMAND
 #
-#   ./launch/tpu_vm.sh --tpu=NAME --zone=ZONE [flags] -- COMMAND
+# One run on all workers of a TPU VM or pod slice that exists. Needs gcloud,
+# logged in. The workdir must be in a bucket, which all workers and the next
+# start see.
 #
+# flags:
+#   --tpu=NAME          The name of the TPU. It is needed.
+#   --zone=ZONE         The zone of the TPU. It is needed.
+#   --project=ID        The project of the TPU. Default: that of gcloud.
+#   --install           First copies the last commit of this checkout to the
+#                       workers, and installs what setup.py asks for. Needed
+#                       once, and for each new commit. Default: off.
+#   --dir=DIR           The folder on the workers, in their home. Default:
+#                       ma_rlhf_jax.
+#   --max_restarts=N    How often the command is run again. Default: 10.
+#   --pause=SECONDS     How long to wait before that. Default: 60.
+#   --dry_run           Prints what would be run, and runs nothing.
+#   -h, --help          Prints this text.
+#
+# Exit codes: 0 the command is done; 2 a flag is wrong; else that of the
+# command, which is run again after 75, 134, 137, 143 and 255: it was preempted,
+# or lost another process or its connection. launch/common.sh says more.
+# Where worker 0 ends in order and others do not, the code is that of the first
+# that failed. A TPU that was preempted is not made anew; tpu_queued.sh does so.
+#
+# examples:
 #   ./launch/tpu_vm.sh --tpu=my-pod --zone=us-east5-a --install -- \
 #     python -m ma_rlhf_jax.train --config=configs/hh_7b.py \
 #     --workdir=gs://my-bucket/run
-#
-# Needs gcloud, logged in. The workdir must be in a bucket, which all workers
-# and the next start see. Code and environment come by --install: the last
-# commit of this checkout, and what setup.py asks for.
-#
-#   --tpu=NAME --zone=ZONE   of the TPU
-#   --project=ID             default: that of gcloud
-#   --install                copies and installs first; needed once, and for
-#                            each new commit
-#   --dir=DIR                folder on the workers, in their home; default
-#                            ma_rlhf_jax
-#   --max_restarts=N --pause=SECONDS --dry_run   see common.sh
-#
-# Where worker 0 ends in order and others do not, the code is that of the first
-# that failed. A TPU that was preempted is not made anew: see tpu_queued.sh.
+#   ./launch/tpu_vm.sh --tpu=my-pod --zone=us-east5-a -- \
+#     python -m ma_rlhf_jax.evaluate --workdir=gs://my-bucket/run
 set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/common.sh
 source "$root/launch/common.sh"
+answer_help "$@"
 
 tpu='' zone='' project='' dir=ma_rlhf_jax install=0
 while (($#)); do

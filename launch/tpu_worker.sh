@@ -1,12 +1,23 @@
 #!/usr/bin/env bash
-# One worker of a TPU; called by tpu_vm.sh through ssh, in the checkout.
+# usage: tpu_worker.sh COMMAND
 #
-#   tpu_worker.sh COMMAND
-#
-# Runs the command in the environment that --install has made. A process that a
+# One worker of a TPU; tpu_vm.sh calls it through ssh, in the checkout. Runs the
+# command in the environment .venv that --install has made. A process that a
 # lost connection has left behind holds the chips: it is told to save, and ended
 # after two minutes.
+#
+# flags:
+#   -h, --help    Prints this text.
+#
+# The exit code is that of the command.
+#
+# examples:
+#   bash launch/tpu_worker.sh python -m ma_rlhf_jax.train
+#   bash launch/tpu_worker.sh python -c 'import jax; print(jax.devices())'
 set -euo pipefail
+# shellcheck source=launch/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+answer_help "${1:-}"
 
 pid_file="$HOME/.ma_rlhf_jax.pid"
 old="$(cat "$pid_file" 2>/dev/null || true)"

@@ -1,7 +1,9 @@
-"""Compares policies on held-out prompts.
+"""Compares SFT and PPO policies of a run on held-out prompts.
 
-`python -m ma_rlhf_jax.evaluate --workdir=DIR` compares the SFT policy of a
-finished run with its MA-PPO policy. `train` ends with the same comparison.
+`train` ends with the same comparison. The table is printed and kept in the
+folder `evaluate` of the run.
+
+Exit codes: 0 done; 1 an error; 75 a peer process was lost; 130 Ctrl-C.
 """
 
 import contextlib
@@ -9,9 +11,11 @@ import functools
 import sys
 
 from ma_rlhf_jax import interrupts
+from ma_rlhf_jax.commands import command, verbs
 
 if __name__ == '__main__':  # before the imports below, which take seconds
   interrupts.end_on_ctrl_c()
+  command.answer(verbs.EVALUATE)
 
 from absl import app, flags
 import jax
@@ -19,6 +23,7 @@ import numpy as np
 
 from ma_rlhf_jax import cluster_flags, workdir_lock
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.evaluation import comparison, statistics
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.parallel.mesh import matmul_precision
@@ -201,6 +206,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'A workdir in which PPO is done.')
-  flags.DEFINE_integer('prompts', 0, 'Held-out prompts; 0 = evaluate.prompts.')
-  app.run(main)
+  absl_flags.define(verbs.EVALUATE.flags)
+  app.run(main, flags_parser=absl_flags.parse)

@@ -1,8 +1,10 @@
-"""Exports what a stage has made, with a model card and a receipt.
+"""Exports a trained model as a Hugging Face folder.
 
-`python -m ma_rlhf_jax.export --workdir=DIR --stage=ppo --output=OUT` writes a
-folder that any user of Hugging Face loads. It appears once it was read back and
-says what its source says. `--push_to_hub=user/name` also uploads it.
+The folder holds a model card and a receipt as well. It appears only after it
+has been read back and its outputs match the source model.
+
+Exit codes: 0 done; 1 an error; 130 Ctrl-C; 143 SIGTERM. After an error no part
+of the folder is left, except where only the upload failed.
 """
 
 import dataclasses
@@ -12,9 +14,11 @@ import signal
 import sys
 
 from ma_rlhf_jax import interrupts
+from ma_rlhf_jax.commands import command, verbs
 
 if __name__ == '__main__':  # before the imports below, which take seconds
   interrupts.end_on_ctrl_c()
+  command.answer(verbs.EXPORT)
 
 from absl import app, flags
 from etils import epath
@@ -22,6 +26,7 @@ from ml_collections import ConfigDict
 
 from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import (
     exporting,
@@ -43,7 +48,7 @@ class ExportError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What the command line asks for; the flags below say what each means."""
+  """The values of the flags; `commands.verbs.EXPORT` says what each means."""
 
   workdir: str
   output: str
@@ -265,39 +270,6 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: {error}')
 
 
-def define_flags() -> None:
-  """The flags of the command."""
-  flags.DEFINE_string('workdir', None, 'Of the run that trained the model.')
-  flags.DEFINE_string('output', None, 'The folder to make; also gs://.')
-  flags.DEFINE_string('stage', 'ppo', f'What to export: {", ".join(STAGES)}.')
-  flags.DEFINE_string(
-      'dtype', '', 'float32 or bfloat16; default: that of the model.'
-  )
-  flags.DEFINE_boolean(
-      'adapter', False, 'The adapters alone, as a folder for peft.'
-  )
-  flags.DEFINE_string(
-      'base',
-      '',
-      'With --adapter: hub id of what the adapters go on top of, where the run '
-      'started from a local folder.',
-  )
-  flags.DEFINE_string('max_shard_size', '5GB', 'Of one file of weights.')
-  flags.DEFINE_string(
-      'prompts',
-      '',
-      'JSONL to check with (prompt, for scores also response); default: '
-      'held-out rows of the run.',
-  )
-  flags.DEFINE_boolean('overwrite', False, 'Replace an earlier export.')
-  flags.DEFINE_string(
-      'push_to_hub',
-      '',
-      'user/name to upload to; the token is that of HF_TOKEN or of `hf auth '
-      'login`, a new repository is private.',
-  )
-
-
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  absl_flags.define(verbs.EXPORT.flags)
+  app.run(main, flags_parser=absl_flags.parse)

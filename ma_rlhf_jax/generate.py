@@ -1,12 +1,8 @@
-"""Generates: `python -m ma_rlhf_jax.generate --model=DIR --prompt='Hi'`.
+"""Generates responses to a prompt, to a file, or in a chat.
 
-  --model=FOLDER    a Hugging Face folder or hub id
-  --model=WORKDIR   the PPO policy of a run, or its SFT policy where PPO is not
-                    done
-  --prompt=TEXT     prints one response
-  --input=FILE.jsonl --output=FILE.jsonl
-                    answers rows with `prompt`, and keeps their other fields
-  neither           a conversation in the format of HH, from the standard input
+With --prompt the response is printed. With --input and --output the rows of a
+file are answered, and their other fields kept. With neither a conversation in
+the format of HH is read from the standard input.
 
 A prompt is used as it stands, after BOS. For a model trained on HH write
 $'\\n\\nHuman: Hi\\n\\nAssistant:'.
@@ -21,6 +17,8 @@ Without it there is one row a sample, numbered by `sample`.
 A response depends on --seed, the tokens of its prompt, how often that prompt
 stood before, and the number of the sample; not on its neighbours, their order
 or --batch_size.
+
+Exit codes: 0 done; 1 an error; 130 Ctrl-C.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,55 +28,22 @@ import sys
 import time
 
 from ma_rlhf_jax import interrupts
+from ma_rlhf_jax.commands import command, verbs
 
 if __name__ == '__main__':  # before the imports below, which take seconds
   interrupts.end_on_ctrl_c()
+  command.answer(verbs.GENERATE)
 
 from absl import app, flags
 import jax
 
+from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.data import prompts as prompts_lib
 from ma_rlhf_jax.generation import batching, chat, records
 from ma_rlhf_jax.generation import session as session_lib
 from ma_rlhf_jax.generation.request import Request
 from ma_rlhf_jax.training import checkpoint, console
-
-_HELP = {
-    'model': 'Hugging Face folder, hub id or workdir.',
-    'reward_model': 'The same; scores responses, and picks the best of N.',
-    'prompt': 'One prompt; its response is printed.',
-    'input': 'Prompts: .jsonl or .jsonl.gz, rows with `prompt`.',
-    'output': 'Where the responses to --input go, .jsonl.',
-    'overwrite': 'Replace --output, and its .partial, where they are there.',
-    'temperature': '0 = greedy.',
-    'top_k': 'Draw from so many most probable tokens; 0 = all.',
-    'top_p': 'Draw from the most probable tokens of this mass; 1 = all.',
-    'max_new_tokens': 'Longest response, EOS included.',
-    'num_samples': 'Responses to each prompt.',
-    'max_prompt_len': 'Tokens, BOS included; 0 = 8192 - max_new_tokens.',
-    'batch_size': 'Responses drawn at once.',
-    'seed': 'Of all draws.',
-    'dtype': 'float32 or bfloat16; default: float32 on a CPU, else bfloat16.',
-    'matmul_precision': 'Of float32 matmuls: default (of the device), high or '
-    'highest.',
-    'tensor': 'Devices that share each weight, where one is too small.',
-}
-
-
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines a flag for each field of `Request`."""
-  define = {
-      bool: flags.DEFINE_bool,
-      int: flags.DEFINE_integer,
-      float: flags.DEFINE_float,
-  }
-  for field in dataclasses.fields(Request):
-    default = None if field.name == 'prompt' else field.default
-    if default is dataclasses.MISSING:
-      default = ''
-    make = define.get(type(default), flags.DEFINE_string)
-    make(field.name, default, _HELP[field.name], flag_values=values)
 
 
 def request_of(values: flags.FlagValues) -> Request:
@@ -252,14 +217,6 @@ def main(argv: list[str]) -> None:
     )
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags; what is wrong with them is one line."""
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    sys.exit(f'error: {error}')
-
-
 if __name__ == '__main__':
-  define_flags(flags.FLAGS)
-  app.run(main, flags_parser=parse_flags)
+  absl_flags.define(verbs.GENERATE.flags)
+  app.run(main, flags_parser=absl_flags.parse)

@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ma_rlhf_jax import recipe
+from ma_rlhf_jax.commands import verbs
 from ma_rlhf_jax.config import ARGUMENTS, base, default_recipe, flatten
 from ma_rlhf_jax.training import automatic
 
@@ -34,10 +35,7 @@ def define(name: str, help_string: str) -> flags.FlagHolder:
   return holder
 
 
-CONFIG = define(
-    'config',
-    'The recipe, and its arguments after a colon. Default: configs/tiny.py.',
-)
+CONFIG = define('config', verbs.RECIPE[0].help)
 
 
 def _missing_recipe(argv: list[str]) -> str:
@@ -71,7 +69,7 @@ def _unknown_flag(name: str) -> str:
   said = f'unknown command line flag {name!r}'
   if found:
     return f'{said}; did you mean {", ".join(f"--{flag}" for flag in found)}?'
-  return f'{said}; --helpshort lists the flags, and fields are --config.FIELD'
+  return f'{said}; --help lists the flags, and fields are --config.FIELD'
 
 
 def _check_arguments() -> None:

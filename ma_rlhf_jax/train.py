@@ -1,12 +1,15 @@
-"""Trains: `python -m ma_rlhf_jax.train --config=configs/tiny.py`.
+"""Trains by SFT, reward model and macro-action PPO, and compares.
 
-Runs the stages that the config lists, skips those that are done, and goes on
-from the newest checkpoint of the one that is not. The comparison at the end is
-made at every start.
+The stages that the config lists run one after another. A stage that is done is
+skipped, and one that was cut off resumes from its newest checkpoint. The
+comparison at the end is made at every start.
 
-Exit codes: 0 done; 1 an error that the same command would meet again; 75 told
-to stop by SIGTERM, and saved, or another process was lost; 130 interrupted.
-After 75 or a crash the same command goes on.
+Exit codes:
+  0    The run is done.
+  1    An error that rerunning will not fix.
+  75   Preempted by SIGTERM (a checkpoint is saved), or a peer process was lost.
+       The same command resumes; so it does after a crash.
+  130  Interrupted by Ctrl-C. The same command resumes.
 """
 
 from collections.abc import Callable
@@ -17,12 +20,14 @@ import time
 from typing import Any, NoReturn
 
 from ma_rlhf_jax import interrupts
+from ma_rlhf_jax.commands import command, verbs
 
 if __name__ == '__main__':  # before the imports below, which take seconds
   interrupts.end_on_ctrl_c(
       'interrupted; the same command goes on from the newest checkpoint, or '
       'begins the stage anew'
   )
+  command.answer(verbs.TRAIN)
 
 from absl import app, flags
 from etils import epath
@@ -37,6 +42,7 @@ from ma_rlhf_jax import (
     workdir_lock,
 )
 from ma_rlhf_jax import workdir as workdir_lib
+from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.data import batch_sizes, parts, tasks
 from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.evaluation import comparison
@@ -65,12 +71,7 @@ from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sft import SFT
 from ma_rlhf_jax.training.start import load_run
 
-_WORKDIR = flags.DEFINE_string(
-    'workdir',
-    None,
-    'Where everything is written; the same again resumes. Default: '
-    'runs/<config name and arguments>-<first 8 of its hash>.',
-)
+absl_flags.define(verbs.TRAIN.flags)
 
 # What a user can mend, before the first stage and in one.
 _SET_UP_ERRORS = (ValueError, OSError, ImportError, processes.ProcessError)
@@ -338,7 +339,7 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
 def main(argv: list[str]) -> None:
   """Sets up the run that the flags describe, and trains it."""
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+    sys.exit(f'error: unexpected arguments: {argv[1:]}')
   checkpoint.quiet_logging()
   host_memory.keep_freed()
   try:
@@ -352,7 +353,7 @@ def main(argv: list[str]) -> None:
 
 def _hold(config: ConfigDict, recipe: str, stack: ExitStack) -> str:
   """The path of the workdir, which is this run's until the stack is left."""
-  path = _WORKDIR.value or workdir_lib.default_workdir(recipe, config)
+  path = flags.FLAGS.workdir or workdir_lib.default_workdir(recipe, config)
   with processes.together():
     if processes.is_first():
       stack.enter_context(workdir_lock.hold(workdir_lib.place(path)))
@@ -394,10 +395,5 @@ def _exit(error: Exception) -> NoReturn:
   sys.exit(f'error: {error}' if processes.is_first() else 1)
 
 
-def entry_point() -> None:
-  """What `python -m ma_rlhf_jax.train` runs."""
-  app.run(main, flags_parser=recipe_flag.parse)
-
-
 if __name__ == '__main__':
-  entry_point()
+  app.run(main, flags_parser=recipe_flag.parse)

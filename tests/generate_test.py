@@ -14,6 +14,7 @@ from absl import flags
 import pytest
 
 from ma_rlhf_jax import generate, interrupts
+from ma_rlhf_jax.commands import absl_flags, verbs
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.generation import chat
 from ma_rlhf_jax.generation import session as session_lib
@@ -248,7 +249,7 @@ def test_a_conversation_in_a_process_of_its_own(place: Place):
 
 def _parse(*arguments: str) -> Request:
   values = flags.FlagValues()
-  generate.define_flags(values)
+  absl_flags.define(verbs.GENERATE.flags, values)
   values(['generate', *arguments])
   return generate.request_of(values)
 
@@ -300,10 +301,10 @@ def test_what_is_wrong_is_said_in_a_line(
     arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ):
   values = flags.FlagValues()
-  generate.define_flags(values)
+  absl_flags.define(verbs.GENERATE.flags, values)
   monkeypatch.setattr(flags, 'FLAGS', values)
   with pytest.raises(SystemExit) as ended:
-    generate.main(generate.parse_flags(['generate', *arguments]))
+    generate.main(absl_flags.parse(['generate', *arguments]))
   assert str(ended.value).startswith(words)
   assert '\n' not in str(ended.value)
 
@@ -322,10 +323,10 @@ def test_flags_that_cannot_be_read_are_said_in_a_line(
     argument: str, words: str, monkeypatch: pytest.MonkeyPatch
 ):
   values = flags.FlagValues()
-  generate.define_flags(values)
+  absl_flags.define(verbs.GENERATE.flags, values)
   monkeypatch.setattr(flags, 'FLAGS', values)
   with pytest.raises(SystemExit) as ended:
-    generate.parse_flags(['generate', argument])
+    absl_flags.parse(['generate', argument])
   assert str(ended.value).startswith(words)
 
 

@@ -1,12 +1,10 @@
-"""Measures PPO on the devices at hand: `python -m ma_rlhf_jax.tools.bench`.
+"""Measures PPO on the devices at hand.
 
-  --config=configs/hh_2b.py          the shape and settings of a recipe
-  --lengths=full|hh                  every column, or lengths spread like HH's
-  --json=FILE                        also write the report
-  --compare=ONE.json,TWO.json        two earlier reports side by side
+Weights and prompts are random; nothing is read, and nothing trained is kept.
+Ceilings (a large matmul, a copy) are measured first, and shares are shares of
+them.
 
-Random weights and prompts; nothing is read or trained to keep. Ceilings (a
-large matmul, a copy) are measured first, and shares are shares of them.
+Exit codes: 0 done; 1 an error; 130 Ctrl-C.
 """
 
 import json
@@ -15,9 +13,11 @@ import sys
 import time
 
 from ma_rlhf_jax import interrupts
+from ma_rlhf_jax.commands import command, tools
 
 if __name__ == '__main__':  # before the imports below, which take seconds
   interrupts.end_on_ctrl_c()
+  command.answer(tools.BENCH)
 
 from absl import app, flags
 import jax
@@ -25,18 +25,10 @@ import jax
 from ma_rlhf_jax import atomic_file, recipe_flag
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.benching import measure
+from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.parallel import host_memory
 from ma_rlhf_jax.parallel.mesh import make_mesh, matmul_precision
-
-_LENGTHS = flags.DEFINE_enum(
-    'lengths', 'full', ['full', 'hh'], 'Lengths of prompts and responses.'
-)
-_RUNS = flags.DEFINE_integer(
-    'runs', 3, 'Of each phase, after one that compiles.', lower_bound=1
-)
-_JSON = flags.DEFINE_string('json', None, 'Also write the report there.')
-_COMPARE = flags.DEFINE_list('compare', None, 'Two reports to compare.')
 
 
 def _say(text: str) -> None:
@@ -61,14 +53,14 @@ def _read(path: str) -> dict:
 
 def bench() -> str:
   """What the flags ask for, as text."""
-  if _COMPARE.value:
-    if len(_COMPARE.value) != 2:
+  if flags.FLAGS.compare:
+    if len(flags.FLAGS.compare) != 2:
       raise ValueError(
-          f'--compare={",".join(_COMPARE.value)} must be two files'
+          f'--compare={",".join(flags.FLAGS.compare)} must be two files'
       )
-    return measure.comparison(*map(_read, _COMPARE.value))
-  if _JSON.value:
-    outputs.check_place('json', _JSON.value)
+    return measure.comparison(*map(_read, flags.FLAGS.compare))
+  if flags.FLAGS.json:
+    outputs.check_place('json', flags.FLAGS.json)
   host_memory.keep_freed()  # as `train` does
   config = recipe_flag.CONFIG.value
   name = config.sft.init.rpartition('/')[2]
@@ -80,11 +72,11 @@ def bench() -> str:
   precision = matmul_precision(config.model.matmul_precision)
   with jax.set_mesh(make_mesh(config.mesh)), precision:
     report = measure.measure(
-        config, spread=_LENGTHS.value, runs=_RUNS.value, say=_say
+        config, spread=flags.FLAGS.lengths, runs=flags.FLAGS.runs, say=_say
     )
   report['config'] = config_lib.flatten(config)
-  if _JSON.value:
-    atomic_file.write_text(_JSON.value, json.dumps(report, indent=1))
+  if flags.FLAGS.json:
+    atomic_file.write_text(flags.FLAGS.json, json.dumps(report, indent=1))
   return measure.table(report)
 
 
@@ -99,4 +91,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  absl_flags.define(tools.BENCH.flags)
   app.run(main, flags_parser=recipe_flag.parse)

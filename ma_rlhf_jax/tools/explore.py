@@ -1,8 +1,11 @@
-"""Shows macro actions: `python -m ma_rlhf_jax.tools.explore --text='Hi all.'`.
+"""Shows macro actions, and advantages under two rules.
 
-Text, or rows of a JSONL file, and a rule -> coloured macro actions, their
-lengths, and what a terminal reward does to the advantages of single tokens
-under two rules side by side. Segmentation and estimation are those of training.
+Responses are texts, or rows of a JSONL file. Printed are their macro actions,
+how long these are, and what a terminal reward does to the advantage of each
+token, for both rules side by side. Segmentation and estimation are those of
+training.
+
+Exit codes: 0 done; 1 an error; 130 Ctrl-C.
 """
 
 from collections.abc import Sequence
@@ -16,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import zlib
 
 from ma_rlhf_jax import interrupts
+from ma_rlhf_jax.commands import command, tools
 
 if __name__ == '__main__':  # before the imports below, which take seconds
   interrupts.end_on_ctrl_c()
+  command.answer(tools.EXPLORE)
 
 from absl import app, flags
 import jax
@@ -27,6 +32,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ma_rlhf_jax import atomic_file, recipe_flag, switches, validation
+from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.data import outputs
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.prompts import parse_line, text_problem
@@ -48,40 +54,8 @@ _COLUMNS = ('response', 'text', 'chosen')
 _VOCAB_SIZE = 1024
 
 # --config is rule A.
-_OTHER = recipe_flag.define(
-    'other', 'Rule B. Default: --config, its fields included, with token_ppo.'
-)
-_TEXT = flags.DEFINE_multi_string('text', [], 'A response; may be repeated.')
-_INPUT = flags.DEFINE_string('input', None, 'Rows: .jsonl or .jsonl.gz.')
-_COLUMN = flags.DEFINE_string(
-    'column', None, f'The responses. Default: the first of {_COLUMNS}.'
-)
-_ROWS = flags.DEFINE_integer('rows', 8, 'Responses shown.', lower_bound=1)
-_MAX_ROWS = flags.DEFINE_integer(
-    'max_rows', 256, 'Rows read, for the statistics.', lower_bound=1
-)
-_TOKENIZER = flags.DEFINE_string(
-    'tokenizer',
-    None,
-    "Folder, hub id or workdir. Default: the model's, or trained.",
-)
-_MODEL = flags.DEFINE_string(
-    'model',
-    None,
-    'Reference policy of rules that ask for probabilities: a folder, a hub id '
-    'or a workdir (its PPO policy, or its SFT policy where PPO is not done).',
-)
-_SCORE = flags.DEFINE_float(
-    'score',
-    1.0,
-    'Terminal reward of each response; the score of a row of --input wins. '
-    'Both are clipped at ppo.score_clip.',
-)
-_VALUE = flags.DEFINE_float('value', 0.0, "The critic's value of each state.")
-_HTML = flags.DEFINE_string('html', None, 'Also writes this page.')
-_COLOR = flags.DEFINE_enum(
-    'color', 'auto', ['auto', 'always', 'never'], 'Colours in the terminal.'
-)
+_OTHER = recipe_flag.define('other', tools.OTHER.help)
+absl_flags.define(tools.EXPLORE.flags)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,22 +254,22 @@ def _scored(rows: Rows, ref_logprobs: np.ndarray) -> Scored:
   """What the models would say; policy = reference unless rows say more."""
   logprobs = rows.array('logprobs', np.nan)
   logprobs = np.where(np.isnan(logprobs), ref_logprobs, logprobs)
-  scores = [row.get('score', _SCORE.value) for row in rows.given]
+  scores = [row.get('score', flags.FLAGS.score) for row in rows.given]
   return Scored(
       logprobs_BT=jnp.asarray(logprobs),
       ref_logprobs_BT=jnp.asarray(ref_logprobs),
       entropy_BT=jnp.zeros(rows.mask.shape),
-      values_BT=jnp.asarray(rows.array('values', _VALUE.value)),
+      values_BT=jnp.asarray(rows.array('values', flags.FLAGS.value)),
       score_B=jnp.asarray(scores, jnp.float32),
   )
 
 
 def _ref_logprobs(rows: Rows, config: ConfigDict, pad: int) -> np.ndarray:
   """From the model or the rows; 0 where the rule does not ask for them."""
-  if _MODEL.value:
+  if flags.FLAGS.model:
     temperature = config.ppo.logprob_temperature or config.rollout.temperature
     with matmul_precision(config.model.matmul_precision):
-      return score_with(_MODEL.value, rows, pad, temperature)
+      return score_with(flags.FLAGS.model, rows, pad, temperature)
   missing = [n for n, r in enumerate(rows.given) if not r.get('ref_logprobs')]
   rule = config.macro.termination
   if rule in termination.BY_PROBABILITY and missing:
@@ -309,20 +283,22 @@ def _ref_logprobs(rows: Rows, config: ConfigDict, pad: int) -> np.ndarray:
 
 def explore(config: ConfigDict, other: ConfigDict) -> Told:
   """Reads, segments and estimates; raises what a user can mend."""
-  if _HTML.value:
-    outputs.check_place('html', _HTML.value)
+  if flags.FLAGS.html:
+    outputs.check_place('html', flags.FLAGS.html)
   for name, c in (('config', config), ('other', other)):
     if found := validation.problems(c):
       raise ValueError(f'--{name}: ' + '\n  '.join(found))
     if c.ppo.baseline != 'critic':
       raise ValueError(f'--{name}: ppo.baseline=rloo needs several samples')
-  given = [{'text': text} for text in _TEXT.value]
-  if _INPUT.value:
-    given += read_rows(_INPUT.value, _COLUMN.value, _MAX_ROWS.value)
+  given = [{'text': text} for text in flags.FLAGS.text]
+  if flags.FLAGS.input:
+    given += read_rows(
+        flags.FLAGS.input, flags.FLAGS.column, flags.FLAGS.max_rows
+    )
   if not given:
     raise ValueError("nothing to show; give --text='...' or --input=rows.jsonl")
   texts = [row['text'] for row in given]
-  tokenizer = load_tokenizer(_TOKENIZER.value or _MODEL.value, texts)
+  tokenizer = load_tokenizer(flags.FLAGS.tokenizer or flags.FLAGS.model, texts)
   rows = encode(given, tokenizer)
   speller = Speller(tokenizer)
   ruled = []
@@ -351,7 +327,7 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
         spelt.text[b:e] for b, e in zip(spelt.begins, spelt.ends, strict=True)
     ]
     pieces.append([*cut[:-1], '<eos>'])
-  trained = not (_TOKENIZER.value or _MODEL.value)
+  trained = not (flags.FLAGS.tokenizer or flags.FLAGS.model)
   scores = [
       _score_words(row, score, config.ppo.score_clip)
       for row, score in zip(
@@ -376,13 +352,13 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'unexpected arguments: {argv[1:]}')
     config = recipe_flag.CONFIG.value
     told = explore(config, _OTHER.value or _token_ppo(config))
-    color = _COLOR.value == 'always'
-    color |= _COLOR.value == 'auto' and sys.stdout.isatty()
-    print(explore_view.text(told, _ROWS.value, color))
-    if _HTML.value:
-      page = explore_view.page(told, _ROWS.value)
-      atomic_file.write_text(_HTML.value, page)
-      print(f'written: {_HTML.value}')
+    color = flags.FLAGS.color == 'always'
+    color |= flags.FLAGS.color == 'auto' and sys.stdout.isatty()
+    print(explore_view.text(told, flags.FLAGS.rows, color))
+    if flags.FLAGS.html:
+      page = explore_view.page(told, flags.FLAGS.rows)
+      atomic_file.write_text(flags.FLAGS.html, page)
+      print(f'written: {flags.FLAGS.html}')
   except (ValueError, OSError, ImportError) as error:
     sys.exit(f'error: {error}')
 

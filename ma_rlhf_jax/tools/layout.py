@@ -1,10 +1,12 @@
-"""Shows one example: `python -m ma_rlhf_jax.tools.layout --config=RECIPE`.
+"""Shows one row of each stage, column by column.
 
 For each stage of a run, one real row as its arrays are: ids, masks, positions,
-padding, which tokens are learned, where macro actions start, where the score
-is read and where the reward lands. What decides is asked, not retold: learned
-tokens come from the loss of the stage, rewards from the function that makes
-them. No model is loaded and nothing is trained.
+padding, which tokens are trained on, where macro actions start, where the score
+is read and where the reward lands. Trained tokens come from the loss of the
+stage, rewards from the function that makes them. No model is loaded and nothing
+is trained.
+
+Exit codes: 0 done; 1 an error; 130 Ctrl-C.
 """
 
 from collections.abc import Sequence
@@ -12,9 +14,11 @@ import dataclasses
 import sys
 
 from ma_rlhf_jax import interrupts
+from ma_rlhf_jax.commands import command, tools
 
 if __name__ == '__main__':  # before the imports below, which take seconds
   interrupts.end_on_ctrl_c()
+  command.answer(tools.LAYOUT)
 
 from absl import app, flags
 from etils import epath
@@ -24,6 +28,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ma_rlhf_jax import masking, recipe_flag, validation
+from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import preference, rewards
@@ -32,8 +37,6 @@ from ma_rlhf_jax.training import checkpoint, sft
 from ma_rlhf_jax.training.experience import termination_settings
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
-
-_ROW = flags.DEFINE_integer('row', 0, 'Which row of each part is shown.')
 
 # Padding is told in one line from so many columns on.
 _RUN = 4
@@ -311,10 +314,11 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f'unexpected arguments: {argv[1:]}')
-    print(show(recipe_flag.CONFIG.value, _ROW.value))
+    print(show(recipe_flag.CONFIG.value, flags.FLAGS.row))
   except (ValueError, OSError, ImportError) as error:
     sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
+  absl_flags.define(tools.LAYOUT.flags)
   app.run(main, flags_parser=recipe_flag.parse)

@@ -1,6 +1,4 @@
-"""Constituency trees of texts: JSON lines in, JSON lines out.
-
-  python ma_rlhf_jax/tools/parse.py < responses.jsonl > trees.jsonl
+"""Parses texts into constituency trees: JSON lines in and out.
 
 A row {"text": ...} comes back with "trees": one bracketed string for each
 sentence, null where the parser failed; its other fields stay. What comes out
@@ -12,13 +10,16 @@ a run, from an environment of its own, as it imports nothing of this package:
   benepar-env/bin/python -m spacy download en_core_web_md
   benepar-env/bin/python -c "import benepar; benepar.download('benepar_en3')"
 
-  --config.macro.parser='command: benepar-env/bin/python \
-    ma_rlhf_jax/tools/parse.py'
+A run calls it by this value of --config.macro.parser:
+
+  'command: benepar-env/bin/python ma_rlhf_jax/tools/parse.py'
 
 Any other parser: --parser=module:function, which for a list of texts gives a
 list of trees (strings, nltk.Tree or the like, None) for each.
 
 Source: the Berkeley Neural Parser, arXiv 1812.11760, which MA-RLHF uses.
+
+Exit codes: 0 done; 1 an error; 2 a wrong flag; 130 Ctrl-C.
 """
 
 import argparse
@@ -26,11 +27,18 @@ from collections.abc import Callable, Iterable, Iterator
 import importlib
 import json
 import os
+import pathlib
 import re
+import runpy
 import signal
 import sys
 from typing import Any, TextIO
 
+_EXAMPLES = """
+examples:
+  python ma_rlhf_jax/tools/parse.py < responses.jsonl > trees.jsonl
+  python -m ma_rlhf_jax.tools.parse --parser=my_module:parse < in.jsonl
+"""
 # Beyond that an object is no tree; one that holds itself has no end.
 _MAX_PARTS = 200_000
 
@@ -158,17 +166,56 @@ def _end_on_ctrl_c(*unused: Any) -> None:
   os._exit(130)  # no traceback, and no thread of a parser that goes on
 
 
+class _Version(argparse.Action):
+  """Prints the version, which is read only then: the file may stand alone."""
+
+  def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+    package = pathlib.Path(__file__).resolve().parents[1] / '__init__.py'
+    version = runpy.run_path(str(package))['__version__']
+    print(f'ma_rlhf_jax {version}')
+    parser.exit()
+
+
+def _flags() -> argparse.ArgumentParser:
+  flags = argparse.ArgumentParser(
+      prog='python -m ma_rlhf_jax.tools.parse',
+      usage='%(prog)s [flags] < INPUT > OUTPUT',
+      description=__doc__,
+      epilog=_EXAMPLES,
+      formatter_class=argparse.RawTextHelpFormatter,
+      add_help=False,
+  )
+  add = flags.add_argument_group('flags').add_argument
+  add(
+      '--model',
+      metavar='NAME',
+      default='benepar_en3',
+      help='The model of benepar. Default: %(default)s.',
+  )
+  add(
+      '--spacy',
+      metavar='NAME',
+      default='en_core_web_md',
+      help='The spaCy model that splits texts into sentences.\n'
+      'Default: %(default)s.',
+  )
+  add(
+      '--parser',
+      metavar='M:F',
+      default='',
+      help='The function F of module M parses instead of benepar.\n'
+      'Default: none, benepar.',
+  )
+  add('-h', '--help', action='help', help='This text.')
+  add('--version', action=_Version, nargs=0, help='The version of the package.')
+  return flags
+
+
 def main() -> None:
   """Reads the flags and loads the parser."""
   if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, _end_on_ctrl_c)
-  flags = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
-  flags.add_argument('--model', default='benepar_en3', help='of benepar')
-  flags.add_argument('--spacy', default='en_core_web_md', help='its sentences')
-  flags.add_argument('--parser', default='', help='module:function instead')
-  args = flags.parse_args()
+  args = _flags().parse_args()
   # Run as a file, the modules beside this one would hide others by their name.
   here = os.path.dirname(os.path.abspath(__file__))
   sys.path[:] = [p for p in sys.path if os.path.abspath(p or '.') != here]

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from ma_rlhf_jax import __version__
 from ma_rlhf_jax.tools import parse
+from tests import helped
 
 _FILE = pathlib.Path(parse.__file__)
 
@@ -170,6 +172,18 @@ def test_a_tree_without_end_is_none() -> None:
   tree.append(tree)
   assert parse.brackets(tree) is None
   assert parse.brackets(Endless(['a', Endless(['b'])])) == '(S a (S b))'
+
+
+def test_help_and_version_are_on_the_standard_output() -> None:
+  text = helped.run('ma_rlhf_jax.tools.parse', '-h')
+  helped.check_text(text)
+  for name in ('model', 'spacy', 'parser', 'help', 'version'):
+    assert f'--{name}' in text
+  done = subprocess.run(
+      [sys.executable, str(_FILE), '--version'], capture_output=True, text=True
+  )
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout == f'ma_rlhf_jax {__version__}\n'
 
 
 def test_it_imports_nothing_but_the_standard_library() -> None:

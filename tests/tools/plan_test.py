@@ -4,10 +4,16 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import types
 
+from absl import flags
 import pytest
+
+from ma_rlhf_jax.commands import absl_flags, tools
+from ma_rlhf_jax.tools import plan
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TINY = f'--config={_ROOT / "configs" / "tiny.py"}'
@@ -50,6 +56,34 @@ def test_without_libtpu_the_extra_is_named() -> None:
   done = _run(_TINY, '--topology=v5e:2x2')
   assert done.returncode == 1
   assert "pip install -e '.[plan]'" in done.stderr
+
+
+@pytest.mark.parametrize('fits', [True, False])
+def test_where_nothing_fits_the_exit_code_is_its_own(
+    fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  values = flags.FlagValues()
+  absl_flags.define(tools.PLAN.flags, values)
+  values(['plan'])
+  monkeypatch.setattr(flags, 'FLAGS', values)
+  monkeypatch.setattr(signal, 'signal', lambda *unused: None)
+  found = types.SimpleNamespace(fits=fits)
+  monkeypatch.setattr(plan, 'plan', lambda: found)
+  if fits:
+    plan.main(['plan'])
+    return
+  with pytest.raises(SystemExit) as ended:
+    plan.main(['plan'])
+  assert ended.value.code == 3
+
+
+@pytest.mark.slow
+def test_a_model_that_fits_nowhere_ends_with_3() -> None:
+  done = _run(
+      _TINY, '--topology=gpu:l4:1', '--config.model.preset=gemma-7b', '--jobs=1'
+  )
+  assert done.returncode == 3, done.stderr
+  assert 'what comes closest:' in done.stdout
 
 
 @pytest.mark.slow
