@@ -193,6 +193,28 @@ def test_names_of_fields_files_and_code_exist(page: pathlib.Path) -> None:
 
 
 @_each_page
+def test_tests_that_a_page_names_exist(page: pathlib.Path) -> None:
+  tests = {path.stem for path in (_ROOT / 'tests').rglob('*_test.py')}
+  named = set(re.findall(r'\b[a-z]\w+_test\b', pages.prose(page.read_text())))
+  assert named - tests == set()
+
+
+def test_metrics_that_the_table_names_are_logged() -> None:
+  text = (_PACKAGE / 'training' / 'README.md').read_text()
+  group = 'loss|eval|objective|policy|critic|macro|response|sampler|time'
+  metrics = {
+      span
+      for span in pages.spans(text)
+      if re.fullmatch(rf'({group}|reward_model)/\w+', span)
+  }
+  assert len(metrics) > 40
+  source = ''.join(path.read_text() for path in _PACKAGE.rglob('*.py'))
+  logged = set(re.findall(r"[\w/]+(?=')", source))
+  wrong = {m for m in metrics if not {m, m.split('/')[1]} & logged}
+  assert wrong == set()
+
+
+@_each_page
 def test_code_of_pages_is_python(page: pathlib.Path) -> None:
   for language, text in pages.blocks(page.read_text()):
     assert language in ('', 'python', 'text', 'bibtex')
