@@ -176,6 +176,7 @@ def argparse_flags(path: pathlib.Path) -> frozenset[str]:
   return frozenset(found)
 
 
+@functools.cache
 def all_flags() -> set[str]:
   """Every flag of every command, script and benchmark."""
   modules = ['train', 'generate', 'evaluate', 'export']
@@ -243,6 +244,7 @@ def words(line: str) -> list[str]:
   return shlex.split(line.replace("$'", "'"), comments=True)
 
 
+@functools.cache
 def is_field(name: str) -> bool:
   """Whether `ppo.kl_coef` or `ppo.optim` is a field or a block of a config."""
   node = config_lib.base()
@@ -253,6 +255,7 @@ def is_field(name: str) -> bool:
   return True
 
 
+@functools.cache
 def is_code(name: str) -> bool:
   """Whether `macro.aggregate.pool` is a module, function or table."""
   if name == 'ma_rlhf_jax.__version__':
