@@ -5,8 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ma_rlhf_jax.config import KERNELS
-
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -53,6 +51,8 @@ class GemmaConfig:
       param_dtype. Frozen models hold them as they are computed with.
     remat: what the backward pass recomputes, a key of `gemma.REMAT`.
     unroll: layers in one turn of the loop over them; 0 = no loop.
+    logprob_chunk: tokens whose logits a device holds at once in the vocabulary
+      head.
     attention: auto | xla | splash | cudnn, see `models.kernels`.
     lora: adapters beside the kernels; None = none.
     unrolled: each layer has its own parameters, `layer_0`, ..., in place of
@@ -79,6 +79,7 @@ class GemmaConfig:
   kernel_dtype: str = ''
   remat: str = 'full'
   unroll: int = 1
+  logprob_chunk: int = 512
   attention: str = 'auto'
   lora: Lora | None = None
   unrolled: bool = False
@@ -106,6 +107,7 @@ class GemmaConfig:
         kernel_dtype=self.kernel_dtype or self.param_dtype,
         remat='none',
         unroll=1,
+        logprob_chunk=512,
         attention='xla',
     )
 
@@ -130,6 +132,7 @@ _RUNTIME_FIELDS = (
     'kernel_dtype',
     'remat',
     'unroll',
+    'logprob_chunk',
     'attention',
     'lora',
     'unrolled',
@@ -181,7 +184,7 @@ PRESETS: dict[str, GemmaConfig] = {
 }
 
 
-def from_fields(model: ConfigDict, vocab_size: int) -> GemmaConfig:
+def from_config(model: ConfigDict, vocab_size: int) -> GemmaConfig:
   """The shape that the `model` block of a config describes.
 
   Args:
@@ -196,44 +199,3 @@ def from_fields(model: ConfigDict, vocab_size: int) -> GemmaConfig:
   if model.family == 'gemma2' and not model.query_pre_attn_scalar:
     values['query_pre_attn_scalar'] = model.head_dim  # as files spell it out
   return GemmaConfig(**values, sliding_layers=slides)
-
-
-def trained_whole(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
-  """`shape` as a model all of which learns, with the dtypes of this run.
-
-  Args:
-    shape: of any model.
-    model: `config.model`.
-  """
-  return dataclasses.replace(
-      shape,
-      dtype=model.dtype,
-      param_dtype=model.param_dtype,
-      kernel_dtype='',
-      remat=model.remat,
-      unroll=model.unroll,
-      attention=model.attention,
-      lora=None,
-  )
-
-
-def frozen(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
-  """`shape` as a model that does not learn: matrices as they are computed."""
-  return dataclasses.replace(
-      trained_whole(shape, model), kernel_dtype=model.dtype
-  )
-
-
-def trained(shape: GemmaConfig, config: ConfigDict) -> GemmaConfig:
-  """`shape` as a model that learns: whole, or by the adapters of `lora`.
-
-  Args:
-    shape: of any model.
-    config: the whole config.
-  """
-  c = config.lora
-  if not c.rank:
-    return trained_whole(shape, config.model)
-  targets = tuple(kernel for kernel in KERNELS if kernel in c.targets)
-  adapters = Lora(c.rank, c.alpha, targets)
-  return dataclasses.replace(frozen(shape, config.model), lora=adapters)
