@@ -1,4 +1,4 @@
-"""A whole run of seconds, of which `cf5e105.tar.xz` is a workdir; see `tests/stored_test.py`."""
+"""A run of seconds; `cf5e105.tar.xz` is a workdir of it, see `stored_test`."""
 
 from ml_collections import ConfigDict
 
