@@ -292,6 +292,10 @@ def base() -> ConfigDict:
   c.stages = ('sft', 'reward_model', 'ppo', 'evaluate')
   c.model = _model()
   c.lora = _lora()
+  # What PPO maximises: 'model', the score of the reward model, or a function of
+  # one's own, 'module:function', or a sum of such, joined by '+'; see
+  # `scorers.functions`.
+  c.reward = 'model'
   c.tokenizer = ConfigDict()
   c.tokenizer.path = ''  # folder or id; '' = that of sft.init, else trained
   c.tokenizer.vocab_size = 1024  # of a tokenizer trained on the SFT part

@@ -27,6 +27,7 @@ from ma_rlhf_jax.commands import absl_flags
 from ma_rlhf_jax.evaluation import comparison, statistics
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.parallel.mesh import matmul_precision
+from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.training import judge, origins, products, sources, symptoms
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
@@ -145,7 +146,9 @@ def compare(run: Run) -> None:
   trained = products.Source('', products.product(run.workdir, 'ppo'))
   load = lambda source, kind: judge.Model(*sources.load(run, source, kind))
   sft = load(policy, 'policy')
-  scorer = load(sources.reward_model_source(c, run.workdir), 'scalar')
+  scorer = None
+  if functions.has_model(c):
+    scorer = load(sources.reward_model_source(c, run.workdir), 'scalar')
   judged = {
       name: judge.judge(
           run,

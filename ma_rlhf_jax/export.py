@@ -35,6 +35,7 @@ from ma_rlhf_jax.models import (
     huggingface,
     peft_folder,
 )
+from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.publishing import card, check_rows, lineage, publish
 from ma_rlhf_jax.training import checkpoint, products, sources, symptoms
 
@@ -192,7 +193,7 @@ def _check_done(
         f'stage {trainer!r} of {workdir} is not done; run it to its end: '
         f'{_command(workdir)}'
     )
-  if stage == 'critic' and config.ppo.baseline != 'critic':
+  if stage == 'critic' and not BASELINES[config.ppo.baseline].has_critic:
     raise ExportError(
         f'{workdir} has no critic: it was trained with ppo.baseline='
         f'{config.ppo.baseline!r}; choose another --stage'

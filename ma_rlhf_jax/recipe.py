@@ -116,6 +116,10 @@ def _module(path: str) -> types.ModuleType:
   spec = importlib.util.spec_from_loader('recipe', loader)
   module = importlib.util.module_from_spec(spec)
   sys.modules['recipe'] = module  # where dataclasses look for their module
+  # Where `module:function` of a config may be, after all that is installed.
+  for folder in (os.getcwd(), os.path.dirname(os.path.abspath(path))):
+    if folder not in sys.path:
+      sys.path.append(folder)
   try:
     loader.exec_module(module)
   except (UnicodeDecodeError, ValueError) as error:

@@ -10,17 +10,29 @@ Arrays end in their axes:
 
 `masking.py` draws the token layout. Each struct is made in one place and only
 read afterwards: PromptBatch (data.batches) -> Rollout (rollout.decode) ->
-Scored (training.experience) -> MacroActions (macro.termination) ->
+Scored (rollout.scoring) -> MacroActions (macro.termination) ->
 Targets (objective.targets) -> TrainState (training.update).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
 
 Array = jax.Array
 Params = Any
+
+
+class Models(NamedTuple):
+  """One thing for each of the models of PPO: configs, or parameters.
+
+  Without a critic (`ppo.baseline=rloo`) its entry is None.
+  """
+
+  policy: Any
+  ref_policy: Any
+  critic: Any
+  reward_model: Any
 
 
 @struct.dataclass
@@ -103,13 +115,14 @@ class Scored:
     values_BT: float, reward-model units, critic's value of the state in which
       response token t is chosen.
     score_B: float, reward-model units, at the last real token.
+    Of models that were not asked the entries are None.
   """
 
-  logprobs_BT: Array
-  ref_logprobs_BT: Array
-  entropy_BT: Array
-  values_BT: Array
-  score_B: Array
+  logprobs_BT: Array | None = None
+  ref_logprobs_BT: Array | None = None
+  entropy_BT: Array | None = None
+  values_BT: Array | None = None
+  score_B: Array | None = None
 
 
 @struct.dataclass

@@ -48,9 +48,13 @@ from ma_rlhf_jax.evaluate import compare
 from ma_rlhf_jax.evaluation import comparison
 from ma_rlhf_jax.models import exporting, folders, lora, peft_folder
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import host_memory, processes
 from ma_rlhf_jax.parallel.mesh import matmul_precision, shape_here
+from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.publishing import card
+from ma_rlhf_jax.scorers import functions
+from ma_rlhf_jax.structs import Models
 from ma_rlhf_jax.training import (
     automatic,
     checkpoint,
@@ -63,9 +67,7 @@ from ma_rlhf_jax.training import (
     symptoms,
     wandb_login,
 )
-from ma_rlhf_jax.training.experience import Models
 from ma_rlhf_jax.training.loop import run_stage
-from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.reward_model import RewardModel
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sft import SFT
@@ -154,14 +156,14 @@ def _ppo_models(run: Run) -> tuple[Models, Models]:
   source = sources.policy_source(config, workdir)
   ref_policy = sources.load(run, source, 'policy')
   policy = sources.load_to_train(run, source, 'policy', 'policy', ref_policy)
-  source = sources.reward_model_source(config, workdir)
-  reward_model = sources.load(run, source, 'scalar')
-  critic = (None, None)
-  if config.ppo.baseline == 'critic':
-    start = sources.critic_source(config, workdir)
-    same = reward_model if start == source else None
-    critic = sources.load_to_train(run, start, 'scalar', 'critic', same)
-  loaded = Models(policy, ref_policy, critic, reward_model)
+  reward_model = critic = None
+  if functions.has_model(config):
+    source = sources.reward_model_source(config, workdir)
+    reward_model = sources.load(run, source, 'scalar')
+  if BASELINES[config.ppo.baseline].has_critic:
+    critic = sources.initial_critic(run, ref_policy, reward_model)
+  none = (None, None)
+  loaded = Models(policy, ref_policy, critic or none, reward_model or none)
   shapes, params = zip(*loaded, strict=True)
   return Models(*shapes), Models(*params)
 
@@ -171,15 +173,15 @@ def train_ppo(run: Run) -> None:
   origins.check(run, 'ppo')
   stage = PPO(run, *_ppo_models(run))
   params = stage.params(stage.states)
-  _say_learning('ppo, policy', stage.shapes.policy, params.policy)
+  _say_learning('ppo, policy', stage.configs.policy, params.policy)
   if params.critic is not None:
-    _say_learning('ppo, critic', stage.shapes.critic, params.critic)
+    _say_learning('ppo, critic', stage.configs.critic, params.critic)
   del params  # the first update takes their memory
   states, step = run_stage(stage)
   params = stage.params(states)
-  exports = {'ppo': ('policy', stage.shapes.policy, params.policy)}
+  exports = {'ppo': ('policy', stage.configs.policy, params.policy)}
   if params.critic is not None:
-    exports['critic'] = ('scalar', stage.shapes.critic, params.critic)
+    exports['critic'] = ('scalar', stage.configs.critic, params.critic)
   _finish(run, 'ppo', step, exports, symptoms=stage.watch.found)
 
 

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import switches
+from ma_rlhf_jax import registry, switches
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.models import gemma, kernels, presets, tensor_names
 from ma_rlhf_jax.objective import (
@@ -21,6 +21,7 @@ from ma_rlhf_jax.objective import (
 )
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import PRECISIONS
+from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.training import optim, sft
 
 _STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
@@ -43,7 +44,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'reward_model.loss': tuple(preference.PAIR_LOSSES),
     'ppo.discount': tuple(advantage.DISCOUNTS),
     'ppo.advantage': tuple(targets.ADVANTAGES),
-    'ppo.baseline': ('critic', 'rloo'),
+    'ppo.baseline': tuple(targets.BASELINES),
     'ppo.ratio': tuple(losses.RATIOS),
     'ppo.loss_reduction': tuple(losses.REDUCTIONS),
     'ppo.one_pass': ('auto', 'joint', 'policy', 'off'),
@@ -221,10 +222,17 @@ def _of_types(flat: dict[str, Any]) -> Iterator[str]:
       yield f'{name}={tuple(flat[name])} must hold {words}'
 
 
+# Those that take a function of the user's own, `module:function`, too.
+_OPEN = ('ppo.advantage', 'macro.termination')
+
+
 def _of_values(flat: dict[str, Any]) -> Iterator[str]:
   """Fields whose own value is out of range."""
+  for name in _OPEN:
+    if problem := registry.problem(CHOICES[name], flat[name], name):
+      yield problem
   for name, allowed in CHOICES.items():
-    if flat[name] not in allowed:
+    if name not in _OPEN and flat[name] not in allowed:
       words = ', '.join(map(str, allowed))
       yield f'{name}={flat[name]!r} must be one of {words}'
   for names, holds, words in RANGES:
@@ -431,6 +439,7 @@ def problems(
   found += _of_model(config)
   if config.model.preset in CHOICES['model.preset']:
     found += _of_kernel(config, machine or partition.machine())
+  found += functions.problems(config)
   found += _of_lora(config)
   found += _of_memory(config)
   found += _of_data(config)

@@ -13,9 +13,9 @@ from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches, validation
 from ma_rlhf_jax.data import tasks
 from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.planning import abstract
 from ma_rlhf_jax.rollout import decode
 from ma_rlhf_jax.training import automatic
-from ma_rlhf_jax.training.abstract import abstract_stages
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -156,20 +156,18 @@ def test_all_stages_of_every_recipe_have_their_shapes(
   )
   mesh = make_mesh(config.mesh)
   assert mesh.shape['fsdp'] == jax.device_count()
-  run = tiny.run(
-      'unused',
-      config,
-      mesh=mesh,
-      prompt_len=prompt_len,
-      response_len=response_len,
+  spec = tiny.spec(
+      config, mesh=mesh, prompt_len=prompt_len, response_len=response_len
   )
+  rows = dict.fromkeys(config.stages, 8)
   with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
     # Stages of decoding have the same shapes, and are long to trace.
     patch.setattr(decode, 'stage_limits', lambda tokens: (tokens,))
-    stages = abstract_stages(run)
+    vocab_size = config.tokenizer.vocab_size
+    stages = abstract.programs_of(spec, vocab_size, rows)
     assert list(stages) == [s for s in config.stages if s != 'evaluate']
     for stage in stages.values():
-      for name, (function, args) in stage.programs().items():
+      for name, (function, args) in stage.programs.listing().items():
         made = jax.eval_shape(function, *args)
         if (
             '/update' in name or name == 'ppo/one_pass'

@@ -31,10 +31,11 @@ _RECIPE = whole_run.recipe()
 # logged and the checkpoint of step 4 committed.
 _KILLED = """
 import os, pathlib, signal, time
-from ma_rlhf_jax.training import metrics, ppo
+from ma_rlhf_jax.ppo import stage
+from ma_rlhf_jax.training import metrics
 
 metrics.MetricsWriter.__init__.__kwdefaults__['flush_seconds'] = 0.0
-step = ppo.PPO.step
+step = stage.PPO.step
 
 def killed(self, states, index):
   if index == 6:
@@ -43,7 +44,7 @@ def killed(self, states, index):
     os.kill(os.getpid(), signal.SIGKILL)
   return step(self, states, index)
 
-ppo.PPO.step = killed
+stage.PPO.step = killed
 """
 
 

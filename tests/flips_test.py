@@ -19,8 +19,8 @@ from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import export, manifest, train
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.generation import finished
+from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.training import sources
-from ma_rlhf_jax.training.ppo import PPO
 from ma_rlhf_jax.training.sft import SFT
 from tests import products, whole_run
 

@@ -13,7 +13,7 @@ _PACKAGE = 'ma_rlhf_jax'
 # last line is the shell, which may import anything.
 _ROOMS = (
     ('config', 'structs', 'masking', 'switches', 'arguments')
-    + ('atomic_file', 'interrupts', 'manifest'),
+    + ('atomic_file', 'interrupts', 'manifest', 'registry'),
     ('parallel',),
     ('commands',),
     ('workdir', 'workdir_lock'),
@@ -24,6 +24,7 @@ _ROOMS = (
     ('objective',),
     ('scorers',),
     ('training',),
+    ('ppo',),
     ('evaluation',),
     ('generation',),
     ('publishing',),

@@ -12,14 +12,16 @@ from ma_rlhf_jax.macro import aggregate, authors, termination
 from ma_rlhf_jax.objective import advantage, losses, rewards, targets
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
 from ma_rlhf_jax.structs import MacroActions
-from tests import oracle
+from tests import oracle, tiny
 
 Case = dict[str, Any]
 _SWITCHES = switches.VARIANTS['authors']
 _POOLING = {
-    'equal': dict(reward=_SWITCHES['macro.reward'], value='equal'),
+    'equal': dict(pool_rewards=_SWITCHES['macro.reward'], pool_values='equal'),
     # Their value function pools the rewards as well.
-    'position': dict(reward='position_reversed', value='position_reversed'),
+    'position': dict(
+        pool_rewards='position_reversed', pool_values='position_reversed'
+    ),
 }
 _SCORE_CLIP, _CLIP_EPS = 2.5, 0.2  # fixed in their code
 
@@ -68,24 +70,18 @@ def _step(
       score_clip=_SCORE_CLIP,
       score_column_B=authors.score_column(mask, x['width']),
   )
-  how = dict(
+  objective = tiny.objective(
       gamma=x['gamma'],
       gae_lambda=x['gae_lambda'],
+      critic_lambda=-1.0,
       discount=_SWITCHES['ppo.discount'],
-      **_POOLING[pooling],
-  )
-  advantages, returns = advantage.macro_gae(
-      x['values'], token_rewards, macro, **how
-  )
-  aims = targets.macro_targets(
-      x['values'],
-      token_rewards,
-      macro,
-      critic_lambda=x['gae_lambda'],
       advantage=_SWITCHES['ppo.advantage'],
       critic_target=_SWITCHES['critic.target'],
-      **how,
+      **_POOLING[pooling],
   )
+  given = x['values'], token_rewards, macro, objective
+  advantages, returns = advantage.macro_gae(*given)
+  aims = targets.macro_targets(*given)
   weights = losses.loss_weights(
       mask, macro.starts_BT, reduction=_SWITCHES['ppo.loss_reduction']
   )
@@ -112,8 +108,8 @@ def _step(
   return {
       'macro': macro,
       'token_rewards': token_rewards,
-      'macro_values': pool(x['values'], how['value']),
-      'macro_rewards': pool(token_rewards, how['reward']),
+      'macro_values': pool(x['values'], objective.pool_values),
+      'macro_rewards': pool(token_rewards, objective.pool_rewards),
       'advantages': advantages,
       'returns': returns,
       'actor_loss': actor_loss,

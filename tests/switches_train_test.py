@@ -14,8 +14,8 @@ import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import switches, validation
-from ma_rlhf_jax.training import ppo
-from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.ppo.stage import PPO
+from ma_rlhf_jax.structs import Models
 from tests import pairs, tiny
 
 _CONFIGS, _FORBIDDEN = pairs.covering_set()
@@ -32,7 +32,7 @@ class _Words(tiny.Tokenizer):
     return ''.join((pieces.split(' ') * 2)[i] or ' ' for i in ids)
 
 
-def _stage(config: Any, folder: pathlib.Path) -> ppo.PPO:
+def _stage(config: Any, folder: pathlib.Path) -> PPO:
   run = tiny.run(folder, config, mesh=tiny.mesh(1, 1, 1), tokenizer=_Words())
   with_critic = config.ppo.baseline == 'critic'
   params = Models(
@@ -48,7 +48,7 @@ def _stage(config: Any, folder: pathlib.Path) -> ppo.PPO:
   shapes = Models(*[tiny.SHAPE] * 4)
   if not with_critic:
     shapes = shapes._replace(critic=None)
-  return ppo.PPO(run, shapes, params)
+  return PPO(run, shapes, params)
 
 
 def _train(config: Any, folder: pathlib.Path) -> None:

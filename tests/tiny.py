@@ -17,9 +17,11 @@ from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet, Ragged
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.objective.settings import Objective
 from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.structs import Params, PromptBatch, SequenceBatch
 from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.spec import Spec
 from tests import tolerance
 from tests.models.drawn import draw
 
@@ -34,6 +36,7 @@ SHAPE = GemmaConfig(
     num_kv_heads=1,
     head_dim=6,
     remat='none',
+    logprob_chunk=8,
 )
 # Columns of prompts and of responses; no row fills both.
 PROMPT_LEN, RESPONSE_LEN = 6, 8
@@ -154,6 +157,17 @@ def config(**fields: Any) -> ConfigDict:
   }
   made.update_from_flattened_dict(defaults | flat)
   return made
+
+
+def objective(**fields: Any) -> Objective:
+  """That of `config()`, some fields changed."""
+  made = Objective.from_config(config())
+  return dataclasses.replace(made, **fields)
+
+
+def spec(made: ConfigDict, **fields: Any) -> Spec:
+  """What programs of `run('', made)` are made from, some fields changed."""
+  return dataclasses.replace(run('', made).spec, **fields)
 
 
 def run(workdir: pathlib.Path | str, made: ConfigDict, **fields: Any) -> Run:

@@ -32,7 +32,8 @@ _RECIPE = whole_run.recipe({
 _STOPPED = """
 import os, time
 import jax
-from ma_rlhf_jax.training import metrics, ppo, sft
+from ma_rlhf_jax.ppo import stage as ppo
+from ma_rlhf_jax.training import metrics, sft
 
 metrics.MetricsWriter.__init__.__kwdefaults__['flush_seconds'] = 0.0
 
@@ -55,23 +56,23 @@ _NOTED = """
 import numpy as np
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.parallel.mesh import gathered
-from ma_rlhf_jax.training import judge, ppo
+from ma_rlhf_jax.ppo import stage as ppo
 
 step = ppo.PPO.step
 
 def noted(self, states, index):
-  sample = self._rollout
+  sample = self.programs.rollout
   def rollout(*args):
     made = sample(*args)
     tokens = gathered(made.sequences.tokens_BL)
     if processes.is_first():
       np.save(str(self.run.workdir / f'tokens-{index}.npy'), tokens)
     return made
-  self._rollout = rollout
+  self.programs.rollout = rollout
   try:
     return step(self, states, index)
   finally:
-    self._rollout = sample
+    self.programs.rollout = sample
 
 ppo.PPO.step = noted
 """

@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax.benching import ceilings, costs, workload
+from ma_rlhf_jax.ppo import step
 from ma_rlhf_jax.rollout import layout
 from ma_rlhf_jax.training import buckets
 
@@ -33,10 +34,10 @@ def peak_gib() -> float:
 
 def _prefill(work: workload.Workload, policy: Any, prompts: Any) -> Any:
   """The prompts and one token of each response."""
-  stage = work.stage
-  settings = dataclasses.replace(stage.run.sampling(), max_new_tokens=1)
-  made = stage.run.decode_layout(stage.shapes.policy)
-  key = stage.run.key('rollout')
+  spec = work.programs.spec
+  settings = dataclasses.replace(spec.sampling(), max_new_tokens=1)
+  made = spec.decode_layout(work.programs.method.configs.policy)
+  key = spec.key('rollout')
   return lambda: layout.draw(
       policy, prompts, key, 0, layout=made, settings=settings
   )
@@ -65,7 +66,7 @@ def measure(
   top = ceilings.measure(config.model.dtype)
   say('random weights')
   work = workload.make(config, spread)
-  stage, states = work.stage, work.states
+  p, states = work.programs, work.states
   times: dict[str, list[float]] = {}
   first: dict[str, float] = {}
 
@@ -78,15 +79,15 @@ def measure(
   for index in range(runs + 1):
     begun = time.perf_counter()
     prompts = work.prompts(index)
-    taken, rollout = _seconds(lambda: stage.respond(states, prompts, index))  # noqa: B023
+    taken, rollout = _seconds(lambda: step.respond(p, states, prompts, index))  # noqa: B023
     note('rollout', taken)
     taken, (states, _) = _seconds(
-        lambda: stage.learn(states, prompts, rollout, index)  # noqa: B023
+        lambda: step.learn(p, states, prompts, rollout, index)  # noqa: B023
     )
     note('learn', taken)
     note('iteration', time.perf_counter() - begun)
     say(f'iteration {index}: {time.perf_counter() - begun:.2f} s')
-  policy = stage.to_decode(stage.params(states).policy)
+  policy = p.to_decode(p.models(states).policy)
   prefill = _prefill(work, policy, prompts)
   for _ in range(runs + 1):
     note('prefill', _seconds(prefill)[0])
@@ -94,7 +95,7 @@ def measure(
   gc.collect()
   memory = peak_gib()
   for _ in range(runs + 1):
-    note('score', _seconds(lambda: stage.score(states, rollout))[0])
+    note('score', _seconds(lambda: p.score(states, rollout))[0])
   return _report(work, config, top, times, first, memory, spread)
 
 
@@ -107,9 +108,10 @@ def _report(
     memory: float,
     spread: str,
 ) -> dict[str, Any]:
-  stage, devices = work.stage, jax.device_count()
+  p, devices = work.programs, jax.device_count()
+  spec = p.spec
   prompts, responses = work.prompt_lengths, work.response_lengths
-  shape = stage.shapes.policy
+  shape = p.method.configs.policy
   passes = lambda head: costs.forward(shape, prompts, responses, head)
   scoring = 2 * passes(True) + 2 * passes(False)
   # Policy and critic forward and backward, the two others forward. Scoring what
@@ -122,11 +124,7 @@ def _report(
   share = lambda flops, taken: flops / taken / top.matmul / devices
   tokens = int(prompts.sum() + responses.sum())
   lengths = (prompts + responses).tolist()
-  computed = buckets.computed_tokens(
-      stage.split,
-      lengths,
-      stage.run.mesh.shape['data'] * stage.run.mesh.shape['fsdp'],
-  )
+  computed = buckets.computed_tokens(p.split, lengths, spec.batch_devices)
   device = jax.devices()[0]
   return {
       'device': f'{devices} x {device.device_kind}',
@@ -135,12 +133,12 @@ def _report(
           'preset': config.model.preset,
           'parameters': shape.num_params,
           'dtype': config.model.dtype,
-          'rows': stage.run.rows,
-          'prompt_columns': stage.run.prompt_len,
-          'response_columns': stage.run.response_len,
+          'rows': spec.rows,
+          'prompt_columns': spec.prompt_len,
+          'response_columns': spec.response_len,
           'lengths': spread,
       },
-      'one_pass': list(stage.together),
+      'one_pass': list(p.fused_models),
       'ceilings': {
           'matmul_tflops': top.matmul / 1e12,
           'memory_gb_s': top.memory / 1e9,

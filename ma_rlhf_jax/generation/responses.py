@@ -15,7 +15,6 @@ from ma_rlhf_jax.rollout import decode, sampling, scoring
 from ma_rlhf_jax.structs import Array, Params, PromptBatch, SequenceBatch
 
 Model = tuple[GemmaConfig, Params]
-_CHUNK_TOKENS = 1024  # whose logits exist at once; 1 GB for Gemma's vocabulary
 
 
 class Response(NamedTuple):
@@ -70,11 +69,7 @@ def _draw(
   keys_B = row_keys(stream_key, prompts)
   rollout = decode.generate(shape, params, prompts, keys_B, settings)
   logprobs_BT, _ = scoring.response_logprobs(
-      shape,
-      params,
-      rollout.sequences,
-      temperature=1.0,
-      chunk_tokens=_CHUNK_TOKENS,
+      shape, params, rollout.sequences, temperature=1.0
   )
   return rollout.sequences, logprobs_BT.sum(axis=1)
 

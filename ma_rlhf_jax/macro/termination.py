@@ -7,9 +7,10 @@ A rule looks at finished responses and says which tokens open a macro action:
   macro ids   0   0   0   1   1   1   2   8      T = 8 marks padding
 
 A new rule is one function of `TerminationInputs` and `TerminationSettings` and
-one entry in `RULES`. Whatever a rule says, `macro_actions` opens one at the
-first real token, so that every response token belongs to exactly one. Rules
-that read the text instead live in `macro.host` and hand over `given_BT`.
+one entry in `RULES`, or a function of the user's own, which a config names as
+`module:function`. Whatever a rule says, `macro_actions` opens one at the first
+real token, so that every response token belongs to exactly one. Rules that
+read the text instead live in `macro.host` and hand over `host_starts_BT`.
 
 Source: MA-RLHF, arXiv 2410.02743, appendix B.4.
 """
@@ -17,16 +18,18 @@ Source: MA-RLHF, arXiv 2410.02743, appendix B.4.
 from collections.abc import Callable
 import dataclasses
 import math
+from typing import Self
 
 import chex
 from flax import struct
 import jax
 from jax import lax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from ma_rlhf_jax import masking
+from ma_rlhf_jax import masking, registry
 from ma_rlhf_jax.macro import authors
-from ma_rlhf_jax.structs import Array, MacroActions
+from ma_rlhf_jax.structs import Array, MacroActions, Scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class TerminationSettings:
     max_len: tokens, at most; 0 = no bound.
     last_token_alone: the last token of a response is a macro action.
     empty_step: with that, the empty step of the authors' code.
+    logprobs: whose log-probs rules of probability read, `ref` or `old`.
   """
 
   termination: str
@@ -58,6 +62,24 @@ class TerminationSettings:
   max_len: int = 0
   last_token_alone: bool = False
   empty_step: bool = False
+  logprobs: str = 'ref'
+
+  @classmethod
+  def from_config(cls, macro: ConfigDict) -> Self:
+    """The settings in the `macro` block of a config."""
+    values = {f.name: macro[f.name] for f in dataclasses.fields(cls)}
+    values['random_lengths'] = tuple(values['random_lengths'])
+    return cls(**values)
+
+  @property
+  def asks_models(self) -> bool:
+    """Whether the rule reads what models say about the response.
+
+    A rule of the user's own may.
+    """
+    return self.termination in BY_PROBABILITY or registry.is_path(
+        self.termination
+    )
 
 
 @struct.dataclass
@@ -66,17 +88,20 @@ class TerminationInputs:
 
   Attributes:
     mask_BT: bool, true on real response tokens.
-    logprobs_BT: float, nats, under the model that rules of probability ask;
+    logprobs_BT: float, nats, under the model that `macro.logprobs` names;
       anything on padding.
     keys_B: one random key for each row.
-    given_BT: bool, true where a rule of the host opens a macro action; None
-      where `RULES` has the rule.
+    host_starts_BT: bool, true where a rule of the host opens a macro action;
+      None where the rule runs on the device.
+    scored: all that the models say about the responses; None where the rule
+      asks none of them.
   """
 
   mask_BT: Array
   logprobs_BT: Array
   keys_B: Array
-  given_BT: Array | None = None
+  host_starts_BT: Array | None = None
+  scored: Scored | None = None
 
 
 def _check(mask_BT: Array) -> None:
@@ -302,6 +327,7 @@ def bounded(
   return cuts_TB.T
 
 
+# -> bool [B, T], true where a macro action opens.
 Rule = Callable[[TerminationInputs, TerminationSettings], Array]
 
 RULES: dict[str, Rule] = {
@@ -356,9 +382,10 @@ def segment(
     inputs: TerminationInputs, settings: TerminationSettings
 ) -> MacroActions:
   """The macro actions of a batch under the rule that `settings` names."""
-  mask_BT, starts_BT = inputs.mask_BT, inputs.given_BT
+  mask_BT, starts_BT = inputs.mask_BT, inputs.host_starts_BT
   if starts_BT is None:
-    starts_BT = RULES[settings.termination](inputs, settings)
+    rule = registry.resolve(RULES, settings.termination)
+    starts_BT = rule(inputs, settings)
   if settings.min_len > 1 or settings.max_len:
     starts_BT = bounded(
         starts_BT,

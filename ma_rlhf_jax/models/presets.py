@@ -53,6 +53,8 @@ class GemmaConfig:
       param_dtype. Frozen models hold them as they are computed with.
     remat: what the backward pass recomputes, a key of `gemma.REMAT`.
     unroll: layers in one turn of the loop over them; 0 = no loop.
+    logprob_chunk: tokens whose logits a device holds at once in the vocabulary
+      head.
     attention: auto | xla | splash | cudnn, see `models.kernels`.
     lora: adapters beside the kernels; None = none.
     unrolled: each layer has its own parameters, `layer_0`, ..., in place of
@@ -79,6 +81,7 @@ class GemmaConfig:
   kernel_dtype: str = ''
   remat: str = 'full'
   unroll: int = 1
+  logprob_chunk: int = 512
   attention: str = 'auto'
   lora: Lora | None = None
   unrolled: bool = False
@@ -106,6 +109,7 @@ class GemmaConfig:
         kernel_dtype=self.kernel_dtype or self.param_dtype,
         remat='none',
         unroll=1,
+        logprob_chunk=512,
         attention='xla',
     )
 
@@ -130,6 +134,7 @@ _RUNTIME_FIELDS = (
     'kernel_dtype',
     'remat',
     'unroll',
+    'logprob_chunk',
     'attention',
     'lora',
     'unrolled',
@@ -212,6 +217,7 @@ def trained_whole(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
       kernel_dtype='',
       remat=model.remat,
       unroll=model.unroll,
+      logprob_chunk=model.logprob_chunk,
       attention=model.attention,
       lora=None,
   )

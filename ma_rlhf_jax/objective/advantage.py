@@ -8,6 +8,7 @@ Two discounts, both 1 by default (t is a token, m a macro action):
 """
 
 from collections.abc import Callable
+import dataclasses
 
 import chex
 from jax import lax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import aggregate, authors
+from ma_rlhf_jax.objective.settings import Objective
 from ma_rlhf_jax.structs import Array, MacroActions
 
 
@@ -114,12 +116,7 @@ def macro_gae(
     values_BT: Array,
     rewards_BT: Array,
     macro: MacroActions,
-    *,
-    gamma: float,
-    gae_lambda: float,
-    discount: str,
-    reward: str,
-    value: str,
+    objective: Objective,
 ) -> tuple[Array, Array]:
   """Advantages and returns of macro actions, float [B, M]; see `gae`.
 
@@ -132,46 +129,46 @@ def macro_gae(
     values_BT: float, reward-model units; anything on padding.
     rewards_BT: float, reward-model units; anything on padding.
     macro: the macro actions.
-    gamma: discount per macro action or per token.
-    gae_lambda: trace per macro action, whatever its length.
-    discount: a key of `DISCOUNTS`.
-    reward: `sum` (paper), `mean` (authors) or another of `aggregate.WEIGHTS`.
-    value: `start` (SMDP: the value of the state in which the macro action is
-      chosen), `equal` (paper), `unit`, `position` or `position_reversed`.
+    objective: of which are read
+      `gamma`: discount per macro action or per token;
+      `gae_lambda`: trace per macro action, whatever its length;
+      `discount`: a key of `DISCOUNTS`;
+      `pool_rewards`: `sum` (paper), `mean` (authors) or another of
+      `aggregate.WEIGHTS`;
+      `pool_values`: `start` (SMDP: the value of the state in which the macro
+      action is chosen), `equal` (paper), `unit`, `position` or
+      `position_reversed`.
 
   Source: arXiv 2410.02743, section 3. The authors' code averages the rewards.
   """
   chex.assert_equal_shape([values_BT, rewards_BT, macro.mask_BT])
-  inside_BT = _inside(macro, gamma, discount)
-  rewards_BM = aggregate.pool(rewards_BT * inside_BT, macro, weights=reward)
-  values_BM = aggregate.pool(values_BT, macro, weights=value)
+  o = objective
+  pool = lambda x_BT, name: aggregate.pool(x_BT, macro, weights=name)
+  inside_BT = _inside(macro, o.gamma, o.discount)
+  rewards_BM = pool(rewards_BT * inside_BT, o.pool_rewards)
+  values_BM = pool(values_BT, o.pool_values)
   mask_BM = aggregate.macro_mask(macro)
-  decay_BM = jnp.full(mask_BM.shape, gamma, jnp.result_type(float))
-  if discount == 'token':
+  decay_BM = jnp.full(mask_BM.shape, o.gamma, jnp.result_type(float))
+  if o.discount == 'token':
     decay_BM = decay_BM ** aggregate.lengths(macro)
   if macro.empty_B is None:
     return gae(
-        values_BM, rewards_BM, mask_BM, gamma=decay_BM, gae_lambda=gae_lambda
+        values_BM, rewards_BM, mask_BM, gamma=decay_BM, gae_lambda=o.gae_lambda
     )
   insert = lambda x_BM: authors.insert_empty_steps(x_BM, macro.empty_B)
   advantages_BS, returns_BS = gae(
       insert(values_BM),
       insert(rewards_BM),
       ~insert(~mask_BM),  # the empty step counts
-      gamma=gamma,
-      gae_lambda=gae_lambda,
+      gamma=o.gamma,
+      gae_lambda=o.gae_lambda,
   )
   remove = lambda x_BS: authors.remove_empty_steps(x_BS, macro.empty_B)
   return remove(advantages_BS), remove(returns_BS)
 
 
 def rewards_to_go(
-    rewards_BT: Array,
-    macro: MacroActions,
-    *,
-    gamma: float,
-    discount: str,
-    reward: str,
+    rewards_BT: Array, macro: MacroActions, objective: Objective
 ) -> Array:
   """What each macro action and all after it have earned, float [B, M].
 
@@ -184,11 +181,7 @@ def rewards_to_go(
       jnp.zeros_like(rewards_BT),
       rewards_BT,
       macro,
-      gamma=gamma,
-      gae_lambda=1.0,
-      discount=discount,
-      reward=reward,
-      value='start',
+      dataclasses.replace(objective, gae_lambda=1.0, pool_values='start'),
   )
   return returns_BM
 
@@ -197,12 +190,7 @@ def own_advantages(
     values_BT: Array,
     rewards_BT: Array,
     macro: MacroActions,
-    *,
-    gamma: float,
-    gae_lambda: float,
-    discount: str,
-    reward: str,
-    value: str,
+    objective: Objective,
 ) -> Array:
   """Each token's own advantage, float [B, T]; arguments as in `macro_gae`.
 
@@ -222,20 +210,21 @@ def own_advantages(
   dtype = masking.wide(jnp.result_type(values_BT, rewards_BT))
   clean = lambda x_BT: jnp.where(macro.mask_BT, x_BT, 0).astype(dtype)
   values_BT, rewards_BT = clean(values_BT), clean(rewards_BT)
-  sigma_BT = aggregate.sigma(macro, value, dtype)
-  rho_BT = aggregate.sigma(macro, reward, dtype)
-  values_BM = aggregate.pool(values_BT, macro, weights=value)
+  o = objective
+  sigma_BT = aggregate.sigma(macro, o.pool_values, dtype)
+  rho_BT = aggregate.sigma(macro, o.pool_rewards, dtype)
+  values_BM = aggregate.pool(values_BT, macro, weights=o.pool_values)
   next_BM = jnp.pad(values_BM[:, 1:], ((0, 0), (0, 1)))
-  gamma_BT = DISCOUNTS[discount](macro, gamma)
+  gamma_BT = DISCOUNTS[o.discount](macro, o.gamma)
   ends_BT = aggregate.ends(macro)
   bootstrap_BT = jnp.where(ends_BT, aggregate.spread(next_BM, macro), 0)
   gains_BT = (
       rho_BT * rewards_BT - sigma_BT * values_BT + gamma_BT * bootstrap_BT
   )
-  decay_BT = gamma_BT * piecewise(macro, gae_lambda)
+  decay_BT = gamma_BT * piecewise(macro, o.gae_lambda)
   # Nothing is left to subtract before the first token of a macro action.
-  told_BT = _before(sigma_BT, macro)
-  return clean(_backward(gains_BT, clean(decay_BT)) - told_BT * values_BT)
+  before_BT = _before(sigma_BT, macro)
+  return clean(_backward(gains_BT, clean(decay_BT)) - before_BT * values_BT)
 
 
 def _before(x_BT: Array, macro: MacroActions) -> Array:

@@ -50,14 +50,15 @@ REDUCTIONS: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def loss_weights(
-    mask_BT: Array, starts_BT: Array, *, reduction: str
+    mask_BT: Array, starts_BT: Array | None, *, reduction: str
 ) -> LossWeights:
   """What each token counts in a loss, and in the metrics beside it.
 
   Args:
     mask_BT: bool, true on tokens that count, of the whole batch over which one
       optimizer update is taken. Cut the result into micro-batches, not this.
-    starts_BT: bool, true where a macro action opens.
+    starts_BT: bool, true where a macro action opens; None where they are not
+      known yet, which `macro` does not allow.
     reduction: the sum over tokens is divided by
       `sequence`: the tokens of the row, then the mean over rows is taken, rows
       without a token left out;
@@ -73,8 +74,9 @@ def loss_weights(
     metrics each token counts the same.
   """
   chex.assert_rank(mask_BT, 2)
-  chex.assert_type([mask_BT, starts_BT], bool)
-  chex.assert_equal_shape([mask_BT, starts_BT])
+  known = [mask_BT] if starts_BT is None else [mask_BT, starts_BT]
+  chex.assert_type(known, bool)
+  chex.assert_equal_shape(known)
   only_tokens = lambda x: jnp.where(mask_BT, x, 0)
   return LossWeights(
       loss_BT=only_tokens(REDUCTIONS[reduction](mask_BT, starts_BT)),

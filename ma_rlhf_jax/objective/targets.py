@@ -1,91 +1,155 @@
 """What policy and critic aim at, made of token rewards and values."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
 
+from ma_rlhf_jax import masking, registry
 from ma_rlhf_jax.macro import aggregate
 from ma_rlhf_jax.objective import advantage as advantage_lib
+from ma_rlhf_jax.objective.settings import Objective
 from ma_rlhf_jax.structs import Array, MacroActions, Targets
+
+# (values_BT, rewards_BT, macro, objective) -> [B, T], one number a token.
+Estimator = Callable[[Array, Array, MacroActions, Objective], Array]
 
 
 def _token_returns(
     values_BT: Array,
     rewards_BT: Array,
     macro: MacroActions,
-    *,
-    gamma: float,
-    gae_lambda: float,
-    discount: str,
-    **pooling: str,
+    objective: Objective,
 ) -> Array:
   """Each token's own lambda-return under the piecewise lambda."""
-  del pooling
+  o = objective
   _, returns_BT = advantage_lib.gae(
       values_BT,
       rewards_BT,
       macro.mask_BT,
-      gamma=advantage_lib.DISCOUNTS[discount](macro, gamma),
-      gae_lambda=advantage_lib.piecewise(macro, gae_lambda),
+      gamma=advantage_lib.DISCOUNTS[o.discount](macro, o.gamma),
+      gae_lambda=advantage_lib.piecewise(macro, o.gae_lambda),
   )
   return returns_BT
 
 
-def _shared_returns(
-    values_BT: Array,
-    rewards_BT: Array,
-    macro: MacroActions,
-    **estimation: float | str,
-) -> Array:
+def _shared_returns(*args: Array | MacroActions | Objective) -> Array:
   """The macro action's return at each of its tokens."""
-  _, returns_BM = advantage_lib.macro_gae(
-      values_BT, rewards_BT, macro, **estimation
-  )
-  return aggregate.spread(returns_BM, macro)
+  _, returns_BM = advantage_lib.macro_gae(*args)
+  return aggregate.spread(returns_BM, args[2])
 
 
-def _shared_advantages(
-    values_BT: Array,
-    rewards_BT: Array,
-    macro: MacroActions,
-    **estimation: float | str,
-) -> Array:
+def _shared_advantages(*args: Array | MacroActions | Objective) -> Array:
   """The macro action's advantage at each of its tokens."""
-  advantages_BM, _ = advantage_lib.macro_gae(
-      values_BT, rewards_BT, macro, **estimation
-  )
-  return aggregate.spread(advantages_BM, macro)
+  advantages_BM, _ = advantage_lib.macro_gae(*args)
+  return aggregate.spread(advantages_BM, args[2])
 
 
-# Name of config.ppo.advantage -> what the policy's tokens are given.
-ADVANTAGES: dict[str, Callable[..., Array]] = {
+# Name of config.ppo.advantage -> the advantages of the policy's tokens. A
+# function of the user's own, `module:function`, has the same form.
+ADVANTAGES: dict[str, Estimator] = {
     'shared': _shared_advantages,  # paper
     'own': advantage_lib.own_advantages,
 }
 # Name of config.critic.target -> what the critic regresses to.
-CRITIC_TARGETS: dict[str, Callable[..., Array]] = {
+CRITIC_TARGETS: dict[str, Estimator] = {
     'token': _token_returns,
     'macro': _shared_returns,  # paper
     'starts': _shared_returns,  # counted at `critic_mask` only
 }
 
 
-def critic_mask(macro: MacroActions, *, critic_target: str) -> Array:
-  """bool [B, T]: tokens whose values the critic loss sees."""
-  return macro.starts_BT if critic_target == 'starts' else macro.mask_BT
+def _of_critic(
+    values_BT: Array,
+    rewards_BT: Array,
+    macro: MacroActions,
+    objective: Objective,
+) -> tuple[Array, Array]:
+  """The critic's values."""
+  del macro, objective
+  return values_BT, rewards_BT
+
+
+def _leave_one_out(
+    values_BT: Array,
+    rewards_BT: Array,
+    macro: MacroActions,
+    objective: Objective,
+) -> tuple[Array, Array]:
+  """The mean return of the other responses to the prompt, at each token."""
+  del values_BT
+  returns_BM = advantage_lib.rewards_to_go(rewards_BT, macro, objective)
+  baseline_B = leave_one_out(
+      returns_BM[:, 0], samples=objective.samples_per_prompt
+  )
+  return jnp.where(macro.mask_BT, baseline_B[:, None], 0), rewards_BT
+
+
+class Baseline(NamedTuple):
+  """What is subtracted from the returns.
+
+  Attributes:
+    apply: (values_BT, rewards_BT, macro, objective) -> the values and the
+      rewards that the advantages are estimated from.
+    has_critic: whether a critic is trained for it.
+    min_samples: responses to each prompt that it needs.
+  """
+
+  apply: Callable[..., tuple[Array, Array]]
+  has_critic: bool = False
+  min_samples: int = 1
+
+
+# Name of config.ppo.baseline -> the baseline.
+BASELINES: dict[str, Baseline] = {
+    'critic': Baseline(_of_critic, has_critic=True),
+    'rloo': Baseline(_leave_one_out, min_samples=2),
+}
+
+
+def critic_mask(
+    mask_BT: Array, starts_BT: Array | None, critic_target: str
+) -> Array:
+  """bool [B, T]: tokens whose values the critic loss sees.
+
+  Args:
+    mask_BT: bool, real response tokens.
+    starts_BT: bool, where macro actions start; `starts` alone needs them.
+    critic_target: a key of `CRITIC_TARGETS`.
+  """
+  return starts_BT if critic_target == 'starts' else mask_BT
+
+
+def estimate(
+    values_BT: Array,
+    rewards_BT: Array,
+    macro: MacroActions,
+    objective: Objective,
+) -> Targets:
+  """Targets under the baseline of the objective, whitened where it says so.
+
+  Args:
+    values_BT: float, reward-model units, of the critic; anything on padding,
+      and anywhere under a baseline that has no critic.
+    rewards_BT: float, reward-model units; anything on padding.
+    macro: the macro actions.
+    objective: see `macro_targets`.
+  """
+  apply = BASELINES[objective.baseline].apply
+  values_BT, rewards_BT = apply(values_BT, rewards_BT, macro, objective)
+  targets = macro_targets(values_BT, rewards_BT, macro, objective)
+  if objective.whiten_advantages:
+    white_BT = masking.masked_whiten(targets.advantages_BT, macro.mask_BT)
+    targets = targets.replace(advantages_BT=white_BT)
+  return targets
 
 
 def macro_targets(
     values_BT: Array,
     rewards_BT: Array,
     macro: MacroActions,
-    *,
-    gae_lambda: float,
-    critic_lambda: float,
-    advantage: str,
-    critic_target: str,
-    **estimation: float | str,
+    objective: Objective,
 ) -> Targets:
   """What policy and critic aim at. With one-token macro actions: token PPO.
 
@@ -93,26 +157,26 @@ def macro_targets(
     values_BT: float, reward-model units; anything on padding.
     rewards_BT: float, reward-model units; anything on padding.
     macro: the macro actions.
-    gae_lambda: trace per macro action of the advantages.
-    critic_lambda: the same of the critic's returns.
-    advantage: `shared` (paper): that of the macro action; `own`: see
-      `own_advantages`.
-    critic_target: `macro` (paper): the macro action's return at every token;
-      `starts`: the same, for a critic loss over `critic_mask`; `token`: each
-      token's own lambda-return from token rewards and token values, with
-      critic_lambda at the last token of a macro action and 1 inside. The token
-      rewards enter it undivided, whatever `reward` says.
-    **estimation: `gamma`, `discount`, `reward` and `value` of `macro_gae`.
+    objective: of which are read, beside those of `macro_gae`,
+      `critic_lambda`: trace of the critic's returns, < 0 for `gae_lambda`;
+      `advantage`: `shared` (paper): that of the macro action; `own`: see
+      `own_advantages`; or `module:function`;
+      `critic_target`: `macro` (paper): the macro action's return at every
+      token; `starts`: the same, for a critic loss over `critic_mask`; `token`:
+      each token's own lambda-return from token rewards and token values, with
+      the critic's lambda at the last token of a macro action and 1 inside. The
+      token rewards enter it undivided, whatever `pool_rewards` says.
 
   Returns:
     float [B, T] advantages and returns; 0 on padding.
   """
-  make = lambda function, trace: function(
-      values_BT, rewards_BT, macro, gae_lambda=trace, **estimation
-  )
+  advantages = registry.resolve(ADVANTAGES, objective.advantage)
+  returns = CRITIC_TARGETS[objective.critic_target]
+  advantages_BT = advantages(values_BT, rewards_BT, macro, objective)
+  chex.assert_equal_shape([advantages_BT, macro.mask_BT])
   return Targets(
-      advantages_BT=make(ADVANTAGES[advantage], gae_lambda),
-      returns_BT=make(CRITIC_TARGETS[critic_target], critic_lambda),
+      advantages_BT=jnp.where(macro.mask_BT, advantages_BT, 0),
+      returns_BT=returns(values_BT, rewards_BT, macro, objective.of_critic),
   )
 
 

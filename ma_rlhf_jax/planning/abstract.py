@@ -1,57 +1,26 @@
-"""A run without rows, tokenizer, weights or devices, for its programs."""
+"""The programs of a run without rows, tokenizer, weights or devices."""
 
-import dataclasses
 import functools
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
-from etils import epath
 import jax
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax.data.parts import Datasets
-from ma_rlhf_jax.macro import host
-from ma_rlhf_jax.models import presets
+from ma_rlhf_jax.models import heads, lora, presets
+from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel.mesh import AXES, mesh_shape
-from ma_rlhf_jax.training import automatic
-from ma_rlhf_jax.training.abstract import abstract_stages
-from ma_rlhf_jax.training.loop import Program, Stage
-from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.ppo import programs as ppo
+from ma_rlhf_jax.scorers import functions
+from ma_rlhf_jax.structs import Models, Params
+from ma_rlhf_jax.training import automatic, reward_model, sft
+from ma_rlhf_jax.training.spec import Program, Spec
 
+# As `data.parts` shares the rows.
+_STAGES = ('sft', 'reward_model', 'ppo')
 # Rows to train on of the published data sets, as their recipes tell them.
 ROWS = {'tldr': 92_858, 'hh': 112_052, 'webgpt': 18_599, 'apps': 5000}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-  """So many rows of which nothing is known."""
-
-  count: int
-
-  def __len__(self) -> int:
-    return self.count
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tokenizer:
-  """Ids that no program depends on, and a number of entries."""
-
-  size: int
-  pad_token_id: int = 0
-  eos_token_id: int = 1
-  bos_token_id: int = 2
-
-  def __len__(self) -> int:
-    return self.size
-
-
-class _PlannedRun(Run):
-  """A run whose rules of the host are not loaded."""
-
-  def host_termination(self) -> Any:
-    return object() if self.config.macro.termination in host.NAMES else None
 
 
 def num_rows(config: ConfigDict) -> int | None:
@@ -88,9 +57,101 @@ def mesh_over(config: ConfigDict, devices: list[Any]) -> Mesh:
   return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
 
 
+def _model(
+    kind: str, config: presets.GemmaConfig
+) -> tuple[presets.GemmaConfig, Params]:
+  return config, heads.abstract_params(kind, config)
+
+
+def _learning(
+    kind: str, config: presets.GemmaConfig, frozen: Params | None
+) -> tuple[presets.GemmaConfig, Params]:
+  """A model that learns; its adapters share the weights of `frozen`."""
+  _, params = _model(kind, config)
+  if config.lora is not None and frozen is not None:
+    _, adapters = lora.split(config, params)
+    params = lora.join(frozen, adapters)
+  return config, params
+
+
+def _ppo(
+    spec: Spec,
+    learns: presets.GemmaConfig,
+    frozen: presets.GemmaConfig,
+    num_steps: int,
+) -> ppo.Programs:
+  c = spec.config
+  ref_policy, scorer = (_model(kind, frozen) for kind in ('policy', 'scalar'))
+  critic = (None, None)
+  if not functions.has_model(c):
+    scorer = (None, None)
+  if BASELINES[c.ppo.baseline].has_critic:
+    apart = c.ppo.critic_init or not functions.has_model(c)
+    critic = _learning('scalar', learns, None if apart else scorer[1])
+  models = Models(
+      policy=_learning('policy', learns, ref_policy[1]),
+      ref_policy=ref_policy,
+      critic=critic,
+      reward_model=scorer,
+  )
+  configs, params = zip(*models, strict=True)
+  return ppo.Programs(
+      spec,
+      Models(*configs),
+      Models(*params),
+      num_steps,
+  )
+
+
+class Planned(NamedTuple):
+  """A stage without rows and weights.
+
+  Attributes:
+    programs: of `sft`, `reward_model` or `ppo.programs`.
+    num_steps: updates in all.
+  """
+
+  programs: Any
+  num_steps: int
+
+
+def programs_of(
+    spec: Spec, vocab_size: int, num_rows: dict[str, int]
+) -> dict[str, Planned]:
+  """The programs of each stage of a config, of abstract parameters.
+
+  All models have the shape of `config.model`; call it under `jax.set_mesh`.
+
+  Args:
+    spec: of the run; its devices need not be here.
+    vocab_size: entries of the tokenizer.
+    num_rows: to train on, by stage.
+  """
+  config = spec.config
+  shape = presets.from_fields(config.model, vocab_size)
+  learns = presets.trained(shape, config)
+  frozen = presets.frozen(shape, config.model)
+  start = (
+      learns if config.sft.init else presets.trained_whole(shape, config.model)
+  )
+  makers = {
+      'sft': lambda n: sft.Programs(spec, *_model('policy', start), n),
+      'reward_model': lambda n: reward_model.Programs(
+          spec, *_model('scalar', learns), n
+      ),
+      'ppo': lambda n: _ppo(spec, learns, frozen, n),
+  }
+  planned = {}
+  for name, make in makers.items():
+    if name in config.stages:
+      steps = config_lib.num_steps(config[name], num_rows[name])
+      planned[name] = Planned(make(steps), steps)
+  return planned
+
+
 def stages(
     config: ConfigDict, mesh: Mesh, rows: int | None
-) -> dict[str, Stage]:
+) -> dict[str, Planned]:
   """The stages of a run on that mesh; its devices need not be here.
 
   Args:
@@ -99,25 +160,18 @@ def stages(
     rows: to train on; None = unknown, counted as one million.
   """
   shares = config.data.parts
-  part = lambda i: _Rows(max(1, (rows or 10**6) * shares[i] // sum(shares)))
   prompt_len, response_len = config_lib.lengths(config)
   # Lengths are not known here: every row counts as the longest.
   config = automatic.fixed(config)
   config.ppo.length_buckets = 1
-  run = _PlannedRun(
-      config=config,
-      workdir=epath.Path('unused'),
-      mesh=mesh,
-      data=Datasets(part(0), part(1), part(2), _Rows(1), counts={}),
-      tokenizer=_Tokenizer(config.tokenizer.vocab_size),
-      prompt_len=prompt_len,
-      response_len=response_len,
-      gold=None,
-  )
-  # Under `jax.set_mesh` the scalars that optimizers start from would be
-  # computed on the devices of the mesh, which are not here.
-  with mock.patch.object(jax.sharding, 'get_mesh', lambda: mesh):
-    return abstract_stages(run)
+  # No program depends on the ids.
+  spec = Spec(config, mesh, prompt_len, response_len, pad_id=0, eos_id=1)
+  num_rows = {
+      name: max(1, (rows or 10**6) * share // sum(shares))
+      for name, share in zip(_STAGES, shares, strict=True)
+  }
+  with jax.set_mesh(mesh):
+    return programs_of(spec, config.tokenizer.vocab_size, num_rows)
 
 
 def traced(program: Program) -> Any:

@@ -116,8 +116,8 @@ def _survey(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
   answer['num_params'] = _shape(config).num_params
   with jax.set_mesh(mesh), matmul_precision(config.model.matmul_precision):
     for name, stage in stages.items():
-      found = residency.residents(stage)
-      programs = stage.programs()
+      found = residency.residents(stage.programs)
+      programs = stage.programs.listing()
       answer['stages'][name] = {
           'steps': stage.num_steps,
           'resident': residency.sizes(found),
@@ -137,8 +137,9 @@ def _compile(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:
   config.stages = (stage_name,)
   stage = abstract.stages(config, mesh, job['rows'])[stage_name]
   with jax.set_mesh(mesh), matmul_precision(config.model.matmul_precision):
-    program = stage.programs()[job['program']]
-    traced, facts = _facts(program, residency.residents(stage), config)
+    program = stage.programs.listing()[job['program']]
+    found = residency.residents(stage.programs)
+    traced, facts = _facts(program, found, config)
     facts['weights'] = _weights(program.args, _shape(config).vocab_size)
     atomic_file.write_json(job['facts'], facts)
     options = {'xla_dump_to': job['dump'], 'xla_dump_hlo_as_text': True}

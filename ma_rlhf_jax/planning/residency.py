@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 
-from ma_rlhf_jax.training.loop import Stage
-
 Leaves = list[jax.ShapeDtypeStruct]
 
 
@@ -27,10 +25,13 @@ def _abstract(tree: Any) -> Leaves:
   return [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
 
 
-def residents(stage: Stage) -> dict[str, Leaves]:
+def residents(programs: Any) -> dict[str, Leaves]:
   """Arrays that a stage holds from its first to its last update, by model.
 
   What models share is counted with one that only scores, if there is one.
+
+  Args:
+    programs: of the stage, made of abstract parameters.
   """
   found: dict[str, Leaves] = {}
   seen: set[int] = set()
@@ -41,16 +42,14 @@ def residents(stage: Stage) -> dict[str, Leaves]:
     if new:
       found[name] = found.get(name, []) + new
 
-  attributes = dict(vars(stage))
-  for name, state in attributes.pop('states').items():
+  for name, state in programs.abstract_states.items():
     add(name, state)
-  frozen = attributes.pop('frozen', {})
-  if stage.name != 'ppo':
-    add(next(iter(found)), frozen)
+  if not hasattr(programs, 'fixed'):  # one model, of SFT or the reward model
+    add(next(iter(found)), programs.frozen)
     return found
-  for name, value in attributes.items():
-    add(name, value)
-  for name, tree in frozen.items():
+  for name, tree in programs.fixed._asdict().items():
+    add(name, tree)
+  for name, tree in programs.frozen.items():
     add(name, tree)
   return found
 

@@ -1,6 +1,7 @@
 """What policy, reference, critic and reward model say about sequences."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
-from ma_rlhf_jax.structs import Array, Params, SequenceBatch
+from ma_rlhf_jax.structs import Array, Models, Params, Scored, SequenceBatch
 
 
 def _laid_out(
@@ -47,7 +48,6 @@ def response_logprobs(
     sequences: SequenceBatch,
     *,
     temperature: float,
-    chunk_tokens: int,
     with_entropy: bool = False,
     width: int | None = None,
 ) -> tuple[Array, Array]:
@@ -58,7 +58,6 @@ def response_logprobs(
     params: its parameters.
     sequences: prompts and responses.
     temperature: of the log-probs.
-    chunk_tokens: tokens whose logits exist at once.
     with_entropy: also compute entropies, else they are 0.
     width: no row has more real tokens; None = all columns are computed.
   """
@@ -72,7 +71,7 @@ def response_logprobs(
       masking.response_tokens(sequences)[:, : states_BTD.shape[1]],
       softcap=config.final_softcap,
       temperature=temperature,
-      chunk_tokens=chunk_tokens,
+      chunk_tokens=config.logprob_chunk,
       with_entropy=with_entropy,
   )
   return _on_response(logprobs_BT, mask_BT), _on_response(entropy_BT, mask_BT)
@@ -100,6 +99,54 @@ def sequence_scores(
   tokens, mask, ends, _ = _laid_out(sequences, width)
   scores = token_scores(config, params, tokens, mask, ends)
   return masking.end_scores(scores, mask[:, -ends:])
+
+
+def score_rows(
+    configs: Models,
+    params: Models,
+    rows: SequenceBatch,
+    *,
+    temperature: float,
+    width: int | None,
+    only: tuple[str, ...] = Models._fields,
+) -> Scored:
+  """What the models say about finished responses.
+
+  Args:
+    configs: `GemmaConfig` of each model.
+    params: parameters of each model.
+    rows: prompts and responses.
+    temperature: of the log-probs.
+    width: no row has more real tokens; None = all columns are computed.
+    only: the models that are asked; of some the others' entries are None, of
+      all the entropy is there too.
+  """
+  everything = only == Models._fields
+  asked = lambda name: name in only and getattr(params, name) is not None
+  logprobs = functools.partial(
+      response_logprobs, sequences=rows, temperature=temperature, width=width
+  )
+  scored = Scored()
+  if asked('policy'):
+    logprobs_BT, entropy_BT = logprobs(
+        configs.policy, params.policy, with_entropy=everything
+    )
+    scored = scored.replace(logprobs_BT=logprobs_BT)
+    if everything:  # without a critic every value is 0
+      values_BT = jnp.zeros_like(logprobs_BT)
+      scored = scored.replace(entropy_BT=entropy_BT, values_BT=values_BT)
+  if asked('ref_policy'):
+    ref_BT, _ = logprobs(configs.ref_policy, params.ref_policy)
+    scored = scored.replace(ref_logprobs_BT=ref_BT)
+  if asked('critic'):
+    values_BT = response_values(configs.critic, params.critic, rows, width)
+    scored = scored.replace(values_BT=values_BT)
+  if asked('reward_model'):
+    score_B = sequence_scores(
+        configs.reward_model, params.reward_model, rows, width
+    )
+    scored = scored.replace(score_B=score_B)
+  return scored
 
 
 def sampler_statistics(

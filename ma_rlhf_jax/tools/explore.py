@@ -39,12 +39,14 @@ from ma_rlhf_jax.data.prompts import parse_line, text_problem
 from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.macro.spelling import Speller
 from ma_rlhf_jax.models import huggingface
+from ma_rlhf_jax.objective import rewards, targets
+from ma_rlhf_jax.objective.settings import Objective
 from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import MacroActions, Scored, SequenceBatch
 from ma_rlhf_jax.tools import explore_view
 from ma_rlhf_jax.tools.explore_view import Ruled, Told
-from ma_rlhf_jax.training import checkpoint, experience, products
+from ma_rlhf_jax.training import checkpoint, products
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -198,7 +200,7 @@ def score_with(
   )
   logprobs, _ = jax.jit(
       lambda params: scoring.response_logprobs(
-          shape, params, sequences, temperature=temperature, chunk_tokens=1024
+          shape, params, sequences, temperature=temperature
       )
   )(params)
   return np.asarray(logprobs)
@@ -211,22 +213,22 @@ def segment(
     tokenizer: 'PreTrainedTokenizerBase',
 ) -> tuple[MacroActions, str]:
   """The macro actions of training under this config, and what to note."""
-  given_BT, note, m = None, '', config.macro
+  host_starts_BT, note, m = None, '', config.macro
   if m.termination in host.NAMES:
     fields = dataclasses.fields(host.HostSettings)
     settings = host.HostSettings(**{f.name: m[f.name] for f in fields})
     with host.HostTermination(settings, tokenizer) as rule:
       starts_BT, numbers = rule(rows.tokens, rows.mask)
-    given_BT = jnp.asarray(starts_BT)
+    host_starts_BT = jnp.asarray(starts_BT)
     note = _fallbacks(numbers, m.parse_fallback)
   old = m.logprobs == 'old'
   inputs = termination.TerminationInputs(
       mask_BT=jnp.asarray(rows.mask),
       logprobs_BT=scored.logprobs_BT if old else scored.ref_logprobs_BT,
       keys_B=jax.random.split(jax.random.key(config.seed), len(rows.ids)),
-      given_BT=given_BT,
+      host_starts_BT=host_starts_BT,
   )
-  settings = experience.termination_settings(m)
+  settings = termination.TerminationSettings.from_config(m)
   return termination.segment(inputs, settings), note
 
 
@@ -288,8 +290,10 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
   for name, c in (('config', config), ('other', other)):
     if found := validation.problems(c):
       raise ValueError(f'--{name}: ' + '\n  '.join(found))
-    if c.ppo.baseline != 'critic':
-      raise ValueError(f'--{name}: ppo.baseline=rloo needs several samples')
+    if targets.BASELINES[c.ppo.baseline].min_samples > 1:
+      raise ValueError(
+          f'--{name}: ppo.baseline={c.ppo.baseline} needs several samples'
+      )
   given = [{'text': text} for text in flags.FLAGS.text]
   if flags.FLAGS.input:
     given += read_rows(
@@ -305,7 +309,16 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
   for c in (config, other):
     scored = _scored(rows, _ref_logprobs(rows, c, tokenizer.pad_token_id))
     macro, note = segment(c, rows, scored, tokenizer)
-    targets, _ = experience.make_targets(scored, macro, c)
+    objective = Objective.from_config(c)
+    rewards_BT = rewards.token_rewards(
+        scored.logprobs_BT,
+        scored.ref_logprobs_BT,
+        scored.score_B,
+        macro.mask_BT,
+        kl_coef=c.ppo.kl_coef,
+        score_clip=objective.score_clip,
+    )
+    aims = targets.estimate(scored.values_BT, rewards_BT, macro, objective)
     lengths = np.asarray(aggregate.lengths(macro))
     numbers = jax.device_get(aggregate.statistics(macro))
     ruled.append(
@@ -314,7 +327,7 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
             .splitlines()[0]
             .removeprefix('macro actions: '),
             ids=np.asarray(macro.ids_BT),
-            advantages=np.asarray(targets.advantages_BT),
+            advantages=np.asarray(aims.advantages_BT),
             lengths=lengths[lengths > 0],
             statistics={name: float(x) for name, x in numbers.items()},
             note=note,

@@ -34,7 +34,6 @@ from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import preference, rewards
 from ma_rlhf_jax.structs import MacroActions, SequenceBatch
 from ma_rlhf_jax.training import checkpoint, sft
-from ma_rlhf_jax.training.experience import termination_settings
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
 
@@ -171,21 +170,22 @@ def reward_model_tables(run: Run, row: int) -> list[Table]:
 def _macro_actions(run: Run, rows: SequenceBatch) -> MacroActions | None:
   """The macro actions of a response; None where a model would be asked."""
   macro = run.config.macro
-  if macro.termination in termination.BY_PROBABILITY:
+  rule = termination.TerminationSettings.from_config(macro)
+  if rule.asks_models:
     return None
   mask_BT = jnp.asarray(rows.response_mask_BT)
-  given_BT = None
+  host_starts_BT = None
   if host := run.host_termination():
     with host:
       starts_BT, _ = host(masking.response_tokens(rows), mask_BT)
-    given_BT = jnp.asarray(starts_BT)
+    host_starts_BT = jnp.asarray(starts_BT)
   inputs = termination.TerminationInputs(
       mask_BT=mask_BT,
       logprobs_BT=jnp.zeros(mask_BT.shape),
-      keys_B=jax.random.split(run.key('macro'), 1),
-      given_BT=given_BT,
+      keys_B=jax.random.split(run.spec.key('macro'), 1),
+      host_starts_BT=host_starts_BT,
   )
-  return termination.segment(inputs, termination_settings(macro))
+  return termination.segment(inputs, rule)
 
 
 def ppo_table(run: Run, row: int) -> Table:

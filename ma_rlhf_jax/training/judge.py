@@ -1,6 +1,6 @@
 """How good the responses of a policy to held-out prompts are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ class Judged:
 
 @functools.partial(
     jax.jit,
-    static_argnames=('shapes', 'temperature', 'chunk_tokens', 'num_micro'),
+    static_argnames=('shapes', 'temperature', 'num_micro'),
 )
 def _measure(
     shared: Shared,
@@ -90,7 +90,6 @@ def _measure(
     *,
     shapes: tuple[GemmaConfig, ...],
     temperature: float,
-    chunk_tokens: int,
     num_micro: int,
 ) -> dict[str, Array]:
   """kl [B] of finished responses, and their score [B] by a third model."""
@@ -98,9 +97,7 @@ def _measure(
 
   def measure(rows: SequenceBatch) -> dict[str, Array]:
     logprobs_BT, ref_logprobs_BT = (
-        scoring.response_logprobs(
-            shape, p, rows, temperature=temperature, chunk_tokens=chunk_tokens
-        )[0]
+        scoring.response_logprobs(shape, p, rows, temperature=temperature)[0]
         for shape, p in zip(shapes[:2], params[:2], strict=True)
     )
     kl_B, _ = rewards.kl_estimates(
@@ -204,17 +201,21 @@ def judge(
       responses); at that of the rollout these are `ppo.logprob_temperature`.
     data: whose prompts; None = those that training is evaluated on.
     ref_policy: for the KL; None = no KL and no score.
-    reward_model: gives the score.
+    reward_model: gives the score, to which the reward functions of the config
+      add; None = they alone do.
   """
   data = run.data.eval if data is None else data
   count = min(num_prompts, len(data))
   models = (policy, ref_policy, reward_model)
+  reward = run.text_reward(data) if ref_policy is not None else None
   parts = []
-  for start in range(0, count, run.rows):
-    rows = np.arange(start, start + run.rows) % len(data)
+  for start in range(0, count, run.spec.rows):
+    rows = np.arange(start, start + run.spec.rows) % len(data)
     prompts = prompt_batch(run, data, rows)
     parts.append(
-        _judge_batch(run, prompts, run.key(stream), temperature, models)
+        _judge_batch(
+            run, prompts, run.spec.key(stream), temperature, models, reward
+        )
     )
   join = lambda lists: [x for part in lists for x in part][:count]
   names = parts[0].numbers
@@ -244,9 +245,11 @@ def _draw(
       prompts,
       key,
       step,
-      layout=run.decode_layout(policy.shape),
+      layout=run.spec.decode_layout(policy.shape),
       settings=settings,
-      num_rollouts=update.num_micro(run.rows, run.config.rollout.batch_size),
+      num_rollouts=update.num_micro(
+          run.spec.rows, run.config.rollout.batch_size
+      ),
   )
 
 
@@ -256,24 +259,31 @@ def _judge_batch(
     key: Array,
     sampled_at: float,
     models: _Models,
+    reward: Callable[..., np.ndarray] | None,
 ) -> Judged:
-  settings = run.sampling(sampled_at)
+  settings = run.spec.sampling(sampled_at)
   rollout = _draw(run, models[0], prompts, key, 0, settings)
   texts, responses = _texts(run, rollout)
   numbers: dict[str, Any] = {}
-  if None not in models:
+  if models[1] is not None:
     numbers = _by_models(run, prompts, key, rollout, settings, models)
+  tokens_BT = masking.response_tokens(rollout.sequences)
+  mask_BT = rollout.sequences.response_mask_BT
+  if reward is not None:
+    given = (prompts.prompt_ids_B, tokens_BT, mask_BT)
+    numbers['score'] = reward(*map(gathered, given)) + gathered(
+        numbers.get('score', 0.0)
+    )
   if run.gold is not None:
     numbers['gold'] = [
         run.gold(p, r) for p, r in zip(texts, responses, strict=True)
     ]
-  tokens_BT = masking.response_tokens(rollout.sequences)
-  numbers['length'] = rollout.sequences.response_mask_BT.sum(axis=1)
+  numbers['length'] = mask_BT.sum(axis=1)
   is_eos_BT = tokens_BT == run.tokenizer.eos_token_id
   numbers['ended'] = is_eos_BT.any(axis=1)
   numbers['repeated'] = repetition(
       gathered(tokens_BT),
-      gathered(rollout.sequences.response_mask_BT & ~is_eos_BT),
+      gathered(mask_BT & ~is_eos_BT),
   )
   return Judged(
       texts,
@@ -294,18 +304,19 @@ def _by_models(
 
   def measure(rollout: Rollout, temperature: float, models: _Models) -> dict:
     return _measure(
-        Shared(tuple(model.params for model in models)),
+        Shared(tuple(model.params for model in models if model)),
         rollout,
-        shapes=tuple(model.shape for model in models),
+        shapes=tuple(model.shape for model in models if model),
         temperature=temperature,
-        chunk_tokens=run.config.model.logprob_chunk,
-        num_micro=update.num_micro(run.rows, run.config.ppo.micro_batch_size),
+        num_micro=update.num_micro(
+            run.spec.rows, run.config.ppo.micro_batch_size
+        ),
     )
 
   policy, ref_policy, _ = models
   temperature = settings.temperature or 1.0
   if settings.temperature == run.config.rollout.temperature:
-    temperature = run.logprob_temperature
+    temperature = run.spec.logprob_temperature
   found = measure(rollout, temperature, models)
   policy_kl_B = found['kl']
   plain = dataclasses.replace(settings, **_PLAIN)
@@ -313,4 +324,4 @@ def _by_models(
   if not is_plain and policy is not ref_policy:  # of one policy both are 0
     drawn = _draw(run, policy, prompts, key, 1, plain)
     policy_kl_B = measure(drawn, plain.temperature, models[:2])['kl']
-  return {'kl': found['kl'], 'policy_kl': policy_kl_B, 'score': found['score']}
+  return found | {'policy_kl': policy_kl_B}

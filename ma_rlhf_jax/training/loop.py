@@ -1,12 +1,12 @@
 """The loop around every stage: resume, log, evaluate, save, profile."""
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import logging
 import time
 import traceback
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 import jax
@@ -29,13 +29,6 @@ _log = logging.getLogger(__name__)
 _BROKEN = (metrics_lib.NonFiniteError, health.RuinedError)
 
 States = dict[str, TrainState | Array]  # models, and scalars beside them
-
-
-class Program(NamedTuple):
-  """A jitted function and `jax.ShapeDtypeStruct` trees of its arguments."""
-
-  function: Callable[..., Any]
-  args: tuple[Any, ...]
 
 
 class Stage(abc.ABC):
@@ -81,14 +74,6 @@ class Stage(abc.ABC):
     """The states after update number `index`, and its metrics.
 
     One metric is `tokens`, the real tokens that the update has seen.
-    """
-
-  @abc.abstractmethod
-  def programs(self) -> dict[str, Program]:
-    """What `step` runs on the devices, by name, in its order.
-
-    Called before the first update. The stage may have been made of abstract
-    parameters, so that programs of any size can be traced and compiled.
     """
 
   @abc.abstractmethod

@@ -19,8 +19,9 @@ from ma_rlhf_jax.objective import preference
 from ma_rlhf_jax.parallel.mesh import gathered
 from ma_rlhf_jax.structs import Array, PairBatch, Params, TrainState
 from ma_rlhf_jax.training import checkpoint, console, optim, update
-from ma_rlhf_jax.training.loop import Program, Stage
+from ma_rlhf_jax.training.loop import Stage
 from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.spec import Program, Spec
 
 
 def _rewards(
@@ -82,6 +83,58 @@ def _step(
   return state, renamed
 
 
+class Programs:
+  """The programs of reward modelling; see `sft.Programs`.
+
+  Attributes:
+    frozen: parameters of the model that do not learn, see `models.lora`.
+    abstract_states: shapes of what is trained.
+    learning_rate: of an update, by its number.
+    update: (state, frozen, pairs) -> new state and metrics.
+    end_scores: (parameters, pairs) -> scores of both rows.
+  """
+
+  def __init__(
+      self, spec: Spec, model: GemmaConfig, params: Params, num_steps: int
+  ):
+    c = spec.config.reward_model
+    self._spec, self._model = spec, model
+    self._optimizer = optim.make_optimizer(c.optim, num_steps)
+    self.learning_rate = optim.learning_rate(c.optim, num_steps)
+    self.frozen, _ = lora.split(model, params)
+    self.abstract_states = self.init_states(checkpoint.abstract_of(params))
+    on_padding = c.loss == LOSSES_ON_PADDING['reward_model.loss']
+    self.update = jax.jit(
+        functools.partial(
+            _step,
+            shape=kernels.plain(model) if on_padding else model,
+            pair_loss=functools.partial(
+                preference.pair_loss,
+                loss=c.loss,
+                pad_id=spec.pad_id,
+                num_padding_at_beginning=c.num_padding_at_beginning,
+            ),
+            optimizer=self._optimizer,
+            num_micro=update.num_micro(c.batch_size, c.micro_batch_size),
+        ),
+        donate_argnums=0,
+    )
+    self.end_scores = jax.jit(functools.partial(_end_scores, shape=model))
+
+  def init_states(self, params: Params) -> dict[str, TrainState]:
+    """What is trained, before the first update."""
+    _, learning = lora.split(self._model, params)
+    return {'reward_model': update.init_state(learning, self._optimizer)}
+
+  def listing(self) -> dict[str, Program]:
+    """What a step runs, by name."""
+    size = self._spec.config.reward_model.batch_size
+    rows = self._spec.abstract_sequences(size)
+    state = self.abstract_states['reward_model']
+    args = (state, checkpoint.abstract_of(self.frozen), PairBatch(rows, rows))
+    return {'reward_model/update': Program(self.update, args)}
+
+
 class RewardModel(Stage):
   """The second stage: a score that prefers chosen over rejected responses."""
 
@@ -89,54 +142,27 @@ class RewardModel(Stage):
     super().__init__(
         run, 'reward_model', run.config.reward_model, run.data.reward_model
     )
-    c = self.config
     self.shown = ('loss/reward_model', 'reward_model/accuracy')
     self.shape = shape
-    optimizer = optim.make_optimizer(c.optim, self.num_steps)
-    self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
-    self.frozen, learning = lora.split(shape, params)
-    self.states = {'reward_model': update.init_state(learning, optimizer)}
-    on_padding = c.loss == LOSSES_ON_PADDING['reward_model.loss']
-    self._step = jax.jit(
-        functools.partial(
-            _step,
-            shape=kernels.plain(shape) if on_padding else shape,
-            pair_loss=functools.partial(
-                preference.pair_loss,
-                loss=c.loss,
-                pad_id=run.tokenizer.pad_token_id,
-                num_padding_at_beginning=c.num_padding_at_beginning,
-            ),
-            optimizer=optimizer,
-            num_micro=update.num_micro(c.batch_size, c.micro_batch_size),
-        ),
-        donate_argnums=0,
-    )
-    self._end_scores = jax.jit(functools.partial(_end_scores, shape=shape))
+    self.programs = Programs(run.spec, shape, params, self.num_steps)
+    self.states = self.programs.init_states(params)
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     batch = self.run.batch(batches.pair_batch, self.data, self.rows(index))
-    state = states['reward_model']
-    state, metrics = self._step(state, self.frozen, batch)
-    metrics['reward_model/lr'] = self.learning_rate(index)
+    p = self.programs
+    state, metrics = p.update(states['reward_model'], p.frozen, batch)
+    metrics['reward_model/lr'] = p.learning_rate(index)
     return {'reward_model': state}, metrics
-
-  def programs(self) -> dict[str, Program]:
-    rows = self.run.abstract_sequences(self.config.batch_size)
-    state = checkpoint.abstract_of(self.states['reward_model'])
-    frozen = checkpoint.abstract_of(self.frozen)
-    args = (state, frozen, PairBatch(rows, rows))
-    return {'reward_model/update': Program(self._step, args)}
 
   def params(self, states: dict) -> Params:
     """The parameters of the reward model."""
-    return lora.join(self.frozen, states['reward_model'].params)
+    return lora.join(self.programs.frozen, states['reward_model'].params)
 
   def held_out_scores(self, states: dict) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the chosen and of the rejected held-out responses."""
     params = self.params(states)
     found = [
-        map(gathered, self._end_scores(params, batch))
+        map(gathered, self.programs.end_scores(params, batch))
         for batch in self.run.held_out(batches.pair_batch, self.micro_size)
     ]
     join = lambda column: np.concatenate(column)[: len(self.run.data.eval)]

@@ -6,46 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from ma_rlhf_jax import masking
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.data.encoding import EncodedSet
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.macro.host import NAMES, HostSettings, HostTermination
-from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.parallel.mesh import abstract, own_rows, place
-from ma_rlhf_jax.rollout.decode import SamplingSettings
-from ma_rlhf_jax.rollout.layout import DecodeLayout, make_layout
-from ma_rlhf_jax.structs import (
-    Array,
-    PromptBatch,
-    Rollout,
-    Scored,
-    SequenceBatch,
-)
+from ma_rlhf_jax.parallel.mesh import own_rows, place
+from ma_rlhf_jax.scorers.functions import TextReward
+from ma_rlhf_jax.training.spec import Spec
 
 if TYPE_CHECKING:  # transformers takes seconds to import
   from transformers import PreTrainedTokenizerBase
 
-# Each purpose draws from a stream of its own; see `Run.key`.
-_STREAMS = (
-    'init_sft',
-    'init_reward_model',
-    'rollout',
-    'macro',
-    'minibatches',
-    'evaluate',
-    'compare_sft',
-    'compare_ppo',
-    'adapters_sft',
-    'adapters_reward_model',
-    'adapters_policy',
-    'adapters_critic',
-)
+
+# What reward functions are told of a row.
+_OF_ROW = ('prompt', 'chosen', 'rejected')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +59,17 @@ class Run(Setup):
   response_len: int
   gold: Callable[[str, str], float] | None
 
-  def key(self, stream: str) -> Array:
-    """The random key of one stream; folded with a step before use."""
-    root = jax.random.key(self.config.seed)
-    return jax.random.fold_in(root, _STREAMS.index(stream))
-
   @property
-  def logprob_temperature(self) -> float:
-    """Temperature of log-probs in ratio, KL and perplexity."""
-    c = self.config
-    return c.ppo.logprob_temperature or c.rollout.temperature
-
-  @property
-  def rows(self) -> int:
-    """Sequences of one PPO step, and of one batch of an evaluation."""
-    return self.config.ppo.batch_size * self.config.ppo.samples_per_prompt
+  def spec(self) -> Spec:
+    """What its programs are made from."""
+    return Spec(
+        self.config,
+        self.mesh,
+        self.prompt_len,
+        self.response_len,
+        self.tokenizer.pad_token_id,
+        self.tokenizer.eos_token_id,
+    )
 
   def batch(
       self,
@@ -128,34 +102,6 @@ class Run(Setup):
     fill = lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
     return place(jax.tree.map(fill, made), self.mesh, size)
 
-  def abstract_sequences(self, rows: int) -> SequenceBatch:
-    """Shapes of a batch of whole sequences, as they lie on the devices."""
-    length = self.prompt_len + self.response_len
-    array = lambda width, dtype: jax.ShapeDtypeStruct((rows, width), dtype)
-    batch = SequenceBatch(
-        tokens_BL=array(length, np.int32),
-        mask_BL=array(length, bool),
-        response_mask_BT=array(self.response_len, bool),
-    )
-    return abstract(batch, self.mesh)
-
-  def abstract_prompts(self, rows: int) -> PromptBatch:
-    """Shapes of a batch of prompts, as they lie on the devices."""
-    array = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), np.int32)
-    mask = jax.ShapeDtypeStruct((rows, self.prompt_len), bool)
-    ids = array()
-    batch = PromptBatch(array(self.prompt_len), mask, ids, ids)
-    return abstract(batch, self.mesh)
-
-  def abstract_rollout(self, rows: int) -> tuple[Rollout, Scored]:
-    """Shapes of so many responses and of their scores, on the devices."""
-    dtype = masking.wide(jnp.dtype(self.config.model.dtype))
-    floats = lambda *shape: jax.ShapeDtypeStruct((rows, *shape), dtype)
-    made = floats(self.response_len)
-    scored = abstract(Scored(made, made, made, made, floats()), self.mesh)
-    drawn = abstract((made, made), self.mesh)
-    return Rollout(self.abstract_sequences(rows), *drawn), scored
-
   def held_out(self, make: Callable[..., Any], size: int) -> Iterator[Any]:
     """The held-out rows in batches of `size`, the last one filled up."""
     total = len(self.data.eval)
@@ -171,31 +117,33 @@ class Run(Setup):
     ]
     return tokenizer_lib.decode(self.tokenizer, plain)
 
-  def sampling(self, temperature: float | None = None) -> SamplingSettings:
-    """How responses are drawn, at the rollout's temperature or another."""
-    r = self.config.rollout
-    return SamplingSettings(
-        max_new_tokens=self.response_len,
-        temperature=r.temperature if temperature is None else temperature,
-        top_k=r.top_k,
-        top_p=r.top_p,
-        min_new_tokens=r.min_new_tokens,
-        eos_id=self.tokenizer.eos_token_id,
-        pad_id=self.tokenizer.pad_token_id,
-        int8_cache=r.int8_cache,
-    )
+  def text_reward(self, data: EncodedSet) -> Callable[..., np.ndarray] | None:
+    """What the reward functions of the config give responses to rows of `data`.
 
-  def decode_layout(self, shape: GemmaConfig) -> DecodeLayout:
-    """How a policy of this shape lies while it decodes."""
-    c = self.config
-    rows = c.ppo.batch_size * c.ppo.samples_per_prompt
-    return make_layout(
-        shape,
-        self.mesh,
-        c.rollout.tensor,
-        rows=c.rollout.batch_size or rows,
-        columns=self.prompt_len + self.response_len,
-    )
+    Returns:
+      (rows [B], tokens_BT, mask_BT) -> float32 [B], reward-model units; None
+      where there is no function.
+    """
+    reward = TextReward.from_config(self.config)
+    if reward is None:
+      return None
+
+    def score(
+        rows: np.ndarray, tokens_BT: np.ndarray, mask_BT: np.ndarray
+    ) -> np.ndarray:
+      given = [
+          {name: self.text(getattr(data, name)[row]) for name in _OF_ROW}
+          for row in np.asarray(rows).tolist()
+      ]
+      responses = [
+          self.text(tokens[mask])
+          for tokens, mask in zip(
+              np.asarray(tokens_BT), np.asarray(mask_BT), strict=True
+          )
+      ]
+      return reward([row.pop('prompt') for row in given], responses, given)
+
+    return score
 
   def host_termination(self) -> HostTermination | None:
     """The rule of the host that the config names; None = one of the device.

@@ -18,8 +18,9 @@ from ma_rlhf_jax.objective.losses import sft_loss, token_weights
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
 from ma_rlhf_jax.structs import Array, Params, SequenceBatch, TrainState
 from ma_rlhf_jax.training import checkpoint, judge, optim, update
-from ma_rlhf_jax.training.loop import Program, Stage
+from ma_rlhf_jax.training.loop import Stage
 from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.training.spec import Program, Spec
 
 
 def _response(sequences: SequenceBatch) -> tuple[Array, Array, Array]:
@@ -60,7 +61,6 @@ def learned_logprobs(
     *,
     shape: GemmaConfig,
     loss_on: str,
-    chunk_tokens: int,
 ) -> tuple[Array, Array]:
   """(logprobs_BW, learned_BW): nats at temperature 1, and what is learned."""
   tokens_BL, mask_BL, learned_BW = LOSS_ON[loss_on](sequences)
@@ -74,7 +74,7 @@ def learned_logprobs(
       tokens_BL[:, -width:],
       softcap=shape.final_softcap,
       temperature=1.0,
-      chunk_tokens=chunk_tokens,
+      chunk_tokens=shape.logprob_chunk,
   )
   return logprobs_BW, learned_BW
 
@@ -123,58 +123,91 @@ def _held_out_sums(
   return -masking.masked_sum(logprobs_BW, learned_BW), count
 
 
+class Programs:
+  """The programs of SFT; of abstract parameters they can be compiled only.
+
+  Attributes:
+    frozen: parameters of the policy that do not learn, see `models.lora`.
+    abstract_states: shapes of what is trained.
+    learning_rate: of an update, by its number.
+    update: (state, frozen, sequences) -> new state and metrics.
+    held_out_sums: (parameters, sequences) -> see there.
+  """
+
+  def __init__(
+      self, spec: Spec, model: GemmaConfig, params: Params, num_steps: int
+  ):
+    """Traces nothing yet.
+
+    Args:
+      spec: what they are made from.
+      model: the policy.
+      params: its parameters, from which it starts.
+      num_steps: updates in all.
+    """
+    c = spec.config.sft
+    self._spec, self._model = spec, model
+    self._optimizer = optim.make_optimizer(c.optim, num_steps)
+    self.learning_rate = optim.learning_rate(c.optim, num_steps)
+    self.frozen, _ = lora.split(model, params)
+    self.abstract_states = self.init_states(checkpoint.abstract_of(params))
+    on_padding = c.loss_on == LOSSES_ON_PADDING['sft.loss_on']
+    logprobs = functools.partial(
+        learned_logprobs,
+        shape=kernels.plain(model) if on_padding else model,
+        loss_on=c.loss_on,
+    )
+    self.update = jax.jit(
+        functools.partial(
+            _step,
+            logprobs=logprobs,
+            loss_on=c.loss_on,
+            optimizer=self._optimizer,
+            num_micro=update.num_micro(c.batch_size, c.micro_batch_size),
+        ),
+        donate_argnums=0,
+    )
+    self.held_out_sums = jax.jit(
+        functools.partial(_held_out_sums, logprobs=logprobs)
+    )
+
+  def init_states(self, params: Params) -> dict[str, TrainState]:
+    """What is trained, before the first update."""
+    _, learning = lora.split(self._model, params)
+    return {'policy': update.init_state(learning, self._optimizer)}
+
+  def listing(self) -> dict[str, Program]:
+    """What a step runs, by name."""
+    batch = self._spec.abstract_sequences(self._spec.config.sft.batch_size)
+    frozen = checkpoint.abstract_of(self.frozen)
+    args = (self.abstract_states['policy'], frozen, batch)
+    return {'sft/update': Program(self.update, args)}
+
+
 class SFT(Stage):
   """The first stage: a policy that imitates the chosen responses."""
 
   def __init__(self, run: Run, shape: GemmaConfig, params: Params):
     super().__init__(run, 'sft', run.config.sft, run.data.sft)
-    c = self.config
     self.shown = ('loss/sft',)
-    optimizer = optim.make_optimizer(c.optim, self.num_steps)
-    self.learning_rate = optim.learning_rate(c.optim, self.num_steps)
     self.shape = shape
-    self.frozen, learning = lora.split(shape, params)
-    self.states = {'policy': update.init_state(learning, optimizer)}
-    on_padding = c.loss_on == LOSSES_ON_PADDING['sft.loss_on']
-    logprobs = functools.partial(
-        learned_logprobs,
-        shape=kernels.plain(shape) if on_padding else shape,
-        loss_on=c.loss_on,
-        chunk_tokens=run.config.model.logprob_chunk,
-    )
-    self._step = jax.jit(
-        functools.partial(
-            _step,
-            logprobs=logprobs,
-            loss_on=c.loss_on,
-            optimizer=optimizer,
-            num_micro=update.num_micro(c.batch_size, c.micro_batch_size),
-        ),
-        donate_argnums=0,
-    )
-    self._held_out_sums = jax.jit(
-        functools.partial(_held_out_sums, logprobs=logprobs)
-    )
+    self.programs = Programs(run.spec, shape, params, self.num_steps)
+    self.states = self.programs.init_states(params)
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     batch = self.run.batch(batches.sft_batch, self.data, self.rows(index))
-    policy, metrics = self._step(states['policy'], self.frozen, batch)
-    metrics['policy/lr'] = self.learning_rate(index)
+    p = self.programs
+    policy, metrics = p.update(states['policy'], p.frozen, batch)
+    metrics['policy/lr'] = p.learning_rate(index)
     return {'policy': policy}, metrics
-
-  def programs(self) -> dict[str, Program]:
-    batch = self.run.abstract_sequences(self.config.batch_size)
-    state = checkpoint.abstract_of(self.states['policy'])
-    frozen = checkpoint.abstract_of(self.frozen)
-    return {'sft/update': Program(self._step, (state, frozen, batch))}
 
   def params(self, states: dict) -> Params:
     """The parameters of the policy."""
-    return lora.join(self.frozen, states['policy'].params)
+    return lora.join(self.programs.frozen, states['policy'].params)
 
   def evaluate(self, states: dict) -> dict[str, float]:
     sums = [
-        self._held_out_sums(self.params(states), batch)
+        self.programs.held_out_sums(self.params(states), batch)
         for batch in self.run.held_out(batches.sft_batch, self.micro_size)
     ]
     nll, count = (float(sum(column)) for column in zip(*sums, strict=True))

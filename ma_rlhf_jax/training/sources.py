@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import heads, huggingface, kernels, lora, presets
+from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import partition
+from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.structs import Params
 from ma_rlhf_jax.training import products
 from ma_rlhf_jax.training.products import (
@@ -113,8 +115,18 @@ def reward_model_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
 
 
 def critic_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
-  """Where the critic starts: the reward model unless another is named."""
+  """Where the critic starts: what is named, the reward model, or the policy.
+
+  The SFT policy, with a new head, where `config.reward` has no reward model.
+  """
+  if starts_from_policy(config):
+    return policy_source(config, workdir)
   return _source(config, workdir, 'critic')
+
+
+def starts_from_policy(config: ConfigDict) -> bool:
+  """Whether the critic starts from a policy, so that it needs a head."""
+  return not functions.has_model(config) and not config.ppo.critic_init
 
 
 def base(config: ConfigDict, workdir: epath.PathLike, stage: str) -> str:
@@ -128,7 +140,9 @@ def base(config: ConfigDict, workdir: epath.PathLike, stage: str) -> str:
   Returns:
     A hub id, a gs:// path or the absolute path of a folder.
   """
-  if stage != 'sft':
+  if stage == 'critic':
+    path = critic_source(config, workdir).path
+  elif stage != 'sft':
     path = _source(config, workdir, stage).path
   elif source := named_source(config, 'sft'):
     path = source.path
@@ -143,11 +157,10 @@ def of_stage(
 ) -> dict[str, Source]:
   """Role -> source, of the models that 'sft', 'reward_model' or 'ppo' loads."""
   if stage == 'ppo':
-    found = {
-        'reference policy': policy_source(config, workdir),
-        'reward model': reward_model_source(config, workdir),
-    }
-    if config.ppo.baseline == 'critic':
+    found = {'reference policy': policy_source(config, workdir)}
+    if functions.has_model(config):
+      found['reward model'] = reward_model_source(config, workdir)
+    if BASELINES[config.ppo.baseline].has_critic:
       found['critic'] = critic_source(config, workdir)
     return found
   if stage == 'sft':
@@ -159,11 +172,13 @@ def of_stage(
 def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
   """Stages that need not run because their product is given: name -> why."""
   given = {}
+  if not functions.has_model(config):
+    given['reward_model'] = f'reward={config.reward} asks none'
   for stage, source in (
       ('sft', policy_source(config, workdir)),
       ('reward_model', reward_model_source(config, workdir)),
   ):
-    if source.field:
+    if source.field and stage not in given:
       given[stage] = f'{source.field} gives {source.path}'
   return given
 
@@ -205,9 +220,12 @@ def _named_models(config: ConfigDict) -> list[tuple[Source, str]]:
       ('sft', 'policy'),
       ('reward_model', 'policy'),
       ('ppo', 'policy'),
-      ('score', 'scalar'),
   ]
-  if config.ppo.baseline == 'critic':
+  if functions.has_model(config):
+    uses.append(('score', 'scalar'))
+  if BASELINES[config.ppo.baseline].has_critic and not starts_from_policy(
+      config
+  ):
     uses.append(('critic', 'scalar'))
   found = [(named_source(config, use), kind) for use, kind in uses]
   return list(dict.fromkeys((s, kind) for s, kind in found if s))
@@ -356,7 +374,7 @@ def load_to_train(
     return shape, _load_params(source, shape, kind)
   shape, params = frozen or load(run, source, kind)
   shape = presets.trained(shape, run.config)
-  key = run.key(f'adapters_{role}')
+  key = run.spec.key(f'adapters_{role}')
   return shape, lora.add_adapters(kind, shape, params, key)
 
 
@@ -404,12 +422,33 @@ def initial_policy(run: Run) -> tuple[presets.GemmaConfig, Params]:
     return load_to_train(run, source, 'policy', 'sft')
   shape = presets.from_fields(run.config.model, len(run.tokenizer))
   shape = presets.trained_whole(shape, run.config.model)
-  return shape, heads.init_params('policy', shape, run.key('init_sft'))
+  return shape, heads.init_params('policy', shape, run.spec.key('init_sft'))
+
+
+def initial_critic(
+    run: Run, ref_policy: Loaded, reward_model: Loaded | None
+) -> Loaded:
+  """Where the critic starts, see `critic_source`; adapters share weights.
+
+  Args:
+    run: what the stages share.
+    ref_policy: of PPO, as it was loaded.
+    reward_model: the same; None without one.
+  """
+  config, workdir = run.config, run.workdir
+  start = critic_source(config, workdir)
+  if starts_from_policy(config):
+    shape, backbone = load_to_train(run, start, 'policy', 'critic', ref_policy)
+    head = heads.init_head(shape, run.spec.key('init_critic'))
+    return shape, {'backbone': backbone, 'head': head}
+  named = reward_model_source(config, workdir)
+  same = reward_model if reward_model and start == named else None
+  return load_to_train(run, start, 'scalar', 'critic', same)
 
 
 def initial_reward_model(run: Run) -> tuple[presets.GemmaConfig, Params]:
   """Where the reward model starts: a policy with a new scalar head."""
   source = _source(run.config, run.workdir, 'reward_model')
   shape, backbone = load_to_train(run, source, 'policy', 'reward_model')
-  head = heads.init_head(shape, run.key('init_reward_model'))
+  head = heads.init_head(shape, run.spec.key('init_reward_model'))
   return shape, {'backbone': backbone, 'head': head}

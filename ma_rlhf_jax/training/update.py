@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+import numpy as np
 import optax
 
 from ma_rlhf_jax.parallel import partition
@@ -32,7 +33,7 @@ def init_state(
   if _is_abstract(params):
     init = functools.partial(jax.eval_shape, optimizer.init)
   return TrainState(
-      step=on_mesh_of(params, jnp.zeros((), jnp.int32)),
+      step=on_mesh_of(params, np.zeros((), np.int32)),
       params=params,
       opt_state=optax.tree.map_params(
           optimizer,
@@ -57,13 +58,15 @@ def _put(x: Array, sharding: Sharding | None) -> Array:
   return jax.device_put(x, sharding)
 
 
-def on_mesh_of(params: Params, x: Array) -> Array:
-  """`x` on every device of the mesh of `params`.
+def on_mesh_of(params: Params, x: Array | np.ndarray) -> Array:
+  """`x` on every device of the mesh of `params`, which need not be here.
 
   There an update leaves it, so that the second finds its program compiled.
   """
   if _is_abstract(params):
     x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  elif isinstance(x, np.ndarray):
+    x = jnp.asarray(x)
   sharding = jax.tree.leaves(params)[0].sharding
   if isinstance(sharding, NamedSharding):
     sharding = NamedSharding(sharding.mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""The stage that is measured has the shape and the lengths that are asked."""
+"""What is measured has the shape and the lengths that are asked."""
 
 import jax
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 
 from ma_rlhf_jax.benching import workload
 from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.ppo import step
 from tests import tiny
 
 
@@ -32,7 +33,7 @@ def test_responses_have_the_lengths_that_are_asked_for() -> None:
   with jax.set_mesh(make_mesh(config.mesh)):
     work = workload.make(config, 'hh')
     prompts = work.prompts(2)
-    rollout = work.stage.respond(work.states, prompts, 2)
+    rollout = step.respond(work.programs, work.states, prompts, 2)
   mask = np.asarray(rollout.sequences.response_mask_BT)
   assert mask.sum(1).tolist() == work.response_lengths.tolist()
   assert len(set(work.response_lengths.tolist())) > 1

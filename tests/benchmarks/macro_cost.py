@@ -9,6 +9,7 @@ how often each program was compiled.
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -22,12 +23,18 @@ import numpy as np
 from configs import tiny
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import termination
-from ma_rlhf_jax.models import heads
-from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.objective import losses
-from ma_rlhf_jax.structs import Array, Experience, Scored, SequenceBatch
-from ma_rlhf_jax.training import experience as experience_lib
-from ma_rlhf_jax.training import optim, ppo_update, update
+from ma_rlhf_jax.models import heads, presets
+from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.ppo import learn, step
+from ma_rlhf_jax.ppo.host import HostAnswers
+from ma_rlhf_jax.structs import (
+    Array,
+    Experience,
+    Models,
+    Scored,
+    SequenceBatch,
+)
+from ma_rlhf_jax.training import buckets, optim, update
 
 _PROMPT = 24  # columns
 
@@ -63,73 +70,39 @@ def _scored(mask: Array, seed: int) -> Scored:
   )
 
 
-def _estimate(
-    sequences: SequenceBatch, scored: Scored, keys_B: Array, config: ConfigDict
-) -> Experience:
-  """Ids, pooling, GAE and spreading."""
-  macro = termination.segment(
-      termination.TerminationInputs(
-          mask_BT=sequences.response_mask_BT,
-          logprobs_BT=scored.ref_logprobs_BT,
-          keys_B=keys_B,
-      ),
-      experience_lib.termination_settings(config.macro),
-  )
-  targets, _ = experience_lib.make_targets(scored, macro, config)
-  return Experience(sequences, scored, macro, targets)
-
-
-def _update_programs(config: ConfigDict, rows: int, micro: int) -> Any:
+def _update_program(config: ConfigDict, method: step.Method, micro: int) -> Any:
   """(function, states): one update of policy and critic."""
-  m = config.model
-  shape = GemmaConfig(
-      vocab_size=config.tokenizer.vocab_size,
-      num_layers=m.num_layers,
-      embed_dim=m.embed_dim,
-      mlp_dim=m.mlp_dim,
-      num_heads=m.num_heads,
-      num_kv_heads=m.num_kv_heads,
-      head_dim=m.head_dim,
-      remat='none',
-  )
   optimizer = optim.make_optimizer(config.ppo.optim, 100)
-  policy = heads.init_params('policy', shape, jax.random.key(0))
-  critic = heads.init_params('scalar', shape, jax.random.key(1))
-  states = tuple(update.init_state(p, optimizer) for p in (policy, critic))
-  weigh = lambda batch: losses.loss_weights(
-      batch.macro.mask_BT, batch.macro.starts_BT, reduction='sequence'
-  )
-  config.ppo.micro_batch_size = micro
-  losses_of = (
-      functools.partial(
-          ppo_update.policy_loss_fn,
-          shape=shape,
-          clip_eps=config.ppo.clip_eps,
-          ratio=config.ppo.ratio,
-          temperature=1.0,
-          chunk_tokens=m.logprob_chunk,
-      ),
-      functools.partial(
-          ppo_update.value_loss_fn, shape=shape, config=config.critic
-      ),
-  )
+  shape, names = method.configs.policy, ('policy', 'critic')
+  params = {
+      'policy': heads.init_params('policy', shape, jax.random.key(0)),
+      'critic': heads.init_params('scalar', shape, jax.random.key(1)),
+  }
+  states = {n: update.init_state(p, optimizer) for n, p in params.items()}
 
   def both(states: Any, batch: Experience, key: Array) -> Any:
-    return tuple(
-        ppo_update.update_on(
-            state,
-            {},
-            batch,
-            key,
-            loss_fn=loss_fn,
-            weigh=weigh,
-            optimizer=optimizer,
-            ppo=config.ppo,
+    how = {'method': method, 'optimizer': optimizer}
+    how |= {'epochs': 1, 'minibatches': 1}
+    how['split'] = buckets.Buckets((0,), (micro,))
+    return {
+        name: learn.update_model(
+            states[name], {}, batch, key, name=name, **how
         )[0]
-        for state, loss_fn in zip(states, losses_of, strict=True)
-    )
+        for name in names
+    }
 
   return jax.jit(both), states
+
+
+def _method(config: ConfigDict) -> step.Method:
+  shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
+  shape = dataclasses.replace(shape, remat='none')
+  return step.Method(
+      Models(*[shape] * 4),
+      Objective.from_config(config),
+      termination.TerminationSettings.from_config(config.macro),
+      temperature=1.0,
+  )
 
 
 def _seconds(function: Any, *args: Any) -> tuple[float, Any]:
@@ -142,16 +115,24 @@ def measure(
     config: ConfigDict, rows: int, columns: int, runs: int, micro: int
 ) -> dict[str, Any]:
   """Median seconds of both programs, their ratio, and compilations."""
-  estimate = jax.jit(functools.partial(_estimate, config=config))
-  step, states = _update_programs(config, rows, micro)
+  method = _method(config)
+  estimate = jax.jit(
+      functools.partial(
+          step.form_experience,
+          kl_coef=jnp.float32(config.ppo.kl_coef),
+          host=HostAnswers(),
+          method=method,
+      )
+  )
+  learned, states = _update_program(config, method, micro)
   vocab_size, key = config.tokenizer.vocab_size, jax.random.key(3)
   times = {'macro': [], 'update': []}
   for run in range(runs + 1):  # the first compiles
     sequences = _sequences(rows, columns, vocab_size, run)
     scored = _scored(sequences.response_mask_BT, run)
     keys_B = jax.random.split(jax.random.fold_in(key, run), rows)
-    macro_s, batch = _seconds(estimate, sequences, scored, keys_B)
-    update_s, _ = _seconds(step, states, batch, key)
+    macro_s, (batch, _) = _seconds(estimate, sequences, scored, keys_B)
+    update_s, _ = _seconds(learned, states, batch, key)
     if run:
       times['macro'].append(macro_s)
       times['update'].append(update_s)
@@ -160,7 +141,7 @@ def measure(
       'macro_s': medians['macro'],
       'update_s': medians['update'],
       'ratio': medians['macro'] / medians['update'],
-      'compiled': (estimate._cache_size(), step._cache_size()),
+      'compiled': (estimate._cache_size(), learned._cache_size()),
   }
 
 

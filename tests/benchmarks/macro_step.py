@@ -4,8 +4,8 @@
       [--set ppo.batch_size=16 model.num_layers=4 ...]
 
 One process holds one set of weights. In each round, one rollout is drawn, and
-every stage learns from it, the stages in turns. Medians of wall and of CPU
-seconds; a step is the rollout and what its stage then learns.
+every kind of PPO learns from it, in turns. Medians of wall and of CPU seconds;
+a step is the rollout and what is then learned.
 """
 
 import statistics
@@ -14,13 +14,15 @@ from typing import Any
 
 import jax
 
+from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.benching import workload
 from ma_rlhf_jax.parallel.mesh import make_mesh
-from ma_rlhf_jax.training.ppo import PPO
+from ma_rlhf_jax.ppo import step
+from ma_rlhf_jax.ppo.programs import Programs
 from tests.benchmarks import recipes
 
 # What learns: its name -> words after the recipe's colon.
-_STAGES = {
+_KINDS = {
     'token PPO': 'token_ppo',
     'fixed n-grams': '',
     'perplexity': 'termination=ppl',
@@ -34,38 +36,41 @@ def _clocks(function: Any) -> tuple[tuple[float, float], Any]:
 
 
 def main() -> None:
-  """Prints one line a stage."""
+  """Prints one line a kind."""
   flags = recipes.parser(__doc__).parse_args()
-  configs = {name: recipes.read(flags, w) for name, w in _STAGES.items()}
+  configs = {name: recipes.read(flags, w) for name, w in _KINDS.items()}
   with jax.set_mesh(make_mesh(configs['token PPO'].mesh)):
     work = workload.make(configs.pop('token PPO'))
-    first, states = work.stage, work.states
-    stages = {'token PPO': first}
-    for name, config in configs.items():
-      run, _ = workload.make_run(config)
-      stages[name] = PPO(run, first.shapes, first.params(states))
-      stages[name].states = {}  # all of them train the same ones
+    first, states = work.programs, work.states
+    kinds = {'token PPO': first}
+    for name, config in configs.items():  # all of them train the same states
+      spec, _ = workload.make_spec(config)
+      models = first.method.configs, first.models(states)
+      num_steps = config_lib.num_steps(config.ppo, spec.rows)
+      kinds[name] = Programs(spec, *models, num_steps)
     times: dict[str, list[tuple[float, float]]] = {}
     for round_number in range(flags.runs + 1):  # the first compiles
       prompts = work.prompts(round_number)
       taken, rollout = _clocks(
-          lambda: first.respond(states, prompts, round_number)  # noqa: B023
+          lambda: step.respond(first, states, prompts, round_number)  # noqa: B023
       )
       times.setdefault('rollout', []).append(taken)
-      names = list(stages)
+      names = list(kinds)
       turn = round_number % len(names)
       for name in names[turn:] + names[:turn]:
         taken, (states, _) = _clocks(
-            lambda: stages[name].learn(states, prompts, rollout, round_number)  # noqa: B023
+            lambda: step.learn(  # noqa: B023
+                kinds[name], states, prompts, rollout, round_number  # noqa: B023
+            )
         )
         times.setdefault(name, []).append(taken)
       print(f'round {round_number}', flush=True)
   device = jax.devices()[0].device_kind
-  run = first.run
+  spec = first.spec
   print(
       f'{flags.recipe} on {jax.device_count()} x {device}, jax '
-      f'{jax.__version__}, {run.rows} x ({run.prompt_len} + '
-      f'{run.response_len}), medians of {flags.runs} rounds'
+      f'{jax.__version__}, {spec.rows} x ({spec.prompt_len} + '
+      f'{spec.response_len}), medians of {flags.runs} rounds'
   )
   for index, clock in enumerate(('wall', 'CPU')):
     median = {

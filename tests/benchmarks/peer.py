@@ -4,7 +4,7 @@ An extra peer of `run_all.py` of the comparison, whose folder `PEERS` names:
 
     PEERS=.../peers python tests/benchmarks/peer.py --workload W1 --json FILE
 
-A thin caller of the bench: its stage, weights and prompts, and their clocks.
+A thin caller of the bench: its programs, weights and prompts, and their clocks.
 """
 
 import os
@@ -52,10 +52,11 @@ def main() -> None:
   wl, clock = report.wl, report.clock
   config = _config(wl)
   from ma_rlhf_jax.parallel.mesh import make_mesh
+  from ma_rlhf_jax.ppo import step
 
   with jax.set_mesh(make_mesh(config.mesh)):
     work = workload.make(config)
-    stage, states = work.stage, work.states
+    programs, states = work.programs, work.states
     report.mark('built')
     for index in range(max(args.warmup, 1) + args.iters):
       report.turn()
@@ -63,10 +64,12 @@ def main() -> None:
       with clock.phase('iteration'):
         prompts = work.prompts(index, wl.prompts(index))
         with clock.phase('rollout'):
-          rollout = stage.respond(states, prompts, index)
+          rollout = step.respond(programs, states, prompts, index)
           jax.block_until_ready(rollout)
         with clock.phase('update'):
-          states, metrics = stage.learn(states, prompts, rollout, index)
+          states, metrics = step.learn(
+              programs, states, prompts, rollout, index
+          )
           jax.block_until_ready((states, metrics))
   lengths = rollout.sequences.response_mask_BT.sum()
   report.extra['completion_mask_sum'] = int(lengths)

@@ -7,10 +7,11 @@ Random weights and rows of full length; the share is of a matrix product that is
 measured first. SFT learns the whole text, as `sft.loss_on='text'` says.
 """
 
-import dataclasses
 import statistics
 import time
+import types
 
+from etils import epath
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -21,6 +22,7 @@ from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.models import heads, presets
 from ma_rlhf_jax.parallel.mesh import make_mesh
 from ma_rlhf_jax.training.reward_model import RewardModel
+from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sft import SFT
 from tests.benchmarks import recipes
 
@@ -46,13 +48,22 @@ def _rows(count: int, prompt: int, response: int, vocab: int) -> EncodedSet:
 def _seconds(config: ConfigDict, name: str, runs: int) -> tuple[float, float]:
   """Median seconds of an update and the FLOPs that it needs."""
   make, kind, sequences, head = _STAGES[name]
-  run, shape = workload.make_run(config)
-  shape = presets.trained(shape, config)
+  spec, shape = workload.make_spec(config)
+  config, shape = spec.config, presets.trained(shape, config)
   size = config[name].batch_size
-  width = run.prompt_len, run.response_len
+  width = spec.prompt_len, spec.response_len
   data = _rows(size, *width, shape.vocab_size)
-  run = dataclasses.replace(
-      run, data=Datasets(data, data, data, data, counts={})
+  run = Run(
+      config=config,
+      workdir=epath.Path('unused'),
+      mesh=spec.mesh,
+      tokenizer=types.SimpleNamespace(
+          pad_token_id=spec.pad_id, eos_token_id=spec.eos_id
+      ),
+      data=Datasets(data, data, data, data, counts={}),
+      prompt_len=spec.prompt_len,
+      response_len=spec.response_len,
+      gold=None,
   )
   params = heads.init_params(kind, shape, jax.random.key(0))
   stage = make(run, shape, params)

@@ -7,14 +7,13 @@ import pytest
 
 from ma_rlhf_jax.macro import authors, termination
 from ma_rlhf_jax.objective import advantage
+from tests import tiny
 
 SETTINGS = termination.TerminationSettings(
     'fixed', ngram=2, last_token_alone=True, empty_step=True
 )
 segment = jax.jit(termination.segment, static_argnums=1)
-macro_gae = jax.jit(
-    advantage.macro_gae, static_argnames=('discount', 'reward', 'value')
-)
+macro_gae = jax.jit(advantage.macro_gae, static_argnums=3)
 last_column_alone = jax.jit(authors.last_column_alone)
 
 
@@ -91,11 +90,13 @@ def test_an_empty_step_enters_the_estimation_by_hand():
       values,
       rewards,
       macro,
-      gamma=1.0,
-      gae_lambda=0.5,
-      discount='macro',
-      reward='mean',
-      value='equal',
+      tiny.objective(
+          gamma=1.0,
+          gae_lambda=0.5,
+          discount='macro',
+          pool_rewards='mean',
+          pool_values='equal',
+      ),
   )
   assert got.tolist() == [[3, 0, -2, 0, 0]]
   assert returns.tolist() == [[5, 4, 3, 0, 0]]

@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.macro import termination
+from ma_rlhf_jax.structs import Scored
 
 SETTINGS = termination.TerminationSettings(
     termination='fixed', ngram=3, random_lengths=(2, 3), random_repeats=1
@@ -303,8 +307,79 @@ def test_given_starts_stand_for_the_rule_and_are_bounded_too():
       mask,
       jnp.zeros((1, 6)),
       jax.random.split(jax.random.key(0), 1),
-      given_BT=_row('0 1 1 0 0 0'),
+      host_starts_BT=_row('0 1 1 0 0 0'),
   )
   settings = termination.TerminationSettings('parsing', min_len=2)
   macro = segment(inputs, settings)
   assert macro.ids_BT.tolist() == [[0, 0, 1, 1, 1, 1]]
+
+
+# Field of `macro` -> a value that is not the default.
+_SETTINGS: dict[str, Any] = {
+    'termination': 'ppl',
+    'ngram': 3,
+    'random_lengths': (1, 4),
+    'random_repeats': 2,
+    'random_leftover': 'cycle',
+    'cut_probability': 0.7,
+    'cut_count': 3,
+    'min_len': 2,
+    'max_len': 9,
+    'last_token_alone': True,
+    'empty_step': True,
+    'logprobs': 'old',
+}
+
+
+@pytest.mark.parametrize('field', _SETTINGS)
+def test_a_setting_is_read_from_the_config(field: str):
+  config, read = config_lib.base(), termination.TerminationSettings.from_config
+  default = read(config.macro)
+  config.macro[field] = _SETTINGS[field]
+  assert getattr(default, field) != _SETTINGS[field]
+  changed = {field: _SETTINGS[field]}
+  assert read(config.macro) == dataclasses.replace(default, **changed)
+
+
+def test_settings_are_static_arguments():
+  fields = dataclasses.fields(termination.TerminationSettings)
+  assert [field.name for field in fields] == list(_SETTINGS)
+  config = config_lib.base()
+  config.macro.random_lengths = [1, 4]  # as JSON has it
+  one, two = (
+      termination.TerminationSettings.from_config(config.macro)
+      for _ in range(2)
+  )
+  assert one.random_lengths == (1, 4) and hash(one) == hash(two) and one == two
+
+
+def test_rules_of_probability_and_of_the_user_ask_the_models():
+  asks = {
+      name: termination.TerminationSettings(name).asks_models
+      for name in (*termination.RULES, 'parsing', 'my_rules:cut')
+  }
+  assert {name for name, does in asks.items() if does} == {
+      *('ppl', 'ppl_adjacent', 'ppl_authors', 'low_probability'),
+      'my_rules:cut',
+  }
+
+
+def test_a_rule_of_the_user_sees_what_the_models_said(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  (tmp_path / 'my_rules.py').write_text(
+      'def high_value(inputs, settings):\n'
+      '  return inputs.scored.values_BT > settings.cut_probability\n'
+  )
+  monkeypatch.syspath_prepend(str(tmp_path))
+  mask = jnp.array([[True, True, True, False]])
+  inputs = termination.TerminationInputs(
+      mask,
+      jnp.zeros((1, 4)),
+      jax.random.split(jax.random.key(0), 1),
+      scored=Scored(values_BT=jnp.array([[0.5, 0.8, 0.6, 0.9]])),
+  )
+  settings = termination.TerminationSettings(
+      'my_rules:high_value', cut_probability=0.7
+  )
+  assert segment(inputs, settings).ids_BT.tolist() == [[0, 1, 1, 4]]

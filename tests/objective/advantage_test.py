@@ -7,6 +7,7 @@ import numpy as np
 
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import advantage
+from tests import tiny
 from tests.oracle import cases, tensor
 
 _jit_gae = jax.jit(advantage.gae)
@@ -74,20 +75,20 @@ def test_rewards_to_go_by_hand():
   )
   macro = _jit_macro_actions(STARTS, MASK)
   found = lambda **how: jax.device_get(
-      advantage.rewards_to_go(rewards, macro, gamma=0.5, **how)
+      advantage.rewards_to_go(rewards, macro, tiny.objective(gamma=0.5, **how))
   )
   # Sums 3 4 8 and 12: 3 + .5 * (4 + .5 * 8), 4 + .5 * 8
   np.testing.assert_allclose(
-      found(discount='macro', reward='sum')[:, :3],
+      found(discount='macro', pool_rewards='sum')[:, :3],
       [[7, 8, 8], [12, 0, 0], [0, 0, 0]],
   )
   # Means 1.5 4 4 and 4.
   np.testing.assert_allclose(
-      found(discount='macro', reward='mean')[:, :3],
+      found(discount='macro', pool_rewards='mean')[:, :3],
       [[4.5, 6, 4], [4, 0, 0], [0, 0, 0]],
   )
   # Each token: 1 + 2/2 + 4/4 + 3/8 + 5/16, 4 + 3/2 + 5/4, 3 + 5/2; 6 + 1 + 1
   np.testing.assert_allclose(
-      found(discount='token', reward='sum')[:, :3],
+      found(discount='token', pool_rewards='sum')[:, :3],
       [[3.6875, 6.75, 5.5], [8, 0, 0], [0, 0, 0]],
   )

@@ -11,6 +11,7 @@ import pytest
 
 from ma_rlhf_jax.macro import aggregate, termination
 from ma_rlhf_jax.objective import targets
+from tests import tiny
 from tests.objective import trees
 
 VALUES = ('start', 'equal', 'unit', 'position', 'position_reversed')
@@ -39,14 +40,16 @@ def _advantages(
       jnp.asarray(trees.along(tree.values)),
       jnp.asarray(trees.along(tree.rewards, by_token=True)),
       macro,
-      gamma=1.0,
-      gae_lambda=gae_lambda,
-      critic_lambda=gae_lambda,
-      discount='macro',
-      reward='sum',
-      value=value,
-      advantage=advantage,
-      critic_target='macro',
+      tiny.objective(
+          gamma=1.0,
+          gae_lambda=gae_lambda,
+          critic_lambda=gae_lambda,
+          discount='macro',
+          pool_rewards='sum',
+          pool_values=value,
+          advantage=advantage,
+          critic_target='macro',
+      ),
   )
   return np.asarray(made.advantages_BT)
 

@@ -7,6 +7,7 @@ import pytest
 
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import targets
+from tests import tiny
 from tests.objective import trees
 
 
@@ -16,21 +17,23 @@ def _learned(
   """The fixed point of V <- E[target | state], over all trajectories."""
   mask = jnp.ones((len(trees.trajectories()), trees.DEPTH), bool)
   macro = termination.macro_actions(termination.fixed(mask, ngram=ngram), mask)
-  seen = np.asarray(targets.critic_mask(macro, critic_target=target))[0]
+  seen = np.asarray(targets.critic_mask(mask, macro.starts_BT, target))[0]
   rewards = jnp.asarray(trees.along(tree.rewards, by_token=True))
   run = jax.jit(
       lambda values: targets.macro_targets(
           values,
           rewards,
           macro,
-          gamma=1.0,
-          gae_lambda=gae_lambda,
-          critic_lambda=gae_lambda,
-          discount='macro',
-          reward='sum',
-          value='start',
-          advantage='shared',
-          critic_target=target,
+          tiny.objective(
+              gamma=1.0,
+              gae_lambda=gae_lambda,
+              critic_lambda=gae_lambda,
+              discount='macro',
+              pool_rewards='sum',
+              pool_values='start',
+              advantage='shared',
+              critic_target=target,
+          ),
       ).returns_BT
   )
   chance = trees.chances(tree)

@@ -11,6 +11,7 @@ import pytest
 
 from ma_rlhf_jax.macro import aggregate, termination
 from ma_rlhf_jax.objective import losses, rewards, targets
+from tests import tiny
 
 ARRAYS = ('logprobs', 'ref', 'values', 'new_logprobs', 'new_values')
 VALUES = ('start', 'equal', 'unit', 'position', 'position_reversed')
@@ -42,14 +43,16 @@ def _estimate(case: dict, *, settings: Any, how: tuple) -> dict[str, Any]:
       case['values'],
       token_rewards,
       macro,
-      gamma=0.9,
-      gae_lambda=0.8,
-      critic_lambda=0.7,
-      discount='macro',
-      reward=how['reward'],
-      value=how['value'],
-      advantage=how['advantage'],
-      critic_target=how['target'],
+      tiny.objective(
+          gamma=0.9,
+          gae_lambda=0.8,
+          critic_lambda=0.7,
+          discount='macro',
+          pool_rewards=how['reward'],
+          pool_values=how['value'],
+          advantage=how['advantage'],
+          critic_target=how['target'],
+      ),
   )
   weights = losses.loss_weights(
       mask, macro.starts_BT, reduction=how['reduction']
@@ -63,7 +66,7 @@ def _estimate(case: dict, *, settings: Any, how: tuple) -> dict[str, Any]:
       clip_eps=0.2,
       ratio=how['ratio'],
   )[0]
-  seen = targets.critic_mask(macro, critic_target=how['target'])
+  seen = targets.critic_mask(mask, macro.starts_BT, how['target'])
   critic = lambda x: losses.value_loss(
       x, case['values'], made.returns_BT, weights, seen, clip_eps=0.2
   )[0]

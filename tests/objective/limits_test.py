@@ -10,6 +10,7 @@ import pytest
 
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import losses, rewards, targets
+from tests import tiny
 
 KL_COEF, SCORE_CLIP = 0.1, 2.5
 
@@ -35,14 +36,16 @@ def _gradient(case: dict, gae_lambda: float, *, reduction: str, ratio: str):
       case['values'],
       token_rewards,
       macro,
-      gamma=1.0,
-      gae_lambda=gae_lambda,
-      critic_lambda=gae_lambda,
-      discount='macro',
-      reward='sum',
-      value='start',
-      advantage='shared',
-      critic_target='token',
+      tiny.objective(
+          gamma=1.0,
+          gae_lambda=gae_lambda,
+          critic_lambda=-1.0,
+          discount='macro',
+          pool_rewards='sum',
+          pool_values='start',
+          advantage='shared',
+          critic_target='token',
+      ),
   )
   weights = losses.loss_weights(mask, macro.starts_BT, reduction=reduction)
   return jax.grad(

@@ -11,6 +11,7 @@ import pytest
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import targets
 from ma_rlhf_jax.structs import MacroActions, Targets
+from tests import tiny
 
 _macro_actions = jax.jit(termination.macro_actions)
 _fixed = jax.jit(termination.fixed, static_argnames='ngram')
@@ -32,14 +33,16 @@ def _targets(
       values,
       rewards,
       macro,
-      gamma=gamma,
-      gae_lambda=gae_lambda,
-      critic_lambda=gae_lambda,
-      discount=discount,
-      reward='sum',
-      value='start',
-      advantage=advantage,
-      critic_target=target,
+      tiny.objective(
+          gamma=gamma,
+          gae_lambda=gae_lambda,
+          critic_lambda=-1.0,
+          discount=discount,
+          pool_rewards='sum',
+          pool_values='start',
+          advantage=advantage,
+          critic_target=target,
+      ),
   )
 
 

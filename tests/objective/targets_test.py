@@ -1,5 +1,9 @@
 """What policy and critic aim at."""
 
+import dataclasses
+import pathlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,18 +12,19 @@ import pytest
 from ma_rlhf_jax.macro import aggregate, termination
 from ma_rlhf_jax.objective import advantage, targets
 from ma_rlhf_jax.structs import MacroActions, Targets
+from tests import tiny
 
-NAMES = ('reward', 'value', 'critic_target', 'advantage', 'discount')
-_jit_targets = jax.jit(targets.macro_targets, static_argnames=NAMES)
+_jit_targets = jax.jit(targets.macro_targets, static_argnums=3)
 _jit_gae = jax.jit(advantage.gae)
 _jit_macro_actions = jax.jit(termination.macro_actions)
 _jit_piecewise = jax.jit(advantage.piecewise)
-DEFAULT = dict(
+DEFAULT = tiny.objective(
     gamma=1.0,
     gae_lambda=0.5,
+    critic_lambda=-1.0,
     discount='macro',
-    reward='sum',
-    value='start',
+    pool_rewards='sum',
+    pool_values='start',
     advantage='shared',
     critic_target='token',
 )
@@ -37,10 +42,9 @@ def _macro(starts: np.ndarray = STARTS, mask: np.ndarray = MASK):
   return jax.device_get(_jit_macro_actions(starts, mask))
 
 
-def macro_targets(*args, **kwargs) -> Targets:
-  kwargs = {**DEFAULT, **kwargs}
-  kwargs.setdefault('critic_lambda', kwargs['gae_lambda'])
-  return jax.device_get(_jit_targets(*args, **kwargs))
+def macro_targets(*args: Any, **fields: Any) -> Targets:
+  objective = dataclasses.replace(DEFAULT, **fields)
+  return jax.device_get(_jit_targets(*args, objective))
 
 
 def gae(*args, **kwargs) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +68,7 @@ def test_macro_targets_by_hand():
       VALUES,
       REWARDS,
       _macro(),
-      **DEFAULT | {'critic_target': 'macro'},
+      critic_target='macro',
   )
   assert got.advantages_BT.tolist() == [
       [4, 4, 3, 0, 0, 0],
@@ -87,7 +91,8 @@ def test_mean_rewards_and_equal_values_by_hand():
       VALUES,
       REWARDS,
       _macro(),
-      **DEFAULT | {'reward': 'mean', 'value': 'equal'},
+      pool_rewards='mean',
+      pool_values='equal',
   )
   np.testing.assert_allclose(
       got.advantages_BT[:2, :5],
@@ -101,7 +106,7 @@ def test_token_returns_by_hand():
   # .5 + 3 - 1, 1 + 2 - 3, -1 + 6 - 2, 2 + 4 - 6, 4 - 4 = 2.5, 0, 3, 0, 0.
   # Advantages from the end: 0, 0, 3, 0 + .5 * 3, 2.5 + 1.5; plus the values.
   # Row 1 is one macro action: rewards to go 3, 2, 5.
-  got = macro_targets(VALUES, REWARDS, _macro(), **DEFAULT)
+  got = macro_targets(VALUES, REWARDS, _macro())
   assert got.returns_BT.tolist() == [
       [5, 4.5, 5, 6, 4, 0],
       [3, 2, 5, 0, 0, 0],
@@ -117,16 +122,20 @@ def test_gamma_acts_at_the_ends_of_macro_actions():
       VALUES,
       REWARDS,
       _macro(),
-      **DEFAULT | {'gamma': 0.5, 'gae_lambda': 0.0},
+      gamma=0.5,
+      gae_lambda=0.0,
   )
   assert got.returns_BT[0].tolist() == [2.5, 2, 2, 6, 4, 0]
 
 
 def test_critic_sees_the_starts_only_where_asked():
-  mask = lambda name: targets.critic_mask(_macro(), critic_target=name)
+  mask = lambda name: targets.critic_mask(MASK, STARTS, name)
   np.testing.assert_array_equal(mask('starts'), STARTS)
   np.testing.assert_array_equal(mask('macro'), MASK)
   np.testing.assert_array_equal(mask('token'), MASK)
+  # The others need not know where macro actions start.
+  for name in ('macro', 'token'):
+    assert targets.critic_mask(MASK, None, name) is MASK
 
 
 def test_lambda_one_does_not_see_the_macro_actions_at_their_starts():
@@ -135,7 +144,7 @@ def test_lambda_one_does_not_see_the_macro_actions_at_their_starts():
       VALUES,
       REWARDS,
       _macro(),
-      **DEFAULT | {'gae_lambda': 1.0},
+      gae_lambda=1.0,
   )
   # 6.5 - 1, 5 - 2, 6 - 6; 3 - 2
   assert got.advantages_BT[:2].tolist() == [
@@ -151,7 +160,7 @@ def test_lambda_one_does_not_see_the_macro_actions_at_their_starts():
 
 @pytest.mark.parametrize('critic_target', targets.CRITIC_TARGETS)
 def test_padding_row_order_and_jit_change_nothing(critic_target: str):
-  settings = DEFAULT | {'critic_target': critic_target}
+  settings = {'critic_target': critic_target}
   base = macro_targets(VALUES, REWARDS, _macro(), **settings)
   fill = lambda x: np.where(MASK, x, np.float32('nan'))
   nan = macro_targets(fill(VALUES), fill(REWARDS), _macro(), **settings)
@@ -163,7 +172,7 @@ def test_padding_row_order_and_jit_change_nothing(critic_target: str):
       **settings,
   )
   plain = targets.macro_targets(
-      VALUES, REWARDS, _macro(), critic_lambda=0.5, **settings
+      VALUES, REWARDS, _macro(), dataclasses.replace(DEFAULT, **settings)
   )
   for name in ('advantages_BT', 'returns_BT'):
     want = getattr(base, name)
@@ -174,9 +183,7 @@ def test_padding_row_order_and_jit_change_nothing(critic_target: str):
 
 def test_gradient_is_zero_on_padding():
   def cost(values, rewards):
-    made = targets.macro_targets(
-        values, rewards, _macro(), critic_lambda=0.5, **DEFAULT
-    )
+    made = targets.macro_targets(values, rewards, _macro(), DEFAULT)
     return jnp.sum(made.advantages_BT**2 + made.returns_BT**2)
 
   fill = lambda x: np.where(MASK, x, np.float32('nan'))
@@ -198,8 +205,8 @@ def test_leave_one_out_by_hand():
 
 
 def test_the_critic_may_have_a_lambda_of_its_own():
-  plain = macro_targets(VALUES, REWARDS, _macro(), **DEFAULT)
-  other = macro_targets(VALUES, REWARDS, _macro(), **DEFAULT, critic_lambda=1.0)
+  plain = macro_targets(VALUES, REWARDS, _macro())
+  other = macro_targets(VALUES, REWARDS, _macro(), critic_lambda=1.0)
   np.testing.assert_array_equal(other.advantages_BT, plain.advantages_BT)
   # Rewards to go: 6.5 6 5 6 4
   assert other.returns_BT[0].tolist() == [6.5, 6, 5, 6, 4, 0]
@@ -213,13 +220,10 @@ def test_discount_per_token_by_hand():
       VALUES,
       REWARDS,
       _macro(),
-      **DEFAULT
-      | {
-          'gamma': 0.5,
-          'gae_lambda': 1.0,
-          'discount': 'token',
-          'critic_target': 'macro',
-      },
+      gamma=0.5,
+      gae_lambda=1.0,
+      discount='token',
+      critic_target='macro',
   )
   assert got.advantages_BT[0].tolist() == [0.25, 0.25, -1, -2, -2, 0]
   assert got.returns_BT[0].tolist() == [1.25, 1.25, 1, 4, 4, 0]
@@ -234,9 +238,10 @@ def test_own_advantages_are_the_shared_ones_less_what_is_known(
 ):
   values, rewards, macro = _random(5)
   with jax.enable_x64(True):
-    how = DEFAULT | {'value': value, 'reward': reward, 'critic_target': 'macro'}
+    how = {'pool_values': value, 'pool_rewards': reward}
+    how |= {'critic_target': 'macro'}
     shared, own = (
-        macro_targets(values, rewards, macro, **how | {'advantage': name})
+        macro_targets(values, rewards, macro, advantage=name, **how)
         for name in ('shared', 'own')
     )
     sigma, rho = (
@@ -253,3 +258,40 @@ def test_own_advantages_are_the_shared_ones_less_what_is_known(
         - sigma[row, known].sum() * values[row, t]
     )
     assert abs(own.advantages_BT[row, t] - want) < 1e-12
+
+
+def test_an_estimator_of_the_user_gives_the_advantages(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+  (tmp_path / 'my_advantages.py').write_text(
+      'def surprise(values_BT, rewards_BT, macro, objective):\n'
+      '  return rewards_BT - objective.gamma * values_BT\n'
+  )
+  monkeypatch.syspath_prepend(str(tmp_path))
+  got = macro_targets(
+      VALUES, REWARDS, _macro(), advantage='my_advantages:surprise'
+  )
+  want = np.where(MASK, REWARDS - VALUES, 0)
+  np.testing.assert_array_equal(got.advantages_BT, want)
+  plain = macro_targets(VALUES, REWARDS, _macro())
+  np.testing.assert_array_equal(got.returns_BT, plain.returns_BT)
+
+
+def test_without_a_critic_others_of_the_prompt_are_the_baseline():
+  # Rewards to go of whole responses, gamma 1: 6.5 3 | 0 4. The value of each
+  # token is that of the other one, so 6.5 5 6 less 3; 3 less 6.5; 0 less 4.
+  mask = np.vstack([MASK, MASK[1:2]])
+  starts, rewards = np.vstack([STARTS, STARTS[1:2]]), np.vstack([REWARDS] * 2)
+  rewards = rewards[:4].copy()
+  rewards[3, :3] = 1, 1, 2
+  objective = dataclasses.replace(
+      DEFAULT, gae_lambda=1.0, baseline='rloo', samples_per_prompt=2
+  )
+  nothing = np.full(rewards.shape, np.nan, 'float32')
+  got = targets.estimate(nothing, rewards, _macro(starts, mask), objective)
+  assert got.advantages_BT.tolist() == [
+      [3.5, 3.5, 2, 3, 3, 0],
+      [-3.5, -3.5, -3.5, 0, 0, 0],
+      [0, 0, 0, 0, 0, 0],
+      [4, 4, 4, 0, 0, 0],
+  ]

@@ -18,6 +18,7 @@ import pytest
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import losses, rewards, targets
 from ma_rlhf_jax.structs import Array
+from tests import tiny
 
 VALUES = ('start', 'equal', 'unit', 'position', 'position_reversed')
 CLIP_EPS, VALUE_CLIP, SCORE_CLIP = 0.2, 0.3, 2.5
@@ -76,14 +77,16 @@ def _ours(
       case['values'],
       token_rewards,
       macro,
-      gamma=gamma,
-      gae_lambda=gae_lambda,
-      critic_lambda=gae_lambda,
-      discount='macro',
-      reward='sum',
-      value=value,
-      advantage=advantage,
-      critic_target=target,
+      tiny.objective(
+          gamma=gamma,
+          gae_lambda=gae_lambda,
+          critic_lambda=-1.0,
+          discount='macro',
+          pool_rewards='sum',
+          pool_values=value,
+          advantage=advantage,
+          critic_target=target,
+      ),
   )
   weights = losses.loss_weights(mask, macro.starts_BT, reduction=reduction)
   policy = lambda x: losses.policy_loss(
@@ -217,6 +220,22 @@ def test_one_token_macros_are_token_ppo_bit_for_bit(value: str, reduction: str):
         )
         same = close if 'loss' in name else np.testing.assert_array_equal
         same(got[name], want[name], err_msg=name)
+
+
+@pytest.mark.parametrize(('gamma', 'gae_lambda'), [(1.0, 0.95), (0.97, 0.9)])
+def test_bits_are_the_same_where_gamma_and_lambda_are_constants(
+    gamma: float, gae_lambda: float
+):
+  # As in a run, whose programs hold the objective.
+  case, kl_coef = _case(1, 5, 14, 'float32'), np.float32(0.05)
+  ours = functools.partial(
+      _ours, value='start', reduction='sequence', target='token'
+  )
+  got = jax.jit(lambda case: ours(case, kl_coef, gamma, gae_lambda))(case)
+  how = kl_coef, np.float32(gamma), np.float32(gae_lambda)
+  want = _token_ppo(case, *how, reduction='sequence')
+  for name in ('advantages', 'returns', 'policy_grad', 'critic_grad'):
+    np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
 def test_own_advantages_and_macro_ratios_change_nothing_either():

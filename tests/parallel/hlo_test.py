@@ -3,16 +3,15 @@
 from collections.abc import Iterator
 import functools
 import math
-import pathlib
 import re
 
 import jax
 import pytest
 
 from ma_rlhf_jax.models import presets
+from ma_rlhf_jax.planning import abstract
 from ma_rlhf_jax.training import update
-from ma_rlhf_jax.training.abstract import abstract_stages
-from ma_rlhf_jax.training.loop import Program
+from ma_rlhf_jax.training.spec import Program
 from tests import tiny
 
 # 16 rows of 32 response tokens on 4 x 2 devices; two micro-batches of 8.
@@ -30,7 +29,7 @@ Programs = dict[str, tuple[Program, jax.stages.Compiled]]
 
 
 @pytest.fixture(scope='module')
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+def programs() -> Programs:
   """The compiled updates and the scoring of a tiny run."""
   fields = {
       f'model__{name}': getattr(tiny.SHAPE, name)
@@ -42,10 +41,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
   fields |= {'ppo__micro_batch_size': MICRO, 'stages': ('ppo',)}
   config = tiny.config(ppo__one_pass='off', **fields)
   mesh = tiny.mesh(*SIZES)
-  workdir: pathlib.Path = tmp_path_factory.mktemp('hlo')
-  run = tiny.run(workdir, config, mesh=mesh, response_len=RESPONSE)
+  spec = tiny.spec(config, mesh=mesh, response_len=RESPONSE)
   with jax.set_mesh(mesh):
-    found = abstract_stages(run)['ppo'].programs()
+    (stage,) = abstract.programs_of(spec, VOCAB, {'ppo': 8}).values()
+    found = stage.programs.listing()
     wanted = sorted({*_UPDATES, *_HEADS})
     compile_one = lambda p: p.function.lower(*p.args).compile()
     return {name: (found[name], compile_one(found[name])) for name in wanted}

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.planning import abstract, residency
+from ma_rlhf_jax.ppo.programs import Programs
 from tests import tiny
 
 
 def _residents(
     **fields: object,
-) -> tuple[dict[str, int], config_lib.ConfigDict]:
+) -> tuple[dict[str, int], Programs]:
   config = tiny.config(
       mesh__data=1,
       mesh__fsdp=-1,
@@ -22,8 +22,8 @@ def _residents(
       **fields,
   )
   mesh = abstract.mesh_over(config, jax.devices())
-  stage = abstract.stages(config, mesh, rows=1000)['ppo']
-  return residency.sizes(residency.residents(stage)), stage
+  programs = abstract.stages(config, mesh, rows=1000)['ppo'].programs
+  return residency.sizes(residency.residents(programs)), programs
 
 
 def test_sizes_are_those_of_one_shard() -> None:
@@ -62,10 +62,10 @@ def test_adapters_share_their_frozen_weights() -> None:
 
 
 def test_arguments_that_stay_are_told_from_those_of_a_step() -> None:
-  _, stage = _residents(ppo__one_pass='off')
-  with jax.set_mesh(stage.run.mesh):
-    program = stage.programs()['ppo/update_policy']
-  found = residency.residents(stage)
+  _, programs = _residents(ppo__one_pass='off')
+  with jax.set_mesh(programs.spec.mesh):
+    program = programs.listing()['ppo/update_policy']
+  found = residency.residents(programs)
   resident, others = residency.beside(program.args, found)
   sizes = residency.sizes(found)
   assert 0.99 < resident / sizes['policy'] <= 1

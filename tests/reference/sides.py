@@ -20,16 +20,21 @@ import torch
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import masking
+from ma_rlhf_jax.macro.termination import TerminationSettings
+from ma_rlhf_jax.ppo import step
+from ma_rlhf_jax.ppo.host import HostAnswers
+from ma_rlhf_jax.ppo.programs import Programs
+from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.rollout import sampling, scoring
 from ma_rlhf_jax.structs import (
     Array,
+    Models,
     Params,
     PromptBatch,
     Rollout,
     SequenceBatch,
 )
-from ma_rlhf_jax.training import optim, ppo
-from ma_rlhf_jax.training.experience import Models, form_macro_actions
+from ma_rlhf_jax.training import optim
 from tests import tiny
 from tests.reference import ma_ppo
 from tests.reference.variants import VARIANTS, Variant
@@ -124,17 +129,17 @@ def _config(variant: Variant) -> ConfigDict:
   return config
 
 
-def _stage(variant: Variant, folder: str) -> ppo.PPO:
+def _stage(variant: Variant, folder: str) -> PPO:
   run = tiny.run(folder, _config(variant), mesh=tiny.mesh(1, 1, 1))
   params = jax.tree.map(jnp.array, _params())  # steps donate
-  return ppo.PPO(run, Models(*[SHAPE] * 4), params)
+  return PPO(run, Models(*[SHAPE] * 4), params)
 
 
 # The package.
 
 
-def _listen(stage: ppo.PPO) -> dict[str, dict[str, Array]]:
-  """What the updates of the stage will tell of each model."""
+def _listen(programs: Programs) -> dict[str, dict[str, Array]]:
+  """What the updates of a step will tell of each model."""
   heard: dict[str, dict[str, Array]] = {}
 
   def hearing(name: str, update: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,13 +150,16 @@ def _listen(stage: ppo.PPO) -> dict[str, dict[str, Array]]:
 
     return told
 
-  def together(*args: Any, one: Callable[..., Any] = stage._one_pass) -> Any:
-    made = one(*args)
+  one_pass = programs._score_and_learn
+
+  def together(*args: Any) -> Any:
+    made = one_pass(*args)
     heard.update({name: dict(found) for name, found in made[3].items()})
     return made
 
-  stage._updates = {n: hearing(n, f) for n, f in stage._updates.items()}
-  stage._one_pass = together
+  updates = programs._updates
+  programs._updates = {n: hearing(n, f) for n, f in updates.items()}
+  programs._score_and_learn = together
   return heard
 
 
@@ -161,12 +169,13 @@ def by_package(name: str) -> Update:
   variant = VARIANTS[name]
   with jax.enable_x64(True), tempfile.TemporaryDirectory() as folder:
     stage, sequences = _stage(variant, folder), _sequences()
-    assert stage.together == variant.together
+    programs = stage.programs
+    assert programs.fused_models == variant.together
     zeros = np.zeros(sequences.response_mask_BT.shape)
     rollout = Rollout(sequences, zeros, zeros + 1)
-    heard = _listen(stage)
+    heard = _listen(programs)
     with jax.set_mesh(stage.run.mesh):
-      states, _ = stage.learn(stage.states, _prompts(), rollout, 0)
+      states, _ = step.learn(programs, stage.states, _prompts(), rollout, 0)
     told = lambda field: {n: float(found[field]) for n, found in heard.items()}
     adam = lambda n, field: _flat(optax.tree.get(states[n].opt_state, field))
     start = _params()._asdict()
@@ -196,7 +205,7 @@ def _forward(
   if kind == 'scalar':
     return scoring.response_values(SHAPE, params, rows)
   return scoring.response_logprobs(
-      SHAPE, params, rows, temperature=temperature, chunk_tokens=8
+      SHAPE, params, rows, temperature=temperature
   )[0]
 
 
@@ -260,11 +269,11 @@ def _model(
 def _given(variant: Variant) -> list[tuple[int, ...]]:
   """First tokens of the macro actions that the package's rule forms."""
   config, prompts = _config(variant), _prompts()
-  with tempfile.TemporaryDirectory() as folder:
-    key = tiny.run(folder, config).key('macro')
+  key = tiny.spec(config).key('macro')
   keys_B = sampling.row_keys(key, 0, prompts.prompt_ids_B, prompts.sample_ids_B)
   mask_BT = _sequences().response_mask_BT
-  macro = form_macro_actions(mask_BT, None, keys_B, None, config.macro)
+  rule = TerminationSettings.from_config(config.macro)
+  macro = step.segment(mask_BT, None, keys_B, HostAnswers(), rule)
   return [tuple(np.flatnonzero(row)) for row in np.asarray(macro.starts_BT)]
 
 

@@ -23,9 +23,7 @@ FILTERED = dataclasses.replace(SAMPLED, top_k=9, top_p=0.9, min_new_tokens=5)
 _generate = jax.jit(decode.generate, static_argnums=(0, 4))
 _states = jax.jit(functools.partial(hidden_states, tiny.SHAPE))
 _scored = jax.jit(
-    functools.partial(
-        scoring.response_logprobs, tiny.SHAPE, temperature=0.9, chunk_tokens=8
-    )
+    functools.partial(scoring.response_logprobs, tiny.SHAPE, temperature=0.9)
 )
 
 

@@ -71,9 +71,7 @@ def test_layouts_draw_the_same_tokens(
   jax.tree.map(np.testing.assert_array_equal, split.sequences, alone.sequences)
   params = heads.init_params('policy', shape, jax.random.key(7))
   score = jax.jit(
-      functools.partial(
-          scoring.response_logprobs, shape, temperature=0.9, chunk_tokens=8
-      )
+      functools.partial(scoring.response_logprobs, shape, temperature=0.9)
   )
   bounds = tiny.rounding(lambda p: score(p, alone.sequences)[0], params)
   tolerance.assert_close(

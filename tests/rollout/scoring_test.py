@@ -21,7 +21,6 @@ _logprobs = jax.jit(
         scoring.response_logprobs,
         tiny.SHAPE,
         temperature=0.7,
-        chunk_tokens=8,
         with_entropy=True,
     )
 )
@@ -147,7 +146,7 @@ def test_gradients_reach_the_states_before_response_tokens_and_no_others(
         lambda *given: (hidden_BLD[:, -given[-1] :], head),
     )
     logprobs_BT, _ = scoring.response_logprobs(
-        tiny.SHAPE, POLICY, rows, temperature=0.7, chunk_tokens=8
+        tiny.SHAPE, POLICY, rows, temperature=0.7
     )
     return jnp.sum(jnp.sin(logprobs_BT))
 

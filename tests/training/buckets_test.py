@@ -92,7 +92,6 @@ def _scores(
         policy,
         rows,
         temperature=0.7,
-        chunk_tokens=8,
         with_entropy=True,
         width=width,
     )

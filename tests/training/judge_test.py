@@ -1,5 +1,6 @@
 """Responses to held-out prompts, and the numbers told of them."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests import tiny, tolerance
 POLICY = judge.Model(tiny.SHAPE, tiny.params('policy', 7))
 REF_POLICY = judge.Model(tiny.SHAPE, tiny.params('policy', 2))
 REWARD_MODEL = judge.Model(tiny.SHAPE, tiny.params('scalar', 3))
+_ONE_CHUNK = dataclasses.replace(tiny.SHAPE, logprob_chunk=99)
 
 
 def _sample(
@@ -29,10 +31,10 @@ def _sample(
   return layout.sample_responses(
       POLICY.params,
       judge.prompt_batch(run, run.data.eval, rows),
-      run.key(stream),
+      run.spec.key(stream),
       0,
-      layout=run.decode_layout(tiny.SHAPE),
-      settings=run.sampling(),
+      layout=run.spec.decode_layout(tiny.SHAPE),
+      settings=run.spec.sampling(),
       num_rollouts=num_rollouts,
   )
 
@@ -94,7 +96,7 @@ def test_batches_of_rollouts_change_no_token(run: Run):
   parts = _sample(run, num_rollouts=4)
   jax.tree.map(np.testing.assert_array_equal, parts.sequences, whole.sequences)
   score = functools.partial(
-      scoring.response_logprobs, tiny.SHAPE, temperature=1.0, chunk_tokens=99
+      scoring.response_logprobs, _ONE_CHUNK, temperature=1.0
   )
   bounds = tiny.rounding(lambda p: score(p, whole.sequences)[0], POLICY.params)
   tolerance.assert_close(
@@ -109,10 +111,10 @@ def _found(run: Run, temperature: float = 1.0) -> Rollout:
   return layout.sample_responses(
       POLICY.params,
       judge.prompt_batch(run, run.data.eval, np.arange(8)),
-      run.key('evaluate'),
+      run.spec.key('evaluate'),
       0,
-      layout=run.decode_layout(tiny.SHAPE),
-      settings=run.sampling(temperature),
+      layout=run.spec.decode_layout(tiny.SHAPE),
+      settings=run.spec.sampling(temperature),
   )
 
 
@@ -146,9 +148,7 @@ def test_numbers_of_each_response(run: Run, judged: judge.Judged):
   @jax.jit
   def plain(policy: Params, ref_policy: Params, reward_model: Params) -> tuple:
     logprobs, ref_logprobs = (
-        scoring.response_logprobs(
-            tiny.SHAPE, params, rows, temperature=1.0, chunk_tokens=99
-        )[0]
+        scoring.response_logprobs(_ONE_CHUNK, params, rows, temperature=1.0)[0]
         for params in (policy, ref_policy)
     )
     scores = scoring.sequence_scores(tiny.SHAPE, reward_model, rows)
@@ -316,5 +316,5 @@ def test_sampling_settings_are_those_of_the_config(tmp_path: Any):
       top_p=0.75,
       min_new_tokens=2,
   )
-  assert run.sampling() == want
-  assert run.sampling(0.0).temperature == 0
+  assert run.spec.sampling() == want
+  assert run.spec.sampling(0.0).temperature == 0

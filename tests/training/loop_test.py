@@ -15,7 +15,7 @@ from ma_rlhf_jax.data import held_out
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import TrainState
 from ma_rlhf_jax.training import checkpoint, symptoms
-from ma_rlhf_jax.training.loop import Program, Stage, run_stage
+from ma_rlhf_jax.training.loop import Stage, run_stage
 from ma_rlhf_jax.training.metrics import NonFiniteError, read_metrics
 from tests import tiny
 
@@ -49,9 +49,6 @@ class _Counter(Stage):
     self.break_at, self.metrics, self.evaluation = break_at, metrics, evaluation
     self.indices: list[int] = []
     self.tables = 0
-
-  def programs(self) -> dict[str, Program]:
-    return {}
 
   def step(self, states: dict, index: int) -> tuple[dict, dict[str, Any]]:
     if index == self.break_at:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.training import ppo
-from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.ppo.stage import PPO
+from ma_rlhf_jax.structs import Models
 from tests import tiny
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
@@ -35,7 +35,7 @@ def test_twenty_steps_of_varied_lengths_compile_once(
   )
   run = tiny.run(tmp_path, config, mesh=tiny.mesh(1, 1, 1))
   shapes = Models(*[tiny.SHAPE] * 4)
-  stage = ppo.PPO(run, shapes, jax.tree.map(jnp.array, params))
+  stage = PPO(run, shapes, jax.tree.map(jnp.array, params))
   compiled, lengths = [], []
 
   def listen(event: str, seconds: float, **unused: Any) -> None:

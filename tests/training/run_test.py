@@ -1,6 +1,7 @@
-"""What the stages share: random keys, batches on the devices, text."""
+"""What the stages share: batches on the devices, text, a rule of the host."""
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,20 +12,12 @@ from ma_rlhf_jax.training import run as run_lib
 from tests import tiny
 
 
-def test_each_stream_has_a_key_of_its_own(tmp_path: pathlib.Path) -> None:
-  run = tiny.run(tmp_path, tiny.config())
-  other = tiny.run(tmp_path, tiny.config(seed=1))
-  names = run_lib._STREAMS
-  data = [
-      tuple(np.asarray(jax.random.key_data(r.key(name))).tolist())
-      for r in (run, other)
-      for name in names
-  ]
-  assert len(set(data)) == 2 * len(names) >= 12
-  again = tiny.run(tmp_path / 'x', tiny.config(ppo__kl_coef=0.5)).key('macro')
-  assert jax.random.key_data(again).tolist() == list(data[names.index('macro')])
-  with pytest.raises(ValueError):
-    run.key('no stream')
+def test_a_spec_holds_what_programs_need(tmp_path: pathlib.Path) -> None:
+  run = tiny.run(tmp_path, tiny.config(seed=3), mesh=tiny.mesh(2, 1, 1))
+  spec = run.spec
+  assert spec.config is run.config and spec.mesh is run.mesh
+  assert (spec.prompt_len, spec.response_len) == (6, 8)
+  assert (spec.pad_id, spec.eos_id) == (0, 1)
 
 
 def test_missing_rows_are_filled_with_padding(tmp_path: pathlib.Path) -> None:
@@ -57,26 +50,28 @@ def test_text_leaves_out_special_tokens(tmp_path: pathlib.Path) -> None:
   assert run.text(ids) == run.text(np.asarray(ids)) == 'abq'
 
 
-@pytest.mark.parametrize('given, want', [(0.0, 0.7), (1.0, 1.0), (0.3, 0.3)])
-def test_logprobs_are_at_the_sampling_temperature_unless_given(
-    tmp_path: pathlib.Path, given: float, want: float
+def test_the_rule_of_the_host_has_the_fields_of_the_config(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  config = tiny.config(rollout__temperature=0.7, ppo__logprob_temperature=given)
-  assert tiny.run(tmp_path, config).logprob_temperature == want
-
-
-def test_sampling_is_as_the_config_says(tmp_path: pathlib.Path) -> None:
-  config = tiny.config(
-      rollout__temperature=0.7,
-      rollout__top_k=5,
-      rollout__top_p=0.9,
-      rollout__min_new_tokens=2,
-      ppo__samples_per_prompt=3,
+  seen: list[Any] = []
+  monkeypatch.setattr(
+      run_lib, 'HostTermination', lambda settings, _: seen.append(settings)
   )
-  run = tiny.run(tmp_path, config)
-  found = run.sampling()
-  assert (found.temperature, found.top_k, found.top_p) == (0.7, 5, 0.9)
-  assert (found.min_new_tokens, found.max_new_tokens) == (2, 8)
-  assert (found.pad_id, found.eos_id) == (0, 1)
-  assert run.sampling(0.0).temperature == 0.0  # greedy, not the default
-  assert run.rows == 12  # 4 prompts, 3 samples of each
+  fields = {
+      'parser': 'tests.trees:parse',
+      'parse_cutoff': 3,
+      'parse_fallback': 'one',
+      'parse_workers': 2,
+      'ngram': 7,
+  }
+  config = tiny.config(
+      macro__termination='parsing',
+      **{f'macro__{name}': value for name, value in fields.items()},
+  )
+  tiny.run(tmp_path, config).host_termination()
+  (settings,) = seen
+  assert {name: getattr(settings, name) for name in fields} == fields
+
+
+def test_rules_of_the_device_ask_no_host(tmp_path: pathlib.Path) -> None:
+  assert tiny.run(tmp_path, tiny.config()).host_termination() is None

@@ -154,7 +154,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
       sft.learned_logprobs,
       shape=tiny.SHAPE,
       loss_on='response',
-      chunk_tokens=8,
   )
   start = tiny.params('policy', 3)
   batch = tiny.sequences([3, 1, 4, 0, 5, 2])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ma_rlhf_jax.models import lora, presets
-from ma_rlhf_jax.training.experience import Models
-from ma_rlhf_jax.training.ppo import PPO
+from ma_rlhf_jax.ppo.stage import PPO
+from ma_rlhf_jax.structs import Models
 from ma_rlhf_jax.training.shared import Shared
 from tests import tiny
 
@@ -61,6 +61,6 @@ def test_adapters_pass_their_frozen_weights_once(
     )
     stage = PPO(run, Models(learns, frozen, learns, frozen), params)
     models = stage.params(stage.states)
-    passed = jax.tree.leaves(stage.programs()['ppo/one_pass'].args[:2])
+    passed = jax.tree.leaves(stage.programs.listing()['ppo/one_pass'].args[:2])
   given = jax.tree.leaves((models, stage.states))
   assert len(passed) == len({id(x) for x in given}) - 1  # without kl_coef

@@ -165,7 +165,7 @@ def test_batches_shrink_to_the_rows_the_same_way_at_each_start(
     # Parts of 24, 48 and 48 rows.
     assert run.config.sft.batch_size == 16
     assert run.config.reward_model.batch_size == 32
-    assert run.config.ppo.batch_size == run.rows == 32
+    assert run.config.ppo.batch_size == run.spec.rows == 32
   assert asked.sft.batch_size == 32
 
 

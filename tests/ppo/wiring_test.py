@@ -1,4 +1,4 @@
-"""Each switch of the config reaches the argument that it is named for.
+"""Each switch of the config changes the step where it says that it does.
 
 What is expected is made by the functions themselves, called with explicit
 values; the config changes one field at a time, and the result must change too.
@@ -15,12 +15,21 @@ import pytest
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.macro.termination import TerminationInputs, TerminationSettings
 from ma_rlhf_jax.objective import losses, rewards, targets
+from ma_rlhf_jax.ppo import metrics, step
+from ma_rlhf_jax.ppo.host import HostAnswers
+from ma_rlhf_jax.ppo.programs import Programs
 from ma_rlhf_jax.rollout import scoring
-from ma_rlhf_jax.structs import Array, Experience, MacroActions, Rollout, Scored
-from ma_rlhf_jax.training import experience as lib
-from ma_rlhf_jax.training import optim, ppo, ppo_update, update
-from ma_rlhf_jax.training.run import Run
+from ma_rlhf_jax.structs import (
+    Array,
+    Experience,
+    MacroActions,
+    Models,
+    Rollout,
+    Scored,
+)
+from ma_rlhf_jax.training import optim, update
 from tests import tiny
+from tests.ppo import given
 
 B, T = 4, tiny.RESPONSE_LEN
 ROWS = tiny.sequences([0, 1, 2, 7])
@@ -46,10 +55,17 @@ SCORED = Scored(
 ROLLOUT = Rollout(ROWS, _random(4), jnp.ones((B, T)))
 
 
-def _experience(**fields: Any) -> Experience:
-  config = tiny.config(**{n.replace('.', '__'): v for n, v in fields.items()})
-  make = functools.partial(lib.make_experience, config=config)
-  return make(ROLLOUT, SCORED, KEYS, jnp.float32(config.ppo.kl_coef), None)[0]
+def _experience(kl_coef: float = 0.05, **fields: Any) -> Experience:
+  fields = {name.replace('.', '__'): value for name, value in fields.items()}
+  made, _ = step.form_experience(
+      ROWS,
+      SCORED,
+      KEYS,
+      jnp.float32(kl_coef),
+      HostAnswers(),
+      given.method(**fields),
+  )
+  return made
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -87,7 +103,7 @@ _LAST = {'last_token_alone': True, 'ngram': 2}
     ],
     ids=lambda x: str(x) if isinstance(x, str) else '',
 )
-def test_a_field_of_the_rules_reaches_its_setting(
+def test_a_field_of_the_rules_changes_the_macro_actions(
     base: dict[str, Any], field: str, value: Any
 ) -> None:
   def segmented(settings: dict[str, Any]) -> MacroActions:
@@ -118,66 +134,61 @@ def test_perplexities_are_those_of_the_named_model(model: str) -> None:
 
 _MODELS = {'ref': REF, 'old': OLD}
 
-# What `base()` says, as arguments of `macro_targets`.
-_ESTIMATION = {
-    'gamma': 1.0,
-    'gae_lambda': 0.95,
-    'critic_lambda': 0.95,
-    'discount': 'macro',
-    'reward': 'sum',
-    'value': 'start',
-    'advantage': 'shared',
-    'critic_target': 'token',
-}
-_TOKENS = {'gamma': 0.8}
-_MACRO = {'critic_target': 'macro'}
-
 
 @pytest.mark.parametrize(
-    ('base', 'field', 'argument', 'value'),
+    'fields',
     [
-        ({}, 'ppo.gamma', 'gamma', 0.8),
-        ({'critic_lambda': 0.95}, 'ppo.gae_lambda', 'gae_lambda', 0.5),
-        ({}, 'critic.gae_lambda', 'critic_lambda', 0.3),
-        (_TOKENS, 'ppo.discount', 'discount', 'token'),
-        (_MACRO, 'macro.reward', 'reward', 'mean'),
-        ({}, 'macro.value', 'value', 'equal'),
-        ({}, 'ppo.advantage', 'advantage', 'own'),
-        ({}, 'critic.target', 'critic_target', 'macro'),
+        {},
+        {'ppo.gamma': 0.8, 'ppo.discount': 'token'},
+        {'ppo.gae_lambda': 0.5, 'critic.gae_lambda': 0.3},
+        {'critic.target': 'macro', 'macro.reward': 'mean'},
+        {'macro.value': 'equal', 'ppo.advantage': 'own'},
     ],
-    ids=lambda x: str(x) if isinstance(x, str) else '',
+    ids=str,
 )
-def test_a_field_of_the_estimation_reaches_its_argument(
-    base: dict[str, Any], field: str, argument: str, value: Any
+def test_targets_are_estimated_from_token_rewards(
+    fields: dict[str, Any],
 ) -> None:
-  names = {
-      'gamma': 'ppo.gamma',
-      'critic_lambda': 'critic.gae_lambda',
-      'critic_target': 'critic.target',
-  }
-  fields = {names[name]: x for name, x in base.items()} | {field: value}
+  """That each field changes them is in tests/objective/settings_test.py."""
   found = _experience(**fields, **{'macro.ngram': 3})
   rewards_BT = rewards.token_rewards(
       OLD, REF, SCORED.score_B, MASK, kl_coef=0.05, score_clip=2.5
   )
-  want = lambda **how: targets.macro_targets(
-      SCORED.values_BT, rewards_BT, found.macro, **how
+  names = {name.replace('.', '__'): value for name, value in fields.items()}
+  want = targets.macro_targets(
+      SCORED.values_BT,
+      rewards_BT,
+      found.macro,
+      given.method(**names).objective,
   )
-  _same(found.targets, want(**_ESTIMATION | base | {argument: value}))
-  assert _differ(found.targets, want(**_ESTIMATION | base))
+  _same(found.targets, want)
+
+
+def test_the_score_is_clipped_as_the_config_says() -> None:
+  # Of scores .7 -1.2 4 .4.
+  made = [_experience(**{'ppo.score_clip': x}) for x in (0.0, 2.5, 0.5)]
+  for one, other in zip(made, made[1:], strict=False):
+    assert _differ(one.targets, other.targets)
+  _same(made[0].targets, _experience(**{'ppo.score_clip': 5.0}).targets)
 
 
 def test_the_coefficient_that_was_adapted_weighs_the_rewards() -> None:
-  make = functools.partial(lib.make_experience, config=tiny.config())
-  found, metrics = make(ROLLOUT, SCORED, KEYS, jnp.float32(0.4), None)
-  rewards_BT = rewards.token_rewards(
+  objective = tiny.objective()
+  found, rewards_BT = step.form_experience(
+      ROWS, SCORED, KEYS, jnp.float32(0.4), HostAnswers(), given.method()
+  )
+  want_BT = rewards.token_rewards(
       OLD, REF, SCORED.score_B, MASK, kl_coef=0.4, score_clip=2.5
   )
+  _same(rewards_BT, want_BT)
   want = targets.macro_targets(
-      SCORED.values_BT, rewards_BT, found.macro, **_ESTIMATION
+      SCORED.values_BT, want_BT, found.macro, objective
   )
   _same(found.targets, want)
-  assert metrics['objective/kl_coef'] == np.float32(0.4)
+  told = metrics.describe(
+      ROLLOUT, found, rewards_BT, jnp.float32(0.4), objective
+  )
+  assert told['objective/kl_coef'] == np.float32(0.4)
 
 
 def test_the_critic_has_the_lambda_of_ppo_unless_it_has_its_own() -> None:
@@ -218,19 +229,22 @@ def test_other_responses_are_the_baseline_without_a_critic(reward: str) -> None:
 # Whole updates: one step of each model on an experience whose ratios are not 1.
 
 POLICY, CRITIC = tiny.params('policy', 0), tiny.params('scalar', 1)
-SHAPES = lib.Models(*[tiny.SHAPE] * 4)
 
 
-def _stage(**fields: Any) -> ppo.PPO:
-  run: Run = tiny.run('unused', tiny.config(**fields))
+def _programs(**fields: Any) -> tuple[Programs, step.States]:
   copy = lambda params: jax.tree.map(jnp.array, params)
-  params = lib.Models(copy(POLICY), POLICY, copy(CRITIC), CRITIC)
-  return ppo.PPO(run, SHAPES, params)
+  params = Models(copy(POLICY), POLICY, copy(CRITIC), CRITIC)
+  spec = tiny.spec(tiny.config(**fields))
+  programs = Programs(spec, Models(*[tiny.SHAPE] * 4), params, 3)
+  return programs, programs.init_states(params)
 
 
-_NOW, _ = scoring.response_logprobs(
-    tiny.SHAPE, POLICY, ROWS, temperature=1.0, chunk_tokens=8
-)
+def _by_programs(name: str, **fields: Any) -> Any:
+  programs, states = _programs(**fields)
+  return programs.update(name, states, _EXPERIENCE, 0)[0].params
+
+
+_NOW, _ = scoring.response_logprobs(tiny.SHAPE, POLICY, ROWS, temperature=1.0)
 _EXPERIENCE = _experience(**{'macro.ngram': 3})
 # Ratios from .8 to 1.2 or so.
 _EXPERIENCE = _EXPERIENCE.replace(
@@ -238,26 +252,21 @@ _EXPERIENCE = _EXPERIENCE.replace(
 )
 
 
-def _updated(model: str, loss_fn: Any, mask: Any, *, reduction: str) -> Any:
-  """What `update_on` makes of the state of a model, all values explicit."""
+def _updated(model: str, loss_fn: Any, mask_BT: Array, reduction: str) -> Any:
+  """What one update makes of a model, all values explicit."""
   name = {'policy': 'ppo', 'critic': 'critic'}[model]
   config = tiny.config(**_MOMENTUM[name])
   optimizer = optim.make_optimizer(config[name].optim, 3)
   params = {'policy': POLICY, 'critic': CRITIC}[model]
-
-  def weigh(batch: Experience) -> Array:
-    starts_BT = batch.macro.starts_BT
-    return losses.loss_weights(mask(batch), starts_BT, reduction=reduction)
-
-  state, _ = ppo_update.update_on(
+  weights = losses.loss_weights(
+      mask_BT, _EXPERIENCE.macro.starts_BT, reduction=reduction
+  )
+  state, _ = update.train_step(
       update.init_state(params, optimizer),
-      {},
-      _EXPERIENCE,
-      jax.random.key(0),
+      (_EXPERIENCE, weights),
       loss_fn=loss_fn,
-      weigh=weigh,
       optimizer=optimizer,
-      ppo=config.ppo,
+      num_micro=1,
   )
   return state.params
 
@@ -288,18 +297,25 @@ _MOMENTUM = {
 
 
 @functools.cache
-def _policy_after(**how: Any) -> Any:
-  how = {'clip_eps': 0.2, 'ratio': 'token'} | how
-  reduction = how.pop('reduction', 'sequence')
-  loss_fn = functools.partial(
-      ppo_update.policy_loss_fn,
-      shape=tiny.SHAPE,
-      temperature=1.0,
-      chunk_tokens=8,
-      **how,
-  )
-  mask = lambda batch: batch.macro.mask_BT
-  return _updated('policy', loss_fn, mask, reduction=reduction)
+def _policy_after(
+    clip_eps: float = 0.2, ratio: str = 'token', reduction: str = 'sequence'
+) -> Any:
+  def loss_fn(params: Any, batch: Any) -> tuple[Array, dict]:
+    experience, weights = batch
+    logprobs_BT, _ = scoring.response_logprobs(
+        tiny.SHAPE, params, experience.sequences, temperature=1.0
+    )
+    return losses.policy_loss(
+        logprobs_BT,
+        experience.scored.logprobs_BT,
+        experience.targets.advantages_BT,
+        weights,
+        experience.macro,
+        clip_eps=clip_eps,
+        ratio=ratio,
+    )
+
+  return _updated('policy', loss_fn, MASK, reduction)
 
 
 @pytest.mark.slow
@@ -313,22 +329,19 @@ def _policy_after(**how: Any) -> Any:
         ('ppo__loss_reduction', 'reduction', 'macro'),
     ],
 )
-def test_a_field_of_the_policy_loss_reaches_its_argument(
+def test_a_field_of_the_policy_loss_changes_the_update(
     field: str, argument: str, value: Any
 ) -> None:
-  stage = _stage(**{field: value}, **_MOMENTUM['ppo'])
-  found, _ = stage._updates['policy'](
-      stage.states['policy'], {}, _EXPERIENCE, jax.random.key(0)
-  )
+  found = _by_programs('policy', **{field: value}, **_MOMENTUM['ppo'])
   expected = _policy_after(**{argument: value})
-  _assert_changed_alike(found.params, expected, POLICY, _policy_after())
+  _assert_changed_alike(found, expected, POLICY, _policy_after())
 
 
 @functools.cache
 def _critic_after(
     eps: float = 0.2, starts: bool = False, reduction: str = 'sequence'
 ) -> Any:
-  mask = lambda batch: batch.macro.starts_BT if starts else batch.macro.mask_BT
+  mask_BT = _EXPERIENCE.macro.starts_BT if starts else MASK
 
   def loss_fn(params: Any, batch: Any) -> tuple[Array, dict]:
     experience, weights = batch
@@ -337,64 +350,36 @@ def _critic_after(
         experience.scored.values_BT,
         experience.targets.returns_BT,
         weights,
-        mask(experience),
+        mask_BT,
         clip_eps=eps,
     )
 
-  return _updated('critic', loss_fn, mask, reduction=reduction)
+  return _updated('critic', loss_fn, mask_BT, reduction)
 
 
 @pytest.mark.parametrize(
-    ('field', 'value'),
+    ('field', 'value', 'explicit'),
     [
-        ('critic__clip_eps', 0.01),
-        ('critic__target', 'starts'),
-        ('ppo__loss_reduction', 'constant'),
+        ('critic__clip_eps', 0.01, {'eps': 0.01}),
+        ('critic__target', 'starts', {'starts': True}),
+        ('ppo__loss_reduction', 'constant', {'reduction': 'constant'}),
     ],
+    ids=lambda x: str(x) if isinstance(x, str) else '',
 )
-def test_a_field_of_the_critic_loss_reaches_its_argument(
-    field: str, value: Any
+def test_a_field_of_the_critic_loss_changes_the_update(
+    field: str, value: Any, explicit: dict[str, Any]
 ) -> None:
-  stage = _stage(**{field: value}, **_MOMENTUM['critic'])
-  explicit = {
-      'critic__clip_eps': {'eps': value},
-      'critic__target': {'starts': True},
-      'ppo__loss_reduction': {'reduction': value},
-  }[field]
-  found, _ = stage._updates['critic'](
-      stage.states['critic'], {}, _EXPERIENCE, jax.random.key(0)
-  )
+  found = _by_programs('critic', **{field: value}, **_MOMENTUM['critic'])
   expected = _critic_after(**explicit)
-  _assert_changed_alike(found.params, expected, CRITIC, _critic_after())
+  _assert_changed_alike(found, expected, CRITIC, _critic_after())
 
 
 def test_the_coefficient_is_drawn_to_the_target_of_the_config() -> None:
-  stage = _stage(ppo__kl_target=2.0, ppo__kl_horizon=50, ppo__batch_size=8)
+  fields = {'ppo__kl_horizon': 50, 'ppo__batch_size': 8}
+  programs, _ = _programs(ppo__kl_target=2.0, **fields)
+  given = {'kl_coef': jnp.float32(0.05)}, {'objective/kl': jnp.float32(2.2)}
   # 2.2 / 2 - 1 = .1; 8 responses of 50: .05 * (1 + .1 * 8 / 50)
-  found = stage._adapt(jnp.float32(0.05), jnp.float32(2.2))
-  np.testing.assert_allclose(found, 0.05 * 1.016, rtol=1e-6)
-
-
-def test_the_rule_of_the_host_has_the_fields_of_the_config(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  from ma_rlhf_jax.training import run as run_lib
-
-  seen = []
-  monkeypatch.setattr(
-      run_lib, 'HostTermination', lambda settings, _: seen.append(settings)
-  )
-  fields = {
-      'parser': 'tests.trees:parse',
-      'parse_cutoff': 3,
-      'parse_fallback': 'one',
-      'parse_workers': 2,
-      'ngram': 7,
-  }
-  config = tiny.config(
-      macro__termination='parsing',
-      **{f'macro__{name}': value for name, value in fields.items()},
-  )
-  tiny.run(tmp_path, config).host_termination()
-  (settings,) = seen
-  assert {name: getattr(settings, name) for name in fields} == fields
+  found = programs.adapt_kl(*given)
+  np.testing.assert_allclose(found['kl_coef'], 0.05 * 1.016, rtol=1e-6)
+  without, _ = _programs(**fields)
+  assert without.adapt_kl(*given) == {}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.training import one_pass, ppo
-from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.ppo import programs, stage
+from ma_rlhf_jax.structs import Models
 from tests import tiny
 
 # Steps of one size would hide a scaled gradient, and blow up tiny ones.
@@ -19,7 +19,7 @@ _MOMENTUM = {
 }
 
 
-def _stage(tmp: Any, **fields: Any) -> ppo.PPO:
+def _stage(tmp: Any, **fields: Any) -> stage.PPO:
   config = tiny.config(**{'ppo__batch_size': 8} | _MOMENTUM | fields)
   params = Models(
       policy=tiny.params('policy', 0),
@@ -29,7 +29,7 @@ def _stage(tmp: Any, **fields: Any) -> ppo.PPO:
   )
   params = jax.tree.map(jnp.array, params)  # steps donate
   run = tiny.run(tmp, config, mesh=tiny.mesh(1, 1, 1))
-  return ppo.PPO(run, Models(*[tiny.SHAPE] * 4), params)
+  return stage.PPO(run, Models(*[tiny.SHAPE] * 4), params)
 
 
 def _step(tmp: Any, **fields: Any) -> tuple[set[str], dict, dict]:
@@ -37,10 +37,10 @@ def _step(tmp: Any, **fields: Any) -> tuple[set[str], dict, dict]:
   stage = _stage(tmp, **fields)
   with jax.set_mesh(stage.run.mesh):
     states, metrics = stage.step(stage.states, 0)
-  return set(stage.together), *jax.device_get((states, metrics))
+  return set(stage.programs.fused_models), *jax.device_get((states, metrics))
 
 
-# Clauses of `why_not` that hold, with settings that reach every branch.
+# Clauses of `why_not_fused` that hold, with settings that reach every branch.
 _EXACT = {
     'fixed': {'macro__ngram': 3},
     'by probability': {'macro__termination': 'ppl', 'macro__value': 'equal'},
@@ -129,38 +129,38 @@ def test_where_it_is_not_exact_two_passes_are_taken(
     fields: dict[str, Any],
 ) -> None:
   names = [name.replace('__', '.') for name in fields]
-  reason = one_pass.why_not(tiny.config(**fields))
+  reason = programs.why_not_fused(tiny.config(**fields))
   assert any(name in reason for name in names), reason
-  assert not one_pass.why_not(tiny.config())
-
-
-def _first_pass_only(tmp: Any, monkeypatch: Any, **fields: Any) -> Any:
-  """The step that one pass would take where it is refused."""
-  monkeypatch.setattr(one_pass, 'why_not', lambda _: '')
-  return _step(tmp, **fields)
+  assert not programs.why_not_fused(tiny.config())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'fields',
-    [
-        {'ppo__whiten_advantages': True, 'ppo__micro_batch_size': 2},
-        {'macro__termination': 'ppl', 'ppo__loss_reduction': 'macro'},
-        {'macro__termination': 'ppl', 'critic__target': 'starts'},
-    ],
-    ids=lambda x: ', '.join(x),
-)
-def test_each_clause_is_needed(
-    tmp_path: Any, monkeypatch: Any, fields: dict[str, Any]
+def test_whitened_by_micro_batches_the_step_would_be_another(
+    tmp_path: Any, monkeypatch: Any
 ) -> None:
+  fields = {'ppo__whiten_advantages': True, 'ppo__micro_batch_size': 2}
   _, want, _ = _step(tmp_path, **fields)
-  _, found, _ = _first_pass_only(tmp_path, monkeypatch, **fields)
+  monkeypatch.setattr(programs, 'why_not_fused', lambda _: '')
+  _, found, _ = _step(tmp_path, **fields)
   apart = jax.tree.map(
       lambda a, b: np.abs(a - b).max(),
       [found[name].params for name in ('policy', 'critic')],
       [want[name].params for name in ('policy', 'critic')],
   )
   assert max(jax.tree.leaves(apart)) > 1e-5
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [{'ppo__loss_reduction': 'macro'}, {'critic__target': 'starts'}],
+    ids=lambda x: ', '.join(x),
+)
+def test_macro_actions_that_come_with_the_scores_cannot_be_counted_before(
+    tmp_path: Any, monkeypatch: Any, fields: dict[str, Any]
+) -> None:
+  monkeypatch.setattr(programs, 'why_not_fused', lambda _: '')
+  with pytest.raises((TypeError, AssertionError)):
+    _step(tmp_path, macro__termination='ppl', **fields)
 
 
 @pytest.mark.slow

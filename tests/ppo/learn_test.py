@@ -1,12 +1,12 @@
-"""The updates on a scored experience are PPO; minibatches see their rows."""
+"""Scores; updates of what is scored are PPO; minibatches see their rows."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 import pytest
@@ -14,47 +14,126 @@ import pytest
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models.gemma import hidden_states
 from ma_rlhf_jax.models.heads import token_scores
-from ma_rlhf_jax.objective import losses
+from ma_rlhf_jax.objective import losses, rewards, targets
+from ma_rlhf_jax.ppo import learn, step
+from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
     LossWeights,
+    Models,
     Params,
     Scored,
     SequenceBatch,
     TrainState,
 )
-from ma_rlhf_jax.training import ppo_update, sft, update
-from ma_rlhf_jax.training.experience import make_targets
+from ma_rlhf_jax.training import buckets, sft, update
 from tests import tiny, tolerance
+from tests.ppo import given
 
 ROWS = [0, 1, 2, 3]
 POLICY = tiny.params('policy', 0)
 CRITIC = tiny.params('scalar', 1)
+PARAMS = {'policy': POLICY, 'critic': CRITIC}
 TEMPERATURE = 0.7
-_policy_loss = functools.partial(
-    ppo_update.policy_loss_fn,
-    shape=tiny.SHAPE,
-    clip_eps=0.2,
-    ratio='token',
-    temperature=TEMPERATURE,
-    chunk_tokens=8,
-)
-_value_loss = functools.partial(
-    ppo_update.value_loss_fn, shape=tiny.SHAPE, config=tiny.config().critic
+METHOD = given.method(TEMPERATURE)
+
+
+# Scores.
+
+_ALL = Models(
+    policy=POLICY,
+    ref_policy=tiny.params('policy', 1),
+    critic=tiny.params('scalar', 2),
+    reward_model=tiny.params('scalar', 3),
 )
 
 
-def _sft_loss(params: Params, batch: ppo_update.Batch) -> tuple[Array, dict]:
-  experience, weights = batch
-  logprobs_BT, _ = sft.learned_logprobs(
-      params,
-      experience.sequences,
-      shape=tiny.SHAPE,
-      loss_on='response',
-      chunk_tokens=8,
+def _score(micro_rows: int) -> Callable[[Models, SequenceBatch], Scored]:
+  split = buckets.Buckets((0,), (micro_rows,))
+  return jax.jit(functools.partial(learn.score, method=METHOD, split=split))
+
+
+@pytest.fixture(scope='module')
+def scored_and_bounds() -> tuple[Scored, list[float]]:
+  """What the four models say of rows in one batch, and how far it is off."""
+  rows, score = tiny.sequences(ROWS), _score(4)
+  return score(_ALL, rows), tiny.rounding(lambda p: score(p, rows), _ALL)
+
+
+def test_each_model_fills_its_own_field(
+    scored_and_bounds: tuple[Scored, list[float]],
+):
+  scored, bounds = scored_and_bounds
+  rows = tiny.sequences(ROWS)
+  logprobs = jax.jit(
+      functools.partial(
+          scoring.response_logprobs,
+          dataclasses.replace(tiny.SHAPE, logprob_chunk=99),
+          sequences=rows,
+          temperature=TEMPERATURE,
+          with_entropy=True,
+      )
   )
-  return losses.sft_loss(logprobs_BT, weights.metric_BT), {}
+  policy, entropy = logprobs(_ALL.policy)
+  ref_policy, _ = logprobs(_ALL.ref_policy)
+  values = jax.jit(functools.partial(scoring.response_values, tiny.SHAPE))
+  scores = jax.jit(functools.partial(scoring.sequence_scores, tiny.SHAPE))
+  want = Scored(
+      logprobs_BT=policy,
+      ref_logprobs_BT=ref_policy,
+      entropy_BT=entropy,
+      values_BT=values(_ALL.critic, rows),
+      score_B=scores(_ALL.reward_model, rows),
+  )
+  tolerance.assert_close(scored, want, bounds)
+
+
+def test_micro_batches_score_like_the_whole(
+    scored_and_bounds: tuple[Scored, list[float]],
+):
+  found = _score(2)(_ALL, tiny.sequences(ROWS))
+  tolerance.assert_close(found, *scored_and_bounds)
+
+
+# Weights.
+
+
+def test_each_model_weighs_the_tokens_that_its_loss_sees():
+  mask = jnp.array([[True, True, True, False], [True, False, False, False]])
+  starts = jnp.array([[True, False, True, False], [True, False, False, False]])
+  weigh = lambda **how: learn.token_weights(
+      ('policy', 'critic'), mask, starts, tiny.objective(**how)
+  )
+  found = weigh(critic_target='starts')
+  # Of each row an equal share.
+  policy = [[1 / 6, 1 / 6, 1 / 6, 0], [1 / 2, 0, 0, 0]]
+  np.testing.assert_allclose(found['policy'].loss_BT, policy, rtol=1e-6)
+  critic = [[1 / 4, 0, 1 / 4, 0], [1 / 2, 0, 0, 0]]
+  np.testing.assert_allclose(found['critic'].loss_BT, critic, rtol=1e-6)
+  same = weigh(critic_target='macro')
+  np.testing.assert_allclose(same['critic'].loss_BT, policy, rtol=1e-6)
+  # Three macro actions; metrics are means over tokens all the same.
+  found = weigh(loss_reduction='macro')['policy']
+  np.testing.assert_allclose(found.loss_BT, mask / 3, rtol=1e-6)
+  np.testing.assert_allclose(found.metric_BT, mask / 4, rtol=1e-6)
+  assert list(learn.token_weights(('critic',), mask, starts, METHOD.objective))
+
+
+def test_only_macro_actions_have_to_be_known_to_weigh_by_them():
+  mask = jnp.array([[True, True, True, False], [True, False, False, False]])
+  weigh = lambda starts, **how: learn.token_weights(
+      ('policy', 'critic'), mask, starts, tiny.objective(**how)
+  )
+  for reduction in ('sequence', 'token', 'constant'):
+    known = weigh(mask, loss_reduction=reduction)
+    unknown = weigh(None, loss_reduction=reduction)
+    jax.tree.map(np.testing.assert_array_equal, known, unknown)
+  with pytest.raises(TypeError):
+    weigh(None, loss_reduction='macro')
+
+
+# Updates.
 
 
 def _plain_logprobs(params: Params, rows: SequenceBatch) -> Array:
@@ -81,7 +160,9 @@ def _old() -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(old), jax.jit(_plain_values)(CRITIC, rows) + noise[1]
 
 
-def _experience(config: ConfigDict, width: int = tiny.PROMPT_LEN) -> Experience:
+def _experience(
+    width: int = tiny.PROMPT_LEN, kl_coef: float = 0.05, **fields: Any
+) -> Experience:
   """Rows of `tiny`, with made-up reference log-probs and scores."""
   random = np.random.default_rng(1)
   rows = tiny.sequences(ROWS, width=width)
@@ -95,32 +176,37 @@ def _experience(config: ConfigDict, width: int = tiny.PROMPT_LEN) -> Experience:
       values_BT=pads(values),
       score_B=jnp.array([0.7, -1.2, 4.0, 0.4]),
   )
-  starts = termination.fixed(mask, ngram=config.macro.ngram)
+  method = given.method(**fields)
+  starts = termination.fixed(mask, ngram=method.rule.ngram)
   macro = termination.macro_actions(starts, mask)
-  targets, _ = make_targets(scored, macro, config)
-  return Experience(rows, scored, macro, targets)
-
-
-def _weigh(batch: Experience, reduction: str = 'sequence') -> LossWeights:
-  return losses.loss_weights(
-      batch.macro.mask_BT, batch.macro.starts_BT, reduction=reduction
+  rewards_BT = rewards.token_rewards(
+      scored.logprobs_BT,
+      scored.ref_logprobs_BT,
+      scored.score_B,
+      mask,
+      kl_coef=kl_coef,
+      score_clip=2.5,
   )
+  made = targets.estimate(scored.values_BT, rewards_BT, macro, method.objective)
+  return Experience(rows, scored, macro, made)
 
 
 def _update(
-    params: Params, experience: Experience, loss_fn: update.LossFn, **fields
+    name: str, experience: Experience, micro_rows: int
 ) -> tuple[TrainState, dict]:
-  """`update_on` with plain gradient descent at rate 1."""
+  """`update_model` with plain gradient descent at rate 1."""
   optimizer = optax.sgd(1.0)
   run = functools.partial(
-      ppo_update.update_on,
-      loss_fn=loss_fn,
-      weigh=_weigh,
+      learn.update_model,
+      name=name,
+      method=METHOD,
       optimizer=optimizer,
-      ppo=tiny.config(**fields).ppo,
+      epochs=1,
+      minibatches=1,
+      split=buckets.Buckets((0,), (micro_rows,)),
   )
-  state = update.init_state(params, optimizer)
-  return jax.jit(run)(state, {}, experience, jax.random.key(5))
+  state = update.init_state(PARAMS[name], optimizer)
+  return jax.jit(run)(state, {}, experience, jax.random.key(0))
 
 
 # Token-level PPO, as a textbook has it.
@@ -174,12 +260,10 @@ def _plain_losses(experience: Experience) -> tuple[Callable, Callable]:
 
 @pytest.mark.parametrize('model', ['policy', 'critic'])
 def test_one_token_macros_are_plain_ppo(model: str):
-  fields = {'ppo__kl_coef': 0.1, 'ppo__gamma': 0.9, 'ppo__gae_lambda': 0.8}
-  experience = _experience(tiny.config(macro__ngram=1, **fields))
-  params, loss_fn, plain = {
-      'policy': (POLICY, _policy_loss, _plain_losses(experience)[0]),
-      'critic': (CRITIC, _value_loss, _plain_losses(experience)[1]),
-  }[model]
+  fields = {'ppo__gamma': 0.9, 'ppo__gae_lambda': 0.8, 'macro__ngram': 1}
+  experience = _experience(kl_coef=0.1, **fields)
+  params = PARAMS[model]
+  plain = dict(zip(PARAMS, _plain_losses(experience), strict=True))[model]
 
   @jax.jit
   def step(params: Params) -> tuple[Array, Params, Array]:
@@ -187,7 +271,7 @@ def test_one_token_macros_are_plain_ppo(model: str):
     new = jax.tree.map(jnp.subtract, params, grads)
     return loss, new, optax.tree.norm(grads)
 
-  state, metrics = _update(params, experience, loss_fn, ppo__micro_batch_size=2)
+  state, metrics = _update(model, experience, micro_rows=2)
   assert 0 < metrics['clipfrac'] < 1  # both branches are there
   # The longest sums of a gradient go over all tokens.
   length = experience.sequences.tokens_BL.size
@@ -197,23 +281,48 @@ def test_one_token_macros_are_plain_ppo(model: str):
   assert metrics['grad_norm'] > 0.1 > 1e3 * max(bounds)
 
 
+def _ppo_loss(name: str) -> Callable[[Experience, LossWeights], Array]:
+  """The shipped loss of one model on rows with their weights."""
+  models = Models(**dict.fromkeys(Models._fields) | PARAMS)
+
+  def loss(experience: Experience, weights: LossWeights) -> Array:
+    new = scoring.score_rows(
+        METHOD.configs,
+        models,
+        experience.sequences,
+        temperature=TEMPERATURE,
+        width=None,
+        only=(name,),
+    )
+    found = step.losses(new, experience, {name: weights}, METHOD.objective)
+    return found[name]['loss']
+
+  return loss
+
+
+def _sft_loss(experience: Experience, weights: LossWeights) -> Array:
+  logprobs_BT, _ = sft.learned_logprobs(
+      POLICY, experience.sequences, shape=tiny.SHAPE, loss_on='response'
+  )
+  return losses.sft_loss(logprobs_BT, weights.metric_BT)
+
+
 @pytest.mark.parametrize(
-    'params, loss_fn',
-    [(POLICY, _policy_loss), (CRITIC, _value_loss), (POLICY, _sft_loss)],
+    'loss_fn',
+    [_ppo_loss('policy'), _ppo_loss('critic'), _sft_loss],
     ids=['policy', 'critic', 'sft'],
 )
 def test_padding_order_and_neighbours_change_no_loss(
-    params: Params, loss_fn: update.LossFn
+    loss_fn: Callable[[Experience, LossWeights], Array],
 ):
-  config = tiny.config()
-  base = _experience(config)
-  loss_fn = jax.jit(loss_fn)
-  loss = lambda experience, weights: float(
-      loss_fn(params, (experience, weights))[0]
+  base = _experience()
+  loss = jax.jit(loss_fn)
+  macro = base.macro
+  weights = losses.loss_weights(
+      macro.mask_BT, macro.starts_BT, reduction='sequence'
   )
-  weights = _weigh(base)
   want = loss(base, weights)
-  wide = _experience(config, width=tiny.PROMPT_LEN + 3)
+  wide = _experience(width=tiny.PROMPT_LEN + 3)
   order = np.array([2, 0, 3, 1])
   moved = jax.tree.map(lambda x: x[order], base)
   tokens = jnp.where(base.sequences.mask_BL, base.sequences.tokens_BL, 9)
@@ -236,16 +345,56 @@ def test_padding_order_and_neighbours_change_no_loss(
 
 def _numbered(count: int) -> Experience:
   """An experience whose score is the number of the row."""
-  experience = _experience(tiny.config())
+  experience = _experience()
   row = np.arange(count)
   grown = jax.tree.map(lambda x: x[row % len(ROWS)], experience)
   scored = grown.scored.replace(score_B=jnp.asarray(row, jnp.float32))
   return grown.replace(scored=scored)
 
 
-def _record(params: Params, batch: ppo_update.Batch) -> tuple[Array, dict]:
+# (params, experience, weights) -> loss and metrics.
+_Toy = Callable[[Params, Experience, LossWeights], tuple[Array, dict]]
+
+
+def _toy_update(
+    state: TrainState,
+    key: Array,
+    loss: _Toy,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int = 1,
+    minibatches: int = 1,
+    micro_rows: int = 0,
+) -> tuple[TrainState, dict]:
+  """`update_model` of six rows, with a loss that asks no model."""
+
+  def toy(learning: dict[str, Params], rows: Any, **unused: Any) -> tuple:
+    found, metrics = loss(
+        learning['policy'], rows.experience, rows.weights['policy']
+    )
+    return found, ({'policy': {'loss': found, **metrics}}, ())
+
+  size = 6 // minibatches
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(learn, '_loss', toy)
+    return learn.update_model(
+        state,
+        {},
+        _numbered(6),
+        key,
+        name='policy',
+        method=METHOD,
+        optimizer=optimizer,
+        epochs=epochs,
+        minibatches=minibatches,
+        split=buckets.Buckets((0,), (micro_rows or size,)),
+    )
+
+
+def _record(
+    params: Params, experience: Experience, weights: LossWeights
+) -> tuple[Array, dict]:
   """Descent at rate 1 counts updates, and the rows that each has seen."""
-  experience, weights = batch
   now = jax.lax.stop_gradient(params['updates'])
   row = experience.scored.score_B.astype(jnp.int32)
   seen = params['seen'][now.astype(jnp.int32), row]
@@ -254,20 +403,12 @@ def _record(params: Params, batch: ppo_update.Batch) -> tuple[Array, dict]:
   return loss, {'update': now * jnp.sum(weights.loss_BT)}
 
 
-def _seen(key: Array, **fields: Any) -> tuple[np.ndarray, dict]:
+def _seen(key: Array, **how: int) -> tuple[np.ndarray, dict]:
   """[updates, 6 rows], how often each update has seen each row."""
   optimizer = optax.sgd(1.0)
   params = {'updates': jnp.zeros(()), 'seen': jnp.zeros((9, 6))}
-  state, metrics = ppo_update.update_on(
-      update.init_state(params, optimizer),
-      {},
-      _numbered(6),
-      key,
-      loss_fn=_record,
-      weigh=_weigh,
-      optimizer=optimizer,
-      ppo=tiny.config(**fields).ppo,
-  )
+  start = update.init_state(params, optimizer)
+  state, metrics = _toy_update(start, key, _record, optimizer, **how)
   updates = int(state.step)
   assert not state.params['seen'][updates:].any()
   return np.asarray(state.params['seen'][:updates]), metrics
@@ -275,17 +416,17 @@ def _seen(key: Array, **fields: Any) -> tuple[np.ndarray, dict]:
 
 def test_every_epoch_sees_every_row_once():
   key = jax.random.key(0)
-  fields = {'ppo__ppo_epochs': 3, 'ppo__minibatches': 2}
-  seen, metrics = _seen(key, **fields)
+  how = {'epochs': 3, 'minibatches': 2}
+  seen, metrics = _seen(key, **how)
   assert seen.shape == (6, 6)
   assert (seen.sum(1) == 3).all()  # rows of an update
   epochs = seen.reshape(3, 2, 6)
   np.testing.assert_array_equal(epochs.sum(1), np.ones((3, 6)))
   assert (epochs[0] != epochs[1]).any() or (epochs[1] != epochs[2]).any()
   np.testing.assert_allclose(metrics['update'], 2.5, rtol=1e-6)  # mean 0 .. 5
-  other, _ = _seen(jax.random.key(1), **fields)
+  other, _ = _seen(jax.random.key(1), **how)
   assert (other != seen).any()
-  again, _ = _seen(key, **fields, ppo__micro_batch_size=1)
+  again, _ = _seen(key, **how, micro_rows=1)
   np.testing.assert_array_equal(again, seen)
 
 
@@ -299,28 +440,27 @@ def test_updates_follow_each_other():
   key, optimizer = jax.random.key(0), optax.adam(0.1)
   experience = _numbered(6)
 
-  def loss_fn(params: Params, batch: ppo_update.Batch) -> tuple[Array, dict]:
-    rows, weights = batch
+  def loss(
+      params: Params, rows: Experience, weights: LossWeights
+  ) -> tuple[Array, dict]:
     x_BT = jnp.sin(params['x'] * rows.scored.score_B)[:, None] * weights.loss_BT
     return jnp.sum(x_BT), {}
 
-  how = {'loss_fn': loss_fn, 'optimizer': optimizer}
   start = update.init_state({'x': jnp.array(0.3)}, optimizer)
-  fields = {'ppo__ppo_epochs': 2, 'ppo__minibatches': 3}
-  state, metrics = ppo_update.update_on(
-      start,
-      {},
-      experience,
-      key,
-      weigh=_weigh,
-      ppo=tiny.config(**fields).ppo,
-      **how,
-  )
+  how = {'epochs': 2, 'minibatches': 3}
+  state, metrics = _toy_update(start, key, loss, optimizer, **how)
   want, seen_losses = start, []
-  for rows in _seen(key, **fields)[0] > 0:
+  for rows in _seen(key, **how)[0] > 0:
     batch = jax.tree.map(lambda x, r=rows: x[r], experience)
+    weights = losses.loss_weights(
+        batch.macro.mask_BT, batch.macro.starts_BT, reduction='sequence'
+    )
     want, found = update.train_step(
-        want, (batch, _weigh(batch)), num_micro=1, **how
+        want,
+        (batch, weights),
+        loss_fn=lambda params, both: loss(params, *both),
+        optimizer=optimizer,
+        num_micro=1,
     )
     seen_losses.append(float(found['loss']))
   assert int(state.step) == 6

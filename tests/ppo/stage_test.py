@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.models import lora, presets
-from ma_rlhf_jax.training import judge, ppo
-from ma_rlhf_jax.training.experience import Models
+from ma_rlhf_jax.ppo import stage as stage_lib
+from ma_rlhf_jax.ppo import step as step_lib
+from ma_rlhf_jax.structs import Models
+from ma_rlhf_jax.training import judge
 from tests import tiny
 
 POLICY, CRITIC = tiny.params('policy', 0), tiny.params('scalar', 1)
@@ -23,7 +25,7 @@ def _stage(
     tmp: Any,
     tokenizer: tiny.Tokenizer = tiny.Tokenizer(),  # noqa: B008
     **fields: Any,
-) -> ppo.PPO:
+) -> stage_lib.PPO:
   """A stage whose optimizers do not blow up gradients of 1e-7."""
   defaults = {
       'ppo__batch_size': 8,
@@ -42,7 +44,7 @@ def _stage(
       critic=copy(CRITIC),
       reward_model=tiny.params('scalar', 3),
   )
-  return ppo.PPO(run, Models(*[tiny.SHAPE] * 4), params)
+  return stage_lib.PPO(run, Models(*[tiny.SHAPE] * 4), params)
 
 
 @pytest.fixture(scope='module')
@@ -95,7 +97,7 @@ def test_padding_with_eos_takes_the_same_step(stepped: tuple, tmp_path: Any):
   stage = _stage(tiny.mesh(1, 1, 1), tmp_path, tokenizer)
   with jax.set_mesh(stage.run.mesh):
     states, metrics = stage.step(stage.states, 0)
-  assert stage.run.sampling().pad_id == stage.run.sampling().eos_id
+  assert stage.run.spec.sampling().pad_id == stage.run.spec.sampling().eos_id
   want_states, want = stepped
   assert want['response/length'] < tiny.RESPONSE_LEN  # some have ended
   for name, value in want.items():
@@ -157,13 +159,14 @@ def test_the_loss_of_the_critic_is_half_the_squared_error(tmp_path: Any):
   fields |= {'ppo__loss_reduction': 'macro', 'ppo__score_clip': 0.0}
   fields |= {'critic__clip_eps': 0.0, 'ppo__gae_lambda': 1.0}
   stage = _stage(tiny.mesh(1, 1, 1), tmp_path, **fields)
-  head = stage.reward_model['head']
-  stage.reward_model['head'] = head * 50
+  reward_model = stage.programs.fixed.reward_model
+  reward_model['head'] = reward_model['head'] * 50
   with jax.set_mesh(stage.run.mesh):
     prompts = judge.prompt_batch(stage.run, stage.data, stage.rows(0))
-    rollout = stage.respond(stage.states, prompts, 0)
-    scored = jax.device_get(stage.score(stage.states, rollout))
-    _, metrics = stage.learn(stage.states, prompts, rollout, 0)
+    p, states = stage.programs, stage.states
+    rollout = step_lib.respond(p, states, prompts, 0)
+    scored = jax.device_get(p.score(states, rollout))
+    _, metrics = step_lib.learn(p, states, prompts, rollout, 0)
   mask = np.asarray(rollout.sequences.response_mask_BT)
   # With lambda 1 and no KL a macro action's return is the score.
   error = (scored.values_BT - scored.score_B[:, None])[mask]
@@ -214,7 +217,7 @@ def test_adapters_learn_beside_weights_shared_with_the_reference(tmp_path: Any):
       reward_model=CRITIC,
   )
   shapes = Models(learns, tiny.SHAPE, learns, tiny.SHAPE)
-  stage = ppo.PPO(run, shapes, params)
+  stage = stage_lib.PPO(run, shapes, params)
   before = jax.device_get((POLICY, CRITIC))
   with jax.set_mesh(run.mesh):
     states, metrics = stage.step(stage.states, 0)

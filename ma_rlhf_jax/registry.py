@@ -1,0 +1,79 @@
+"""Names of a table, and functions of the user's own by `module:function`."""
+
+from collections.abc import Callable, Iterable, Mapping
+import importlib
+from typing import Any
+
+
+def is_path(name: str) -> bool:
+  """Whether `name` is `module:function`, not a key of a table."""
+  return ':' in name
+
+
+def load(path: str, field: str = 'function') -> Callable[..., Any]:
+  """The function that `module:function` names.
+
+  Args:
+    path: such as `my_rewards:politeness`.
+    field: that holds it, for messages.
+
+  Raises:
+    ValueError: if there is no such module or function, with the cure.
+  """
+  module_name, _, name = path.partition(':')
+  if not module_name or not name:
+    raise ValueError(f'{field}={path!r} must be module:function')
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    if error.name and not f'{module_name}.'.startswith(f'{error.name}.'):
+      raise ValueError(
+          f'{field}={path!r}: importing {module_name} failed, {error}'
+      ) from error
+    raise ValueError(
+        f'{field}={path!r}: no module {module_name!r} in the current folder, '
+        "the recipe's folder or the environment"
+    ) from error
+  function = getattr(module, name, None)
+  if not callable(function):
+    raise ValueError(
+        f'{field}={path!r}: {module.__file__} has no function {name!r}'
+    )
+  return function
+
+
+def resolve(
+    table: Mapping[str, Any], name: str, field: str = 'function'
+) -> Any:
+  """The entry `name` of a table, or the function that it names.
+
+  Args:
+    table: by name.
+    name: a key, or `module:function`.
+    field: that holds it, for messages.
+
+  Raises:
+    ValueError: if it is neither.
+  """
+  if name in table:
+    return table[name]
+  if is_path(name):
+    return load(name, field)
+  raise ValueError(problem(table, name, field))
+
+
+def problem(names: Iterable[str], name: str, field: str) -> str:
+  """Why a name is neither one of a table nor a function that can be loaded.
+
+  Returns:
+    One line, '' where it can be used.
+  """
+  if name in names:
+    return ''
+  if not is_path(name):
+    return f'{field}={name!r} must be one of {tuple(names)} or module:function'
+  try:
+    load(name, field)
+  except ValueError as error:
+    return str(error)
+  return ''
