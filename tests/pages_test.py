@@ -160,6 +160,42 @@ def test_every_command_parses(page: pathlib.Path, shown: pathlib.Path) -> None:
   assert {line: problem for line, problem in wrong.items() if problem} == {}
 
 
+@pytest.mark.parametrize(
+    'line',
+    [
+        'python -m ma_rlhf_jax --halp',
+        'python -m ma_rlhf_jax train',
+        'python -m ma_rlhf_jax --version --help',
+        'python -m ma_rlhf_jax.trian',
+        'python -m ma_rlhf_jax.train --work_dir=DIR',
+        'python -m ma_rlhf_jax.train --config=configs/huge.py',
+        'python -m ma_rlhf_jax.train --config.reward=my_rewards:gloomy',
+        'python -m ma_rlhf_jax.tools.bench --lengths=long',
+        'python -m tests.benchmarks.macro_step --recipes=hh_2b',
+        './launch/local.sh --num_process=2 -- python -m ma_rlhf_jax.train',
+        './launch/test.sh --fast',
+    ],
+)
+def test_a_command_that_is_wrong_is_noticed(
+    line: str, shown: pathlib.Path
+) -> None:
+  assert _problem(line, shown)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'ma_rlhf_jax.__versions__',
+        'training.ppo',
+        'ppo.step.taken',
+        'macro.aggregate.pool.sum',
+    ],
+)
+def test_code_that_there_is_not_is_noticed(name: str) -> None:
+  assert not pages.is_code(name)
+  assert pages.is_code('ma_rlhf_jax.__version__')
+
+
 @_each_page
 def test_flags_and_commands_in_the_text_exist(
     page: pathlib.Path, shown: pathlib.Path
