@@ -17,7 +17,7 @@ from ma_rlhf_jax.macro import host as host_rules
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import rewards
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import abstract
