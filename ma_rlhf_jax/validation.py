@@ -43,12 +43,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     'sft.loss_on': tuple(sft.LOSS_ON),
     'reward_model.loss': tuple(preference.PAIR_LOSSES),
     'ppo.discount': tuple(advantage.DISCOUNTS),
-    'ppo.advantage': tuple(targets.ADVANTAGES),
+    'ppo.advantage': tuple(advantage.ADVANTAGES),
     'ppo.baseline': tuple(targets.BASELINES),
     'ppo.ratio': tuple(losses.RATIOS),
     'ppo.loss_reduction': tuple(losses.REDUCTIONS),
     'ppo.one_pass': ('auto', 'joint', 'policy', 'off'),
-    'critic.target': tuple(targets.CRITIC_TARGETS),
+    'critic.target': tuple(advantage.CRITIC_TARGETS),
     'macro.variant': tuple(switches.VARIANTS),
     'macro.termination': (*termination.RULES, *host.NAMES),
     'macro.random_leftover': ('one', 'cycle'),
@@ -273,7 +273,7 @@ def _of_model(c: ConfigDict) -> Iterator[str]:
 
 def _of_kernel(c: ConfigDict, machine: partition.Machine) -> Iterator[str]:
   """The attention that is asked for; a shape in a folder is checked there."""
-  shape = presets.from_fields(c.model, 1)
+  shape = presets.from_config(c.model, 1)
   if c.sft.init and not c.model.preset:
     shape = dataclasses.replace(shape, attn_softcap=0, head_dim=128)
   shape = dataclasses.replace(shape, dtype=c.model.dtype)

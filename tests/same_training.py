@@ -46,32 +46,42 @@ def _stage(recipe: str, variant: str, way: str, workdir: str) -> Any:
   import jax
   import jax.numpy as jnp
 
-  from ma_rlhf_jax.models import heads, presets
+  from ma_rlhf_jax.models import heads
   from ma_rlhf_jax.training import start
 
   models = _find(
       'ma_rlhf_jax.structs:Models', 'ma_rlhf_jax.training.experience:Models'
   )
   stage = _find('ma_rlhf_jax.ppo.stage:PPO', 'ma_rlhf_jax.training.ppo:PPO')
+  made = _find(
+      'ma_rlhf_jax.models.presets:from_config',
+      'ma_rlhf_jax.models.presets:from_fields',
+  )
+  trained = _find(
+      'ma_rlhf_jax.training.model_configs:trained',
+      'ma_rlhf_jax.models.presets:trained',
+  )
   config = _recipe(recipe).get_config(variant)
   config.update_from_flattened_dict(_ROWS | {'ppo.one_pass': way})
   if variant == 'rloo':
     config.ppo.one_pass = 'off'
   run = start.load_run(config, epath.Path(workdir))
-  shape = presets.from_fields(run.config.model, len(run.tokenizer))
-  trained = dataclasses.replace(
-      presets.trained(shape, run.config), dtype='float64', param_dtype='float64'
+  shape = made(run.config.model, len(run.tokenizer))
+  model = dataclasses.replace(
+      trained(shape, run.config),
+      dtype='float64',
+      param_dtype='float64',
   )
   wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
   draw = lambda kind, seed: wide(
-      heads.init_params(kind, trained, jax.random.key(seed))
+      heads.init_params(kind, model, jax.random.key(seed))
   )
   kinds = ('policy', 'policy', 'scalar', 'scalar')
-  made = [draw(kind, seed) for seed, kind in enumerate(kinds)]
-  configs = [trained] * 4
+  params = [draw(kind, seed) for seed, kind in enumerate(kinds)]
+  configs = [model] * 4
   if variant == 'rloo':
-    made[2] = configs[2] = None
-  return stage(run, models(*configs), models(*made))
+    params[2] = configs[2] = None
+  return stage(run, models(*configs), models(*params))
 
 
 def _recipe(path: str) -> Any:

@@ -31,7 +31,7 @@ _FREE = set(
 # Checked together with other fields, or by `parallel.mesh`.
 _RULES = set(
     'critic.gae_lambda data.parts log.sinks macro.random_lengths mesh.data'
-    ' ppo.kl_estimator lora.targets'
+    ' ppo.kl_estimator lora.targets reward'
     ' mesh.fsdp mesh.tensor profile.steps stages tokenizer.vocab_size'.split()
 )
 

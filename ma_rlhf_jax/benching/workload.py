@@ -12,7 +12,7 @@ from ma_rlhf_jax.models import heads, presets
 from ma_rlhf_jax.parallel.mesh import make_mesh, place
 from ma_rlhf_jax.ppo.programs import Programs
 from ma_rlhf_jax.structs import Models, PromptBatch
-from ma_rlhf_jax.training import automatic
+from ma_rlhf_jax.training import automatic, model_configs
 from ma_rlhf_jax.training.spec import Spec
 
 # Mean tokens of prompts and responses of HH rows, of 512 + 512.
@@ -84,7 +84,7 @@ class Workload:
 
 def make_spec(config: ConfigDict) -> tuple[Spec, presets.GemmaConfig]:
   """What the programs of a recipe are made from; the shape of its models."""
-  shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
+  shape = presets.from_config(config.model, config.tokenizer.vocab_size)
   prompt_len, response_len = config_lib.lengths(config)
   mesh = make_mesh(config.mesh)
   config = config_lib.restore(config_lib.flatten(config))
@@ -110,7 +110,7 @@ def make(config: ConfigDict, spread: str = 'full') -> Workload:
   """
   spec, shape = make_spec(config)
   config = spec.config
-  learns, fixed = presets.trained(shape, config), presets.frozen(
+  learns, fixed = model_configs.trained(shape, config), model_configs.frozen(
       shape, config.model
   )
   configs = Models(learns, fixed, learns, fixed)

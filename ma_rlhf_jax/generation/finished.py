@@ -16,7 +16,7 @@ from ma_rlhf_jax.models import heads, huggingface, presets
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import automatic, products
+from ma_rlhf_jax.training import automatic, model_configs, products
 from ma_rlhf_jax.training.products import SourceError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def find(flag: str, value: str, dtype: str) -> Finished:
   model.update({'dtype': dtype, 'remat': 'none'})
   try:
     folder = huggingface.resolve(source.path)
-    shape = presets.frozen(huggingface.read_shape(folder), model)
+    shape = model_configs.frozen(huggingface.read_shape(folder), model)
     huggingface.check_params(folder, shape, kind)
     tokenizer = _tokenizer(folder, kind)
   except (ValueError, OSError) as error:

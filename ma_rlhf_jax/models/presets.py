@@ -5,8 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ma_rlhf_jax.config import KERNELS
-
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -186,7 +184,7 @@ PRESETS: dict[str, GemmaConfig] = {
 }
 
 
-def from_fields(model: ConfigDict, vocab_size: int) -> GemmaConfig:
+def from_config(model: ConfigDict, vocab_size: int) -> GemmaConfig:
   """The shape that the `model` block of a config describes.
 
   Args:
@@ -201,45 +199,3 @@ def from_fields(model: ConfigDict, vocab_size: int) -> GemmaConfig:
   if model.family == 'gemma2' and not model.query_pre_attn_scalar:
     values['query_pre_attn_scalar'] = model.head_dim  # as files spell it out
   return GemmaConfig(**values, sliding_layers=slides)
-
-
-def trained_whole(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
-  """`shape` as a model all of which learns, with the dtypes of this run.
-
-  Args:
-    shape: of any model.
-    model: `config.model`.
-  """
-  return dataclasses.replace(
-      shape,
-      dtype=model.dtype,
-      param_dtype=model.param_dtype,
-      kernel_dtype='',
-      remat=model.remat,
-      unroll=model.unroll,
-      logprob_chunk=model.logprob_chunk,
-      attention=model.attention,
-      lora=None,
-  )
-
-
-def frozen(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
-  """`shape` as a model that does not learn: matrices as they are computed."""
-  return dataclasses.replace(
-      trained_whole(shape, model), kernel_dtype=model.dtype
-  )
-
-
-def trained(shape: GemmaConfig, config: ConfigDict) -> GemmaConfig:
-  """`shape` as a model that learns: whole, or by the adapters of `lora`.
-
-  Args:
-    shape: of any model.
-    config: the whole config.
-  """
-  c = config.lora
-  if not c.rank:
-    return trained_whole(shape, config.model)
-  targets = tuple(kernel for kernel in KERNELS if kernel in c.targets)
-  adapters = Lora(c.rank, c.alpha, targets)
-  return dataclasses.replace(frozen(shape, config.model), lora=adapters)

@@ -14,7 +14,7 @@ from ma_rlhf_jax.parallel.mesh import AXES, mesh_shape
 from ma_rlhf_jax.ppo import programs as ppo
 from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.structs import Models, Params
-from ma_rlhf_jax.training import automatic, reward_model, sft
+from ma_rlhf_jax.training import automatic, model_configs, reward_model, sft
 from ma_rlhf_jax.training.spec import Program, Spec
 
 # As `data.parts` shares the rows.
@@ -57,17 +57,11 @@ def mesh_over(config: ConfigDict, devices: list[Any]) -> Mesh:
   return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
 
 
-def _model(
-    kind: str, config: presets.GemmaConfig
-) -> tuple[presets.GemmaConfig, Params]:
-  return config, heads.abstract_params(kind, config)
-
-
 def _learning(
-    kind: str, config: presets.GemmaConfig, frozen: Params | None
+    kind: str, config: presets.GemmaConfig, frozen: Params | None, mesh: Mesh
 ) -> tuple[presets.GemmaConfig, Params]:
   """A model that learns; its adapters share the weights of `frozen`."""
-  _, params = _model(kind, config)
+  params = heads.abstract_params(kind, config, mesh)
   if config.lora is not None and frozen is not None:
     _, adapters = lora.split(config, params)
     params = lora.join(frozen, adapters)
@@ -81,15 +75,19 @@ def _ppo(
     num_steps: int,
 ) -> ppo.Programs:
   c = spec.config
-  ref_policy, scorer = (_model(kind, frozen) for kind in ('policy', 'scalar'))
+  ref_policy, scorer = (
+      (frozen, heads.abstract_params(kind, frozen, spec.mesh))
+      for kind in ('policy', 'scalar')
+  )
   critic = (None, None)
   if not functions.has_model(c):
     scorer = (None, None)
   if BASELINES[c.ppo.baseline].has_critic:
     apart = c.ppo.critic_init or not functions.has_model(c)
-    critic = _learning('scalar', learns, None if apart else scorer[1])
+    shared = None if apart else scorer[1]
+    critic = _learning('scalar', learns, shared, spec.mesh)
   models = Models(
-      policy=_learning('policy', learns, ref_policy[1]),
+      policy=_learning('policy', learns, ref_policy[1], spec.mesh),
       ref_policy=ref_policy,
       critic=critic,
       reward_model=scorer,
@@ -120,7 +118,7 @@ def programs_of(
 ) -> dict[str, Planned]:
   """The programs of each stage of a config, of abstract parameters.
 
-  All models have the shape of `config.model`; call it under `jax.set_mesh`.
+  All models have the shape of `config.model`.
 
   Args:
     spec: of the run; its devices need not be here.
@@ -128,16 +126,19 @@ def programs_of(
     num_rows: to train on, by stage.
   """
   config = spec.config
-  shape = presets.from_fields(config.model, vocab_size)
-  learns = presets.trained(shape, config)
-  frozen = presets.frozen(shape, config.model)
+  shape = presets.from_config(config.model, vocab_size)
+  learns = model_configs.trained(shape, config)
+  frozen = model_configs.frozen(shape, config.model)
   start = (
-      learns if config.sft.init else presets.trained_whole(shape, config.model)
+      learns
+      if config.sft.init
+      else model_configs.trained_whole(shape, config.model)
   )
+  params = functools.partial(heads.abstract_params, mesh=spec.mesh)
   makers = {
-      'sft': lambda n: sft.Programs(spec, *_model('policy', start), n),
+      'sft': lambda n: sft.Programs(spec, start, params('policy', start), n),
       'reward_model': lambda n: reward_model.Programs(
-          spec, *_model('scalar', learns), n
+          spec, learns, params('scalar', learns), n
       ),
       'ppo': lambda n: _ppo(spec, learns, frozen, n),
   }
@@ -170,8 +171,7 @@ def stages(
       name: max(1, (rows or 10**6) * share // sum(shares))
       for name, share in zip(_STAGES, shares, strict=True)
   }
-  with jax.set_mesh(mesh):
-    return programs_of(spec, config.tokenizer.vocab_size, num_rows)
+  return programs_of(spec, config.tokenizer.vocab_size, num_rows)
 
 
 def traced(program: Program) -> Any:

@@ -104,7 +104,7 @@ def _facts(program: Any, found: Any, config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _shape(config: Any) -> presets.GemmaConfig:
-  return presets.from_fields(config.model, config.tokenizer.vocab_size)
+  return presets.from_config(config.model, config.tokenizer.vocab_size)
 
 
 def _survey(job: dict[str, Any], config: Any, mesh: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ma_rlhf_jax.parallel import chips, partition
 from ma_rlhf_jax.parallel.mesh import mesh_shape
 from ma_rlhf_jax.parallel.partition import Machine
 from ma_rlhf_jax.rollout import split
+from ma_rlhf_jax.training import model_configs
 
 
 class Load(NamedTuple):
@@ -68,7 +69,7 @@ class Sizes:
   ) -> 'Sizes':
     """Those of a config on so many devices of a kind."""
     data, fsdp, tensor = mesh_shape(config.mesh, num_devices)
-    shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
+    shape = presets.from_config(config.model, config.tokenizer.vocab_size)
     item = 2 if config.model.dtype == 'bfloat16' else 4
     return cls(config, shape, chip, data, fsdp, tensor, data * fsdp, item)
 
@@ -136,7 +137,7 @@ class Sizes:
     """What is decoded at once."""
     _, rows = passes_of('ppo/rollout', self.config)
     return split.Decoding(
-        presets.trained_whole(self.shape, self.config.model),
+        model_configs.trained_whole(self.shape, self.config.model),
         (self.data, self.fsdp, self.tensor),
         rows,
         sum(config_lib.lengths(self.config)),
@@ -306,8 +307,8 @@ def is_fused(name: str, config: ConfigDict, machine: Machine) -> bool:
   )
   if is_decode(name) or on_padding:
     return False
-  shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
-  shape = presets.trained_whole(shape, config.model)
+  shape = presets.from_config(config.model, config.tokenizer.vocab_size)
+  shape = model_configs.trained_whole(shape, config.model)
   return kernels.chosen(shape, machine) != 'xla'
 
 

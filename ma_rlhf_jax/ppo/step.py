@@ -7,7 +7,7 @@
 `form_experience` is traced into them. Scores, losses and updates: `ppo.learn`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -23,15 +23,13 @@ from ma_rlhf_jax.structs import (
     SequenceBatch,
 )
 
-if TYPE_CHECKING:
-  from ma_rlhf_jax.ppo.programs import Programs
-
+Programs = Any  # `ppo.programs.Programs`, which imports this module
 States = dict[str, Any]
 Metrics = dict[str, Array]
 
 
 def take(
-    p: 'Programs', states: States, prompts: PromptBatch, index: int
+    p: Programs, states: States, prompts: PromptBatch, index: int
 ) -> tuple[States, Metrics]:
   """The states after step number `index`, and its metrics."""
   rollout = respond(p, states, prompts, index)
@@ -39,7 +37,7 @@ def take(
 
 
 def respond(
-    p: 'Programs', states: States, prompts: PromptBatch, index: int
+    p: Programs, states: States, prompts: PromptBatch, index: int
 ) -> Rollout:
   """Samples a response to each prompt from the policy."""
   with jax.profiler.TraceAnnotation('rollout'):
@@ -48,7 +46,7 @@ def respond(
 
 
 def learn(
-    p: 'Programs',
+    p: Programs,
     states: States,
     prompts: PromptBatch,
     rollout: Rollout,

@@ -20,7 +20,7 @@ from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.scorers import functions
 from ma_rlhf_jax.structs import Params
-from ma_rlhf_jax.training import products
+from ma_rlhf_jax.training import model_configs, products
 from ma_rlhf_jax.training.products import (
     Source,
     SourceError,
@@ -266,7 +266,7 @@ def check(run: Setup) -> None:
     )
     read(source, check_tensors)
   if not run.config.sft.init:
-    shape = presets.from_fields(run.config.model, len(run.tokenizer))
+    shape = presets.from_config(run.config.model, len(run.tokenizer))
     _check_fit(run, Source('config.model', ''), shape, 'scalar')
 
 
@@ -326,7 +326,9 @@ def inspect(run: Setup, source: Source, kind: str) -> presets.GemmaConfig:
   """
   folder = read(source, lambda folder: folder)
   _check_tokenizer(run, source, epath.Path(folder))
-  shape = presets.frozen(read(source, huggingface.read_shape), run.config.model)
+  shape = model_configs.frozen(
+      read(source, huggingface.read_shape), run.config.model
+  )
   _check_fit(run, source, shape, kind)
   _check_shape(run, source, shape)
   return shape
@@ -370,10 +372,10 @@ def load_to_train(
     frozen: the same source loaded by `load`, which adapters share.
   """
   if not run.config.lora.rank:
-    shape = presets.trained(inspect(run, source, kind), run.config)
+    shape = model_configs.trained(inspect(run, source, kind), run.config)
     return shape, _load_params(source, shape, kind)
   shape, params = frozen or load(run, source, kind)
-  shape = presets.trained(shape, run.config)
+  shape = model_configs.trained(shape, run.config)
   key = run.spec.key(f'adapters_{role}')
   return shape, lora.add_adapters(kind, shape, params, key)
 
@@ -384,7 +386,7 @@ def _check_shape(
   """A run that is reused must have the shape that this config asks for."""
   if source.field != 'ppo.from' or run.config.sft.init:
     return
-  wanted = presets.from_fields(run.config.model, len(run.tokenizer))
+  wanted = presets.from_config(run.config.model, len(run.tokenizer))
   wrong = [
       f'{name}: {getattr(shape, name)} there, {getattr(wanted, name)} here'
       for name in presets.SHAPE_FIELDS
@@ -413,15 +415,15 @@ def first_shape(
     folder = read(source, lambda folder: folder)
     has_shape = (epath.Path(folder) / 'config.json').exists()
     return read(source, huggingface.read_shape) if has_shape else None
-  return presets.from_fields(config.model, vocab_size)
+  return presets.from_config(config.model, vocab_size)
 
 
 def initial_policy(run: Run) -> tuple[presets.GemmaConfig, Params]:
   """Where SFT starts: `sft.init`, or random weights, which all learn."""
   if source := named_source(run.config, 'sft'):
     return load_to_train(run, source, 'policy', 'sft')
-  shape = presets.from_fields(run.config.model, len(run.tokenizer))
-  shape = presets.trained_whole(shape, run.config.model)
+  shape = presets.from_config(run.config.model, len(run.tokenizer))
+  shape = model_configs.trained_whole(shape, run.config.model)
   return shape, heads.init_params('policy', shape, run.spec.key('init_sft'))
 
 

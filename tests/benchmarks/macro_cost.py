@@ -24,9 +24,10 @@ from configs import tiny
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models import heads, presets
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.ppo import learn, step
 from ma_rlhf_jax.ppo.host import HostAnswers
+from ma_rlhf_jax.ppo.method import Method
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
@@ -70,7 +71,7 @@ def _scored(mask: Array, seed: int) -> Scored:
   )
 
 
-def _update_program(config: ConfigDict, method: step.Method, micro: int) -> Any:
+def _update_program(config: ConfigDict, method: Method, micro: int) -> Any:
   """(function, states): one update of policy and critic."""
   optimizer = optim.make_optimizer(config.ppo.optim, 100)
   shape, names = method.configs.policy, ('policy', 'critic')
@@ -94,10 +95,10 @@ def _update_program(config: ConfigDict, method: step.Method, micro: int) -> Any:
   return jax.jit(both), states
 
 
-def _method(config: ConfigDict) -> step.Method:
-  shape = presets.from_fields(config.model, config.tokenizer.vocab_size)
+def _method(config: ConfigDict) -> Method:
+  shape = presets.from_config(config.model, config.tokenizer.vocab_size)
   shape = dataclasses.replace(shape, remat='none')
-  return step.Method(
+  return Method(
       Models(*[shape] * 4),
       Objective.from_config(config),
       termination.TerminationSettings.from_config(config.macro),

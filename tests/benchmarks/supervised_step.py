@@ -19,8 +19,9 @@ import numpy as np
 from ma_rlhf_jax.benching import ceilings, costs, workload
 from ma_rlhf_jax.data.encoding import EncodedSet, Ragged
 from ma_rlhf_jax.data.parts import Datasets
-from ma_rlhf_jax.models import heads, presets
+from ma_rlhf_jax.models import heads
 from ma_rlhf_jax.parallel.mesh import make_mesh
+from ma_rlhf_jax.training import model_configs
 from ma_rlhf_jax.training.reward_model import RewardModel
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sft import SFT
@@ -49,7 +50,8 @@ def _seconds(config: ConfigDict, name: str, runs: int) -> tuple[float, float]:
   """Median seconds of an update and the FLOPs that it needs."""
   make, kind, sequences, head = _STAGES[name]
   spec, shape = workload.make_spec(config)
-  config, shape = spec.config, presets.trained(shape, config)
+  config = spec.config  # without `auto`
+  shape = model_configs.trained(shape, config)
   size = config[name].batch_size
   width = spec.prompt_len, spec.response_len
   data = _rows(size, *width, shape.vocab_size)

@@ -10,7 +10,7 @@ from ma_rlhf_jax.models import heads, presets
 from ma_rlhf_jax.planning import abstract
 from ma_rlhf_jax.ppo import programs as ppo
 from ma_rlhf_jax.structs import Models, Params
-from ma_rlhf_jax.training import checkpoint
+from ma_rlhf_jax.training import checkpoint, model_configs
 from tests import tiny
 
 _SHAPE = {
@@ -118,8 +118,8 @@ def test_a_state_has_the_shapes_of_a_real_one(rank: int) -> None:
   spec = tiny.spec(tiny.config(**_SHAPE, **fields))
   with jax.set_mesh(spec.mesh):
     found = _programs(**fields)['ppo']
-    learns = presets.trained(tiny.SHAPE, spec.config)
-    frozen = presets.frozen(tiny.SHAPE, spec.config.model)
+    learns = model_configs.trained(tiny.SHAPE, spec.config)
+    frozen = model_configs.frozen(tiny.SHAPE, spec.config.model)
 
     def model(kind: str, shape: presets.GemmaConfig) -> Params:
       return heads.init_params(kind, shape, jax.random.key(0))

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax.macro.termination import TerminationSettings
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.ppo import step
 from ma_rlhf_jax.ppo.host import HostAnswers
+from ma_rlhf_jax.ppo.method import Method
 from ma_rlhf_jax.structs import (
     Array,
     Experience,
@@ -42,10 +43,10 @@ FIELDS = {
 }
 
 
-def method(temperature: float = 1.0, **fields: Any) -> step.Method:
+def method(temperature: float = 1.0, **fields: Any) -> Method:
   """Of four tiny models and `tiny.config(**fields)`."""
   config = tiny.config(**fields)
-  return step.Method(
+  return Method(
       Models(*[tiny.SHAPE] * 4),
       Objective.from_config(config),
       TerminationSettings.from_config(config.macro),

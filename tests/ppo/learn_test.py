@@ -15,7 +15,7 @@ from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models.gemma import hidden_states
 from ma_rlhf_jax.models.heads import token_scores
 from ma_rlhf_jax.objective import losses, rewards, targets
-from ma_rlhf_jax.ppo import learn, step
+from ma_rlhf_jax.ppo import learn
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import (
     Array,
@@ -131,6 +131,57 @@ def test_only_macro_actions_have_to_be_known_to_weigh_by_them():
     jax.tree.map(np.testing.assert_array_equal, known, unknown)
   with pytest.raises(TypeError):
     weigh(None, loss_reduction='macro')
+
+
+# Losses.
+
+
+def _new() -> Scored:
+  """What the models say after an update: log-ratios of .3 and -.3."""
+  moved = jnp.array([[0.3, -0.3, 0.3, 0], [0, 0.3, given.NAN, given.NAN]])
+  return Scored(
+      logprobs_BT=given.SCORED.logprobs_BT + moved,
+      values_BT=given.SCORED.values_BT + 2 * moved,
+  )
+
+
+@pytest.mark.parametrize(
+    'names', [('policy',), ('critic',), ('policy', 'critic')]
+)
+def test_each_model_that_has_weights_has_a_loss(names: tuple[str, ...]):
+  experience, _ = given.experience()
+  objective, macro = tiny.objective(critic_target='macro'), experience.macro
+  weights = losses.loss_weights(
+      given.MASK, macro.starts_BT, reduction='sequence'
+  )
+  found = learn.model_losses(
+      _new(), experience, dict.fromkeys(names, weights), objective
+  )
+  assert tuple(found) == names
+  aims, new = experience.targets, _new()
+  want = {
+      'policy': losses.policy_loss(
+          new.logprobs_BT,
+          given.SCORED.logprobs_BT,
+          aims.advantages_BT,
+          weights,
+          macro,
+          clip_eps=0.2,
+          ratio='token',
+      ),
+      'critic': losses.value_loss(
+          new.values_BT,
+          given.SCORED.values_BT,
+          aims.returns_BT,
+          weights,
+          given.MASK,
+          clip_eps=0.2,
+      ),
+  }
+  for name in names:
+    loss, told = want[name]
+    assert found[name] == told | {'loss': loss}
+    assert 0 < told['clipfrac'] < 1
 
 
 # Updates.
@@ -294,7 +345,9 @@ def _ppo_loss(name: str) -> Callable[[Experience, LossWeights], Array]:
         width=None,
         only=(name,),
     )
-    found = step.losses(new, experience, {name: weights}, METHOD.objective)
+    found = learn.model_losses(
+        new, experience, {name: weights}, METHOD.objective
+    )
     return found[name]['loss']
 
   return loss

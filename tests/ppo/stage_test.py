@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.models import lora, presets
+from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.ppo import stage as stage_lib
 from ma_rlhf_jax.ppo import step as step_lib
 from ma_rlhf_jax.structs import Models
-from ma_rlhf_jax.training import judge
+from ma_rlhf_jax.training import judge, model_configs
 from tests import tiny
 
 POLICY, CRITIC = tiny.params('policy', 0), tiny.params('scalar', 1)
@@ -208,7 +208,7 @@ def test_adapters_learn_beside_weights_shared_with_the_reference(tmp_path: Any):
       tiny.config(ppo__batch_size=8, lora__rank=2, ppo__optim__lr=1e-2),
       mesh=tiny.mesh(1, 1, 1),
   )
-  learns = presets.trained(tiny.SHAPE, run.config)
+  learns = model_configs.trained(tiny.SHAPE, run.config)
   key = jax.random.key(0)
   params = Models(
       policy=lora.add_adapters('policy', learns, POLICY, key),

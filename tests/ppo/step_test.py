@@ -1,4 +1,4 @@
-"""What a step computes from scores to losses, and its order."""
+"""What a step forms of scores, and its order."""
 
 import functools
 import types
@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.macro import termination
-from ma_rlhf_jax.macro.termination import TerminationSettings
-from ma_rlhf_jax.objective import losses as losses_lib
 from ma_rlhf_jax.ppo import learn, metrics, step
 from ma_rlhf_jax.ppo.host import Asked, HostAnswers
 from ma_rlhf_jax.rollout import sampling
-from ma_rlhf_jax.structs import Models, Rollout, Scored
+from ma_rlhf_jax.structs import Models, Rollout
 from ma_rlhf_jax.training import buckets
 from tests import tiny
 from tests.ppo import given
 
 MASK, SCORED = given.MASK, given.SCORED
-KEYS = jax.random.split(jax.random.key(2), 2)
 
 
 # What the experience holds.
@@ -81,16 +78,16 @@ def test_starts_of_the_host_make_the_macro_actions():
   assert made.macro.ids_BT.tolist() == [[0, 1, 1, 2], [0, 0, 4, 4]]
 
 
-def test_before_scores_are_there_a_rule_can_cut_that_asks_no_model():
-  segment = functools.partial(
-      step.segment, MASK, keys_B=KEYS, host=HostAnswers()
-  )
-  for rule in (
-      TerminationSettings('fixed', ngram=3),
-      TerminationSettings('randomised', random_lengths=(1, 2)),
-  ):
-    early, late = segment(None, rule=rule), segment(SCORED, rule=rule)
-    jax.tree.map(np.testing.assert_array_equal, early, late)
+def test_the_host_adds_its_score_to_that_of_the_reward_model():
+  # Scores 4 and -1.5; together -1.5 and 1, within the clip range.
+  host = HostAnswers(score_B=jnp.array([-5.5, 2.5]))
+  made, rewards = given.experience(host=host)
+  np.testing.assert_allclose(made.scored.score_B, [-1.5, 1.0])
+  want = [[-0.1, -0.2, 0.3, -0.4 - 1.5], [0.2, -0.1 + 1, 0, 0]]
+  np.testing.assert_allclose(rewards, want, rtol=1e-5)
+  alone = SCORED.replace(score_B=None)
+  made, _ = given.experience(scored=alone, host=host)
+  np.testing.assert_allclose(made.scored.score_B, [-5.5, 2.5])
 
 
 # The same of models that are asked.
@@ -152,55 +149,6 @@ def test_sampler_is_compared_with_the_scorer(made: tuple):
   gap = (-0.5 - np.asarray(made[0].scored.logprobs_BT))[mask].mean()
   np.testing.assert_allclose(made[1]['sampler/kl'], gap, rtol=1e-5)
   np.testing.assert_allclose(made[1]['sampler/cut_mass'], 0.25, rtol=1e-6)
-
-
-# Losses.
-
-
-def _new() -> Scored:
-  """What the models say after an update: log-ratios of .3 and -.3."""
-  moved = jnp.array([[0.3, -0.3, 0.3, 0], [0, 0.3, given.NAN, given.NAN]])
-  return Scored(
-      logprobs_BT=SCORED.logprobs_BT + moved,
-      values_BT=SCORED.values_BT + 2 * moved,
-  )
-
-
-@pytest.mark.parametrize(
-    'names', [('policy',), ('critic',), ('policy', 'critic')]
-)
-def test_each_model_that_has_weights_has_a_loss(names: tuple[str, ...]):
-  experience, _ = given.experience()
-  objective, macro = tiny.objective(critic_target='macro'), experience.macro
-  weights = losses_lib.loss_weights(MASK, macro.starts_BT, reduction='sequence')
-  found = step.losses(
-      _new(), experience, dict.fromkeys(names, weights), objective
-  )
-  assert tuple(found) == names
-  aims, new = experience.targets, _new()
-  want = {
-      'policy': losses_lib.policy_loss(
-          new.logprobs_BT,
-          SCORED.logprobs_BT,
-          aims.advantages_BT,
-          weights,
-          macro,
-          clip_eps=0.2,
-          ratio='token',
-      ),
-      'critic': losses_lib.value_loss(
-          new.values_BT,
-          SCORED.values_BT,
-          aims.returns_BT,
-          weights,
-          MASK,
-          clip_eps=0.2,
-      ),
-  }
-  for name in names:
-    loss, told = want[name]
-    assert found[name] == told | {'loss': loss}
-    assert 0 < told['clipfrac'] < 1
 
 
 # The order of things.

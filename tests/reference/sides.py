@@ -23,6 +23,7 @@ from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro.termination import TerminationSettings
 from ma_rlhf_jax.ppo import step
 from ma_rlhf_jax.ppo.host import HostAnswers
+from ma_rlhf_jax.ppo.method import segment
 from ma_rlhf_jax.ppo.programs import Programs
 from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.rollout import sampling, scoring
@@ -273,7 +274,7 @@ def _given(variant: Variant) -> list[tuple[int, ...]]:
   keys_B = sampling.row_keys(key, 0, prompts.prompt_ids_B, prompts.sample_ids_B)
   mask_BT = _sequences().response_mask_BT
   rule = TerminationSettings.from_config(config.macro)
-  macro = step.segment(mask_BT, None, keys_B, HostAnswers(), rule)
+  macro = segment(mask_BT, None, keys_B, HostAnswers(), rule)
   return [tuple(np.flatnonzero(row)) for row in np.asarray(macro.starts_BT)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax.rollout import scoring
-from ma_rlhf_jax.structs import SequenceBatch
+from ma_rlhf_jax.structs import Models, Scored, SequenceBatch
 from tests import tiny, tolerance
 from tests.models.drawn import plain_gemma
 
@@ -156,3 +156,45 @@ def test_gradients_reach_the_states_before_response_tokens_and_no_others(
   # Neither the prompt but its last token, nor the last response token, nor
   # padding on either side.
   np.testing.assert_array_equal(moved_BL, want_BL)
+
+
+_MODELS = Models(POLICY, tiny.params('policy', 2), SCALAR, SCALAR)
+
+
+@functools.partial(jax.jit, static_argnames='only')
+def _asked(params: Models, only: tuple[str, ...] = Models._fields) -> Scored:
+  return scoring.score_rows(
+      Models(*[tiny.SHAPE] * 4),
+      params,
+      tiny.sequences(ROWS),
+      temperature=0.7,
+      width=None,
+      only=only,
+  )
+
+
+def test_only_models_that_are_asked_answer_and_as_they_do_together():
+  everything = _asked(_MODELS)
+  fields = {
+      'policy': 'logprobs_BT',
+      'ref_policy': 'ref_logprobs_BT',
+      'critic': 'values_BT',
+      'reward_model': 'score_B',
+  }
+  for names in (('policy',), ('critic',), ('ref_policy', 'reward_model')):
+    found = _asked(_MODELS, only=names)
+    told = {fields[name] for name in names}
+    for field, x in vars(found).items():
+      assert (x is not None) == (field in told), (names, field)
+      if x is not None:
+        want = getattr(everything, field)
+        np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_critic_every_value_is_zero():
+  everything = _asked(_MODELS)
+  found = _asked(_MODELS._replace(critic=None))
+  assert not found.values_BT.any() and everything.values_BT.any()
+  for field in ('logprobs_BT', 'ref_logprobs_BT', 'entropy_BT', 'score_B'):
+    want = getattr(everything, field)
+    np.testing.assert_allclose(getattr(found, field), want, rtol=1e-5)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ma_rlhf_jax.models import lora, presets
+from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.ppo.stage import PPO
 from ma_rlhf_jax.structs import Models
+from ma_rlhf_jax.training import model_configs
 from ma_rlhf_jax.training.shared import Shared
 from tests import tiny
 
@@ -48,7 +49,7 @@ def test_adapters_pass_their_frozen_weights_once(
     tmp_path: pathlib.Path,
 ) -> None:
   run = tiny.run(tmp_path, tiny.config(lora__rank=2), mesh=tiny.mesh(1, 1, 1))
-  learns = presets.trained(tiny.SHAPE, run.config)
+  learns = model_configs.trained(tiny.SHAPE, run.config)
   frozen = dataclasses.replace(learns, lora=None)
   base = tiny.params('policy', 0), tiny.params('scalar', 1)
   key = jax.random.key(0)

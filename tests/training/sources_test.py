@@ -13,7 +13,7 @@ from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import exporting, heads, lora, presets
-from ma_rlhf_jax.training import sources
+from ma_rlhf_jax.training import model_configs, sources
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.sources import Source, SourceError
 from tests import tiny
@@ -289,7 +289,7 @@ def test_sft_starts_from_a_folder_or_another_run(
   shape, params = sources.initial_policy(
       _run(store, tmp_path, sft__init='policy')
   )
-  want = presets.trained_whole(SHAPE, tiny.config().model)
+  want = model_configs.trained_whole(SHAPE, tiny.config().model)
   assert shape == want
   assert params_sha256(params) == _sha256('policy', 3)
   _, of_run = sources.initial_policy(_run(store, tmp_path, sft__init='workdir'))
@@ -304,7 +304,7 @@ def test_random_weights_have_the_rows_of_the_tokenizer_and_a_seed(
   )
   run = _run(store, tmp_path)
   shape, (kind, same, key) = sources.initial_policy(run)
-  want = presets.trained_whole(SHAPE, run.config.model)
+  want = model_configs.trained_whole(SHAPE, run.config.model)
   assert shape == same == want and kind == 'policy'
   run.config.model.vocab_size = 0
   run.config.seed = 1
