@@ -126,7 +126,9 @@ def macro_targets(
   Returns:
     float [B, T] advantages and returns; 0 on padding.
   """
-  advantages = registry.resolve(ADVANTAGES, objective.advantage)
+  advantages = registry.resolve(
+      ADVANTAGES, objective.advantage, 'ppo.advantage'
+  )
   returns = CRITIC_TARGETS[objective.critic_target]
   advantages_BT = advantages(values_BT, rewards_BT, macro, objective)
   chex.assert_equal_shape([advantages_BT, macro.mask_BT])
