@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import config as config_lib
-from ma_rlhf_jax import masking, recipe, validation
+from ma_rlhf_jax import masking, recipe, registry, validation
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import advantage
 from ma_rlhf_jax.ppo import stage as stage_lib
@@ -49,7 +49,8 @@ def folder(
   for name in _SHOWN:
     (tmp_path / name).write_text(_code(name))
     monkeypatch.delitem(sys.modules, name.removesuffix('.py'), raising=False)
-  monkeypatch.setattr(sys, 'path', [*sys.path])  # a recipe adds to it
+  monkeypatch.setattr(sys, 'path', [*sys.path])
+  monkeypatch.setattr(registry, '_folders', [])  # a recipe adds to it
   return tmp_path
 
 
@@ -226,7 +227,7 @@ def test_names_are_found_in_the_current_folder(
             "my_rewards.py has no function 'gloomy'",
         ),
         ('reward', 'model+my_reward:cheerful', "no module 'my_reward' in the"),
-        ('reward', 'cheerful', "must be one of ('model',) or module:function"),
+        ('reward', 'cheerful', "must be one of model, or module:function"),
         ('ppo.advantage', 'vapo:', 'must be module:function'),
         ('ppo.advantage', 'vapor:adaptive', "no module 'vapor' in the current"),
         ('macro.termination', 'falls', 'or module:function'),
