@@ -83,6 +83,7 @@ _ERRORS = (
     checkpoint.CheckpointError,
     folders.NoSpaceError,
     sources.SourceError,
+    functions.RewardError,
     processes.ProcessError,
 )
 

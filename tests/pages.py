@@ -1,7 +1,6 @@
 """Reads the Markdown pages: blocks of code, commands, flags, names, links.
 
-Flags are read from the sources of the commands, which takes milliseconds where
-importing them all takes half a minute.
+The flags of commands are those of the tables that define them.
 """
 
 import ast
@@ -15,8 +14,11 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
+from ma_rlhf_jax import __main__ as listed
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import recipe
+from ma_rlhf_jax.commands import absl_flags
+from ma_rlhf_jax.commands.command import HELP, Command
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'ma_rlhf_jax'
@@ -25,21 +27,8 @@ PAGES = sorted(
     for folder in ('.', 'configs', 'launch', 'tests', 'ma_rlhf_jax')
     for path in (ROOT / folder).glob('*.md' if folder == '.' else '**/*.md')
 )
-# Every command has them.
-_COMMON = ('help', 'version')
-# Kind in DEFINE_<kind> -> how a flag of that kind is defined.
-_DEFINE = {
-    'string': flags.DEFINE_string,
-    'bool': flags.DEFINE_bool,
-    'boolean': flags.DEFINE_bool,
-    'integer': flags.DEFINE_integer,
-    'float': flags.DEFINE_float,
-    'list': flags.DEFINE_list,
-    'multi_string': flags.DEFINE_multi_string,
-    'enum': flags.DEFINE_string,
-}
-# Annotation of a field of a `Request`, each of which is a flag -> its kind.
-_KINDS = {'bool': 'bool', 'int': 'integer', 'float': 'float'}
+# Words that are answered before anything else is read.
+_ANSWERED = (*HELP, '--version')
 
 
 class Block(NamedTuple):
@@ -97,67 +86,32 @@ def anchors(text: str) -> set[str]:
   }
 
 
-def recipes(text: str) -> dict[str, str]:
-  """Name -> code of the recipes that a page shows, by their first comment."""
+def files(text: str) -> dict[str, str]:
+  """Name -> code of the files that a page shows, by their first comment."""
   named = {b.text: re.match(r'# (\w+\.py)\n', b.text) for b in blocks(text)}
   return {match[1]: code for code, match in named.items() if match}
 
 
-def _file(module: str) -> pathlib.Path:
-  return ROOT / (module.replace('.', '/') + '.py')
+def is_recipe(code: str) -> bool:
+  """Whether a file is a recipe; else it holds functions for one."""
+  return '\ndef get_config(' in code
 
 
-def _imported(tree: ast.Module) -> list[pathlib.Path]:
-  """Files of the package that a module imports."""
-  names = set()
-  for node in ast.walk(tree):
-    if isinstance(node, ast.ImportFrom) and node.module:
-      names |= {node.module}
-      names |= {f'{node.module}.{alias.name}' for alias in node.names}
-  paths = (_file(name) for name in names if name.startswith('ma_rlhf_jax'))
-  return sorted(path for path in paths if path.is_file())
-
-
-def _defined(nodes: Iterator[ast.AST]) -> Iterator[tuple[str, str]]:
-  """(name, kind) of the flags that calls and requests among nodes define."""
-  for node in nodes:
-    if isinstance(node, ast.ClassDef) and node.name == 'Request':
-      for field in node.body:
-        if isinstance(field, ast.AnnAssign):
-          kind = _KINDS.get(ast.unparse(field.annotation), 'string')
-          yield field.target.id, kind
-    if not (isinstance(node, ast.Call) and node.args):
-      continue
-    if not isinstance(name := getattr(node.args[0], 'value', None), str):
-      continue
-    called = ast.unparse(node.func).rpartition('.')[2]
-    if called == 'define':
-      yield name, 'recipe'
-    elif called.startswith('DEFINE_') and called[7:] in _DEFINE:
-      yield name, called[7:]
-
-
-def _at_import(tree: ast.Module) -> Iterator[ast.AST]:
-  """What runs when a module is imported, and its classes."""
-  for node in tree.body:
-    if isinstance(node, (ast.Assign, ast.Expr)):
-      yield from ast.walk(node)
-    elif isinstance(node, ast.ClassDef):
-      yield node
-
-
-@functools.cache
-def flags_of(module: str) -> dict[str, str]:
-  """Flag -> kind of a command like `ma_rlhf_jax.train`.
+def command_of(module: str) -> Command:
+  """The command that `python -m ma_rlhf_jax.train` runs.
 
   Raises:
-    FileNotFoundError: if there is no such command.
+    LookupError: if there is no such command.
   """
-  tree = ast.parse(_file(module).read_text())
-  known = dict(_defined(ast.walk(tree)))
-  for path in _imported(tree):
-    known |= dict(_defined(_at_import(ast.parse(path.read_text()))))
-  return known | {name: 'bool' for name in _COMMON}
+  known = {f'ma_rlhf_jax.{c.name}': c for c in listed.COMMANDS}
+  if module not in known:
+    raise LookupError(f'no command {module}')
+  return known[module]
+
+
+def lists_commands(arguments: list[str]) -> bool:
+  """Whether `python -m ma_rlhf_jax` takes these arguments."""
+  return arguments in ([], *([word] for word in _ANSWERED))
 
 
 @functools.cache
@@ -166,7 +120,10 @@ def script_flags(script: str) -> frozenset[str]:
   text = (ROOT / 'launch' / script).read_text()
   if '/common.sh"' in text:
     text += (ROOT / 'launch' / 'common.sh').read_text()
-  return frozenset(re.findall(r'^\s*--(\w+)(?:=\*)?\)', text, re.M))
+  found = re.findall(r'^\s*--(\w+)(?:=\*)?\)', text, re.M)
+  if 'answer_help "' in text:
+    found.append('help')
+  return frozenset(found)
 
 
 @functools.cache
@@ -179,9 +136,7 @@ def argparse_flags(path: pathlib.Path) -> frozenset[str]:
 @functools.cache
 def all_flags() -> set[str]:
   """Every flag of every command, script and benchmark."""
-  modules = ['train', 'generate', 'evaluate', 'export']
-  modules += [f'tools.{path.stem}' for path in (PACKAGE / 'tools').glob('*.py')]
-  known = {f for m in modules for f in flags_of(f'ma_rlhf_jax.{m}')}
+  known = {flag.name for c in listed.COMMANDS for flag in c.all_flags}
   for path in (ROOT / 'launch').glob('*.sh'):
     known |= script_flags(path.name)
   others = [*(ROOT / 'tests' / 'benchmarks').glob('*.py')]
@@ -220,20 +175,20 @@ def parse(
   spelt = [
       a.replace('--config.ppo.from=', '--config.ppo.from_run=')
       for a in arguments
+      if a not in _ANSWERED
   ]
-  kinds = flags_of(module)
-  if 'config' in kinds and not any(a.startswith('--config=') for a in spelt):
+  command = command_of(module)
+  if command.recipe and not any(a.startswith('--config=') for a in spelt):
     spelt.insert(0, '--config=configs/tiny.py')
   argv = [module, *spelt]
   values = flags.FlagValues()
-  for name, kind in kinds.items():
-    if kind == 'recipe':
+  absl_flags.define((*command.flags, *command.processes), values)
+  for flag in command.recipe:
+    if '.' not in flag.name:  # config.FIELD comes with it
       config_flags.DEFINE_config_file(
-          name, None, '', flag_values=values, sys_argv=argv
+          flag.name, None, '', flag_values=values, sys_argv=argv
       )
-      values[name].parser = _Recipe(folder)
-    else:
-      _DEFINE[kind](name, None, '', flag_values=values)
+      values[flag.name].parser = _Recipe(folder)
   if rest := values(argv)[1:]:
     raise ValueError(f'unexpected arguments: {rest}')
   return values
@@ -258,17 +213,14 @@ def is_field(name: str) -> bool:
 @functools.cache
 def is_code(name: str) -> bool:
   """Whether `macro.aggregate.pool` is a module, function or table."""
-  if name == 'ma_rlhf_jax.__version__':
-    return True
   parts = name.removeprefix('ma_rlhf_jax.').split('.')
   base = ROOT if parts[0] == 'tests' else PACKAGE
-  for count in range(len(parts), 0, -1):
+  for count in range(len(parts), -1, -1):
     path = base.joinpath(*parts[:count])
     rest = parts[count:]
-    if path.is_dir():
-      return not rest
-    if path.with_suffix('.py').is_file():
-      tree = ast.parse(path.with_suffix('.py').read_text())
+    files = (path.with_suffix('.py'), path / '__init__.py')
+    if file := next((f for f in files if f.is_file()), None):
+      tree = ast.parse(file.read_text())
       return not rest or (len(rest) == 1 and rest[0] in set(_names(tree)))
   return False
 

@@ -1,16 +1,19 @@
 """The pages say what is so: links, flags, fields, names, commands, examples."""
 
 import ast
+from collections.abc import Iterator
 import contextlib
 import io
 import pathlib
 import re
+import sys
 
 from ml_collections import ConfigDict
 import pytest
 
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax import recipe, switches, validation
+from ma_rlhf_jax.commands.command import HELP
 from ma_rlhf_jax.macro import termination, text_rules
 from ma_rlhf_jax.training import symptoms
 from tests import pages
@@ -28,13 +31,22 @@ _THEIRS = {'trl', 'DIR', 'failurePolicy'}
 
 
 @pytest.fixture(scope='module')
-def shown(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """A folder with the recipes that pages show."""
+def shown(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[pathlib.Path]:
+  """A folder with the files that pages show, whose modules can be imported."""
   folder = tmp_path_factory.mktemp('shown')
   for page in pages.PAGES:
-    for name, code in pages.recipes(page.read_text()).items():
+    for name, code in pages.files(page.read_text()).items():
       (folder / name).write_text(code)
-  return folder
+  # What pages write where any function may stand: `module:function`.
+  (folder / 'module.py').write_text('def function(*args):\n  return args\n')
+  modules = {path.stem for path in folder.glob('*.py')}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(folder))
+    yield folder
+  for name in modules:
+    sys.modules.pop(name, None)
 
 
 def test_the_front_page_is_short() -> None:
@@ -103,7 +115,8 @@ def _problem(line: str, shown: pathlib.Path) -> str:
     return f'unknown command {words[0]}'
   module, *arguments = words[words.index('-m') + 1 :]
   if module == 'ma_rlhf_jax':
-    return ''
+    known = pages.lists_commands(arguments)
+    return '' if known else f'unexpected {arguments}'
   if module.startswith('tests.benchmarks.'):
     path = _ROOT / (module.replace('.', '/') + '.py')
     shared = pages.argparse_flags(path.parent / 'recipes.py')
@@ -131,7 +144,7 @@ def _problem_of_script(
     return _problem(f'python -m ma_rlhf_jax.train {" ".join(own)}', shown)
   known = pages.script_flags(name)
   if name == 'test.sh':
-    known = pages.argparse_flags(_ROOT / 'tests' / 'conftest.py')
+    known = pages.argparse_flags(_ROOT / 'tests' / 'conftest.py') | {'help'}
   return _unknown(own, known)
 
 
@@ -147,11 +160,47 @@ def test_every_command_parses(page: pathlib.Path, shown: pathlib.Path) -> None:
   assert {line: problem for line, problem in wrong.items() if problem} == {}
 
 
+@pytest.mark.parametrize(
+    'line',
+    [
+        'python -m ma_rlhf_jax --halp',
+        'python -m ma_rlhf_jax train',
+        'python -m ma_rlhf_jax --version --help',
+        'python -m ma_rlhf_jax.trian',
+        'python -m ma_rlhf_jax.train --work_dir=DIR',
+        'python -m ma_rlhf_jax.train --config=configs/huge.py',
+        'python -m ma_rlhf_jax.train --config.reward=my_rewards:gloomy',
+        'python -m ma_rlhf_jax.tools.bench --lengths=long',
+        'python -m tests.benchmarks.macro_step --recipes=hh_2b',
+        './launch/local.sh --num_process=2 -- python -m ma_rlhf_jax.train',
+        './launch/test.sh --fast',
+    ],
+)
+def test_a_command_that_is_wrong_is_noticed(
+    line: str, shown: pathlib.Path
+) -> None:
+  assert _problem(line, shown)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'ma_rlhf_jax.__versions__',
+        'training.ppo',
+        'ppo.step.taken',
+        'macro.aggregate.pool.sum',
+    ],
+)
+def test_code_that_there_is_not_is_noticed(name: str) -> None:
+  assert not pages.is_code(name)
+  assert pages.is_code('ma_rlhf_jax.__version__')
+
+
 @_each_page
 def test_flags_and_commands_in_the_text_exist(
     page: pathlib.Path, shown: pathlib.Path
 ) -> None:
-  known, wrong = pages.all_flags() | _ABSENT, {}
+  known, wrong = pages.all_flags() | _ABSENT | {*HELP}, {}
   for span in pages.spans(page.read_text()):
     first = span.split()[0]
     if first in _FOREIGN:
@@ -162,6 +211,7 @@ def test_flags_and_commands_in_the_text_exist(
       wrong[span] = _problem(f'python -m ma_rlhf_jax.train {span}', shown)
     else:
       names = re.findall(r'(?<![\w-])--(\w[\w.]*)', span)
+      names += re.findall(r'^-\w+$', span)
       names = [n.removeprefix('config.').rstrip('.') for n in names]
       unknown = [n for n in names if n not in known and not pages.is_field(n)]
       wrong[span] = ', '.join(unknown)
@@ -189,7 +239,7 @@ def test_names_of_fields_files_and_code_exist(page: pathlib.Path) -> None:
     name = re.split(r'[=(:]', span)[0]
     if re.fullmatch(r'[A-Za-z_][\w/]*(\.\w+)+', name) and '://' not in span:
       named.append(name)
-  own = {*pages.recipes(text), 'recipe.py'}
+  own = {*pages.files(text), 'recipe.py'}
   wrong = [n for n in named if n not in own and not _is_something(n, page)]
   assert wrong == []
 
@@ -225,7 +275,7 @@ def test_code_of_pages_is_python(page: pathlib.Path) -> None:
 
 
 def test_recipes_that_pages_show_are_valid(shown: pathlib.Path) -> None:
-  paths = sorted(shown.glob('*.py'))
+  paths = [p for p in shown.glob('*.py') if pages.is_recipe(p.read_text())]
   assert len(paths) == 2
   for path in paths:
     assert validation.problems(recipe.load(str(path))) == []

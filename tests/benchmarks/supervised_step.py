@@ -1,6 +1,6 @@
 """Seconds and model-FLOP utilisation of updates of SFT and reward model.
 
-  python -m tests.benchmarks.supervised_step --recipe=hh_2b [--runs=10]
+  python -m tests.benchmarks.supervised_step --recipe=hh_2b --set mesh.tensor=1
       [--set sft.batch_size=64 sft.micro_batch_size=16 ...]
 
 Random weights and rows of full length; the share is of a matrix product that is
