@@ -50,6 +50,15 @@ setuptools.setup(
         'wandb': ['wandb>=0.19'],
         # Exact versions of all that judges: a linter's news is no failure, and
         # an exact torch lets pip take a CPU build where one is on offer.
+        # The tests with the newest of everything that the bounds allow; what
+        # has no wheel for the newest Python (tensorflow-text) is left out.
+        'newest': [
+            'libtpu==0.0.52',
+            'peft',
+            'pytest>=8.4',
+            'pytest-xdist>=3.6',
+            'torch==2.13.0',
+        ],
         'test': [
             'peft==0.21.2',
             'pyink==26.5.1',

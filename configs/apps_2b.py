@@ -2,7 +2,7 @@
 
 Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/apps_2b.py
-Hardware:  planned for v5e:2x4, 2.2 s a PPO step by `plan`; one chip of v5e or
+Hardware:  planned for v5e:2x4, 2.1 s a PPO step by `plan`; one chip of v5e or
            a GPU of 24 GB with adapters,
            --config=configs/apps_2b.py:lora
 Data:      codeparrot/apps: 5,000 problems, split 20 : 80 over SFT and PPO

@@ -1,7 +1,7 @@
 """Helpful and harmless dialogue with Gemma-7B, n = 5.
 
 Command:   python -m ma_rlhf_jax.train --config=configs/hh_7b.py
-Hardware:  planned for v5e:8x8, 10.7 s a PPO step and 51 chip hours by
+Hardware:  planned for v5e:8x8, 10.4 s a PPO step and 51 chip hours by
            `plan`; one GPU of 80 GB with adapters,
            --config=configs/hh_7b.py:lora
 Data:      Dahoas/full-hh-rlhf: 112,052 rows, split 20 : 40 : 40

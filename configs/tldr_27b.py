@@ -2,7 +2,7 @@
 
 Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/tldr_27b.py
-Hardware:  planned for v5p:2x2x4, 46.8 s a PPO step and 59 chip hours by
+Hardware:  planned for v5p:2x2x4, 47.0 s a PPO step and 59 chip hours by
            `plan`; a smaller slice with adapters,
            --config=configs/tldr_27b.py:lora
 Data:      openai/summarize_from_feedback, comparisons: 92,858 rows, split 20 :

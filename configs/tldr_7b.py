@@ -2,7 +2,7 @@
 
 Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/tldr_7b.py
-Hardware:  planned for v5e:8x8, 10.7 s a PPO step and 42 chip hours by
+Hardware:  planned for v5e:8x8, 10.4 s a PPO step and 42 chip hours by
            `plan`; one GPU of 80 GB with adapters,
            --config=configs/tldr_7b.py:lora
 Data:      openai/summarize_from_feedback, comparisons: 92,858 rows, split 20 :

@@ -2,7 +2,7 @@
 
 Status:    its rows cannot be read yet, so that it does not run
 Command:   python -m ma_rlhf_jax.train --config=configs/webgpt_7b.py
-Hardware:  planned for v5e:4x8, 21.8 s a PPO step by `plan`; one GPU of 80 GB
+Hardware:  planned for v5e:4x8, 21.6 s a PPO step by `plan`; one GPU of 80 GB
            with adapters,
            --config=configs/webgpt_7b.py:lora
 Data:      openai/webgpt_comparisons: 18,599 rows to train on, split 20 : 40 :

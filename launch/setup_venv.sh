@@ -40,6 +40,19 @@ find_python() {
   die 'no Python >= 3.11, < 3.14 on PATH; install one or set PYTHON=/path/to/it'
 }
 
+# Prints the newest interpreter that fits, of PATH and of pyenv.
+find_newest_python() {
+  local candidate
+  for candidate in python3.13 "$HOME"/.pyenv/versions/3.13*/bin/python \
+    python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python python3.11 python3; do
+    if fits "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  die 'no Python >= 3.11, < 3.14 found; set PYTHON=/path/to/it'
+}
+
 # Makes $VENV anew, also where Python came without ensurepip (Debian without
 # its package python3-venv): then the pip outside installs one inside.
 make_venv() {
@@ -87,7 +100,7 @@ ensure_venv() {
   fi
   echo "Installing into $VENV (once, takes minutes)"
   "$VENV_PYTHON" -m pip install -qq --no-input --disable-pip-version-check \
-    --editable "$ROOT${extra:+[$extra]}"
+    ${PIP_UPGRADE[@]+"${PIP_UPGRADE[@]}"} --editable "$ROOT${extra:+[$extra]}"
   # The package itself comes with every extra.
   echo "$wanted" | tee "$VENV/.installed" >"$VENV/.installed$extra"
 }

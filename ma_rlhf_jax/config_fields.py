@@ -212,7 +212,7 @@ BLOCKS['ppo'] = block('MA-PPO and its policy',
   critic_init=Field('', TEXT, 'Model the critic starts from: a folder, a hub '
       'id or a workdir; empty: the reward model.'),
   from_run=Field('', TEXT, 'Workdir whose SFT policy and reward model are '
-      'reused; also spelt --config.ppo.from=DIR.'),
+      'reused; recipes spell it from_run, since from is a keyword of Python.'),
   epochs=Field(1.0, _EPOCHS, 'Passes over the prompts of the PPO part.'),
   steps=Field(0, at_least(0), 'Steps; 0 = as many as epochs gives.'),
   batch_size=Field(256, _SIZE, 'Prompts per step.', 'paper'),
@@ -247,9 +247,9 @@ BLOCKS['ppo'] = block('MA-PPO and its policy',
       'What gamma discounts: a macro action (authors) or a token (SMDP).'),
   gae_lambda=Field(0.95, within(0, 1),
       'Lambda of GAE, per macro action.', 'paper'),
-  advantage=Field('shared', one_of('objective.targets:ADVANTAGES', or_own=True),
-      'Advantage of a token: that of its macro action (shared), or its own.',
-      'paper'),
+  advantage=Field('shared',
+      one_of('objective.advantage:ADVANTAGES', or_own=True), 'Advantage of a '
+      'token: that of its macro action (shared), or its own.', 'paper'),
   baseline=Field('critic', one_of('objective.targets:BASELINES'),
       'What is subtracted from returns: values of the critic, or the mean '
       'return of the other responses to a prompt (rloo).', 'paper'),
@@ -272,7 +272,7 @@ BLOCKS['ppo'] = block('MA-PPO and its policy',
   optim=_optim(1.5e-5),
 )
 BLOCKS['critic'] = block('The critic of MA-PPO',
-  target=Field('token', one_of('objective.targets:CRITIC_TARGETS'),
+  target=Field('token', one_of('objective.advantage:CRITIC_TARGETS'),
       'Returns that it learns: of tokens, or of macro actions at all their '
       'tokens (macro, paper) or at the first (starts).'),
   gae_lambda=Field(-1.0, within(0, 1, -1),

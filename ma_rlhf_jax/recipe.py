@@ -15,6 +15,7 @@ import types
 
 from ml_collections import ConfigDict
 
+from ma_rlhf_jax import registry
 from ma_rlhf_jax.arguments import ArgumentError
 from ma_rlhf_jax.config import base, flatten
 
@@ -116,10 +117,7 @@ def _module(path: str) -> types.ModuleType:
   spec = importlib.util.spec_from_loader('recipe', loader)
   module = importlib.util.module_from_spec(spec)
   sys.modules['recipe'] = module  # where dataclasses look for their module
-  # Where `module:function` of a config may be, after all that is installed.
-  for folder in (os.getcwd(), os.path.dirname(os.path.abspath(path))):
-    if folder not in sys.path:
-      sys.path.append(folder)
+  registry.look_in(os.path.dirname(os.path.abspath(path)))
   try:
     loader.exec_module(module)
   except (UnicodeDecodeError, ValueError) as error:

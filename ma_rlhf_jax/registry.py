@@ -1,8 +1,34 @@
 """Names of a table, and functions of the user's own by `module:function`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import importlib
+import os
+import sys
 from typing import Any
+
+_folders: list[str] = []
+
+
+def look_in(folder: str) -> None:
+  """Modules are looked for in `folder` too, after all that is installed."""
+  if folder not in _folders:
+    _folders.append(folder)
+
+
+@contextlib.contextmanager
+def _found_there() -> Iterator[None]:
+  """Inside, the current folder and those of `look_in` are searched, last.
+
+  Not for longer: a library that tries for a package that is not installed would
+  take a file of that name.
+  """
+  before = list(sys.path)
+  sys.path += [f for f in (os.getcwd(), *_folders) if f not in sys.path]
+  try:
+    yield
+  finally:
+    sys.path[:] = before
 
 
 def is_path(name: str) -> bool:
@@ -24,7 +50,8 @@ def load(path: str, field: str = 'function') -> Callable[..., Any]:
   if not module_name or not name:
     raise ValueError(f'{field}={path!r} must be module:function')
   try:
-    module = importlib.import_module(module_name)
+    with _found_there():
+      module = importlib.import_module(module_name)
   except ModuleNotFoundError as error:
     if error.name and not f'{module_name}.'.startswith(f'{error.name}.'):
       raise ValueError(

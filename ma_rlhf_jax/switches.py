@@ -333,8 +333,9 @@ def _of_authors(f: Values) -> Iterator[str]:
     )
 
 
-def _of_rloo(f: Values) -> Iterator[str]:
-  if f['ppo.baseline'] != 'rloo':
+def _without_critic(f: Values) -> Iterator[str]:
+  baseline = f['ppo.baseline']
+  if baseline == 'critic':
     return
   for name, holds, need in (
       ('ppo.samples_per_prompt', f['ppo.samples_per_prompt'] > 1, 'at least 2'),
@@ -346,7 +347,7 @@ def _of_rloo(f: Values) -> Iterator[str]:
       ),
   ):
     if not holds:
-      yield f"{name}={f[name]!r} must be {need} with ppo.baseline='rloo'"
+      yield f'{name}={f[name]!r} must be {need} with ppo.baseline={baseline!r}'
 
 
 def _of_variant(f: Values) -> Iterator[str]:
@@ -373,7 +374,7 @@ def problems(flat: Values) -> list[str]:
           _of_estimation,
           _of_boundaries,
           _of_authors,
-          _of_rloo,
+          _without_critic,
           _of_variant,
       )
       for line in check(flat)

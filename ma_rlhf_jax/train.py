@@ -82,6 +82,7 @@ _ERRORS = (
     checkpoint.CheckpointError,
     folders.NoSpaceError,
     sources.SourceError,
+    functions.RewardError,
     processes.ProcessError,
 )
 

@@ -5,6 +5,7 @@ The slow test presses it at 40 moments, drawn from a seed: MA_RLHF_SEED=7 pytest
 """
 
 import dataclasses
+import getpass
 import json
 import os
 import pathlib
@@ -127,7 +128,9 @@ def _interrupted(place: _Place, seconds: float, *command: str) -> str | None:
   while place.left() and time.monotonic() < end:
     time.sleep(0.05)
   assert place.left() == []
-  assert list(place.temporary.iterdir()) == []
+  # PyTorch, which reads an export back, keeps a cache of its own there.
+  kept = f'torchinductor_{getpass.getuser()}'
+  assert [p.name for p in place.temporary.iterdir() if p.name != kept] == []
   return said
 
 

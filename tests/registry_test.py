@@ -42,7 +42,7 @@ def test_any_other_name_is_a_function_of_a_module() -> None:
 
 
 _WRONG = {
-    'three': "ppo.x='three' must be one of ('one', 'two') or module:function",
+    'three': "ppo.x='three' must be one of one, two, or module:function",
     'mine:': "ppo.x='mine:' must be module:function",
     ':double': "ppo.x=':double' must be module:function",
     'mine:halve': "has no function 'halve'",

@@ -17,7 +17,7 @@ from ma_rlhf_jax.data import batches
 from ma_rlhf_jax.data.encoding import EncodedSet, Ragged
 from ma_rlhf_jax.data.parts import Datasets
 from ma_rlhf_jax.models.presets import GemmaConfig
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.parallel.mesh import AXES
 from ma_rlhf_jax.structs import Params, PromptBatch, SequenceBatch
 from ma_rlhf_jax.training.run import Run

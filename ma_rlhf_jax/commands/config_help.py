@@ -47,7 +47,8 @@ def _entry(name: str, field: Field) -> str:
 
 
 def _whole(block: str, name: str) -> str:
-  """The name of a field of a block, as the config spells it."""
+  """The name of a field of a block, as flags spell it."""
+  name = 'from' if name == 'from_run' else name
   return name if block == 'run' else f'{block}.{name}'
 
 
@@ -81,7 +82,7 @@ def text(asked: str = '') -> str:
 def _row(name: str, field: Field) -> str:
   cells = (
       f'`{name}`',
-      f'`{field.default!r}`',
+      repr(field.default),
       field.meaning,
       field.check.need,
       field.source,

@@ -372,7 +372,8 @@ def segment(
   """The macro actions of a batch under the rule that `settings` names."""
   mask_BT, starts_BT = inputs.mask_BT, inputs.host_starts_BT
   if starts_BT is None:
-    rule = registry.resolve(RULES, settings.termination)
+    name = settings.termination
+    rule = registry.resolve(RULES, name, 'macro.termination')
     starts_BT = rule(inputs, settings)
   if settings.min_len > 1 or settings.max_len:
     starts_BT = bounded(

@@ -7,6 +7,7 @@ from flax import linen as nn
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.gemma import Gemma, dummy_inputs
@@ -80,12 +81,15 @@ MODELS: dict[str, Callable[[GemmaConfig], nn.Module]] = {
 }
 
 
-def abstract_params(kind: str, config: GemmaConfig) -> Params:
+def abstract_params(
+    kind: str, config: GemmaConfig, mesh: Mesh | None = None
+) -> Params:
   """Shapes, dtypes and (under a mesh) shardings, without allocating.
 
   Args:
     kind: 'policy' or 'scalar', a key of `MODELS`.
     config: the shape.
+    mesh: whose devices need not be here; None = that of `jax.set_mesh`.
 
   Returns:
     A tree of `jax.ShapeDtypeStruct`.
@@ -96,7 +100,7 @@ def abstract_params(kind: str, config: GemmaConfig) -> Params:
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       params,
-      param_shardings(params),
+      param_shardings(params, mesh),
   )
 
 

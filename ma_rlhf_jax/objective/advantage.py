@@ -9,15 +9,66 @@ Two discounts, both 1 by default (t is a token, m a macro action):
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any, Self
 
 import chex
 from jax import lax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import aggregate, authors
-from ma_rlhf_jax.objective.settings import Objective
 from ma_rlhf_jax.structs import Array, MacroActions
+
+
+def _field(name: str) -> Any:
+  return dataclasses.field(metadata={'config': name})
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The settings of rewards, estimation and losses; hashable.
+
+  `config_fields` says what each is, with unit and source. A setting of a new
+  estimator is a line there and a line here.
+
+  Example:
+    paper = Objective.from_config(config.base())
+    undiscounted = dataclasses.replace(paper, gamma=1.0, gae_lambda=1.0)
+  """
+
+  gamma: float = _field('ppo.gamma')
+  gae_lambda: float = _field('ppo.gae_lambda')
+  critic_lambda: float = _field('critic.gae_lambda')  # < 0: gae_lambda
+  discount: str = _field('ppo.discount')
+  pool_rewards: str = _field('macro.reward')
+  pool_values: str = _field('macro.value')
+  advantage: str = _field('ppo.advantage')
+  critic_target: str = _field('critic.target')
+  baseline: str = _field('ppo.baseline')
+  samples_per_prompt: int = _field('ppo.samples_per_prompt')
+  whiten_advantages: bool = _field('ppo.whiten_advantages')
+  score_clip: float = _field('ppo.score_clip')
+  ratio: str = _field('ppo.ratio')
+  loss_reduction: str = _field('ppo.loss_reduction')
+  clip_eps: float = _field('ppo.clip_eps')
+  value_clip_eps: float = _field('critic.clip_eps')
+
+  @classmethod
+  def from_config(cls, config: ConfigDict) -> Self:
+    """The settings that a whole config holds."""
+    values = {}
+    for field in dataclasses.fields(cls):
+      block, name = field.metadata['config'].split('.')
+      values[field.name] = config[block][name]
+    return cls(**values)
+
+  @property
+  def of_critic(self) -> Self:
+    """The same with the critic's lambda as `gae_lambda`."""
+    own = self.critic_lambda >= 0
+    gae_lambda = self.critic_lambda if own else self.gae_lambda
+    return dataclasses.replace(self, gae_lambda=gae_lambda)
 
 
 def _backward(gains_BT: Array, decay_BT: Array) -> Array:
@@ -232,3 +283,51 @@ def _before(x_BT: Array, macro: MacroActions) -> Array:
   earlier_BT = jnp.cumsum(x_BT, axis=1) - x_BT
   at_start_BM = aggregate.pool(earlier_BT, macro, weights='start')
   return earlier_BT - aggregate.spread(at_start_BM, macro)
+
+
+# (values_BT, rewards_BT, macro, objective) -> [B, T], one number a token.
+Estimator = Callable[[Array, Array, MacroActions, Objective], Array]
+
+
+def _token_returns(
+    values_BT: Array,
+    rewards_BT: Array,
+    macro: MacroActions,
+    objective: Objective,
+) -> Array:
+  """Each token's own lambda-return under the piecewise lambda."""
+  o = objective
+  _, returns_BT = gae(
+      values_BT,
+      rewards_BT,
+      macro.mask_BT,
+      gamma=DISCOUNTS[o.discount](macro, o.gamma),
+      gae_lambda=piecewise(macro, o.gae_lambda),
+  )
+  return returns_BT
+
+
+def _shared_returns(*args: Array | MacroActions | Objective) -> Array:
+  """The macro action's return at each of its tokens."""
+  _, returns_BM = macro_gae(*args)
+  return aggregate.spread(returns_BM, args[2])
+
+
+def _shared_advantages(*args: Array | MacroActions | Objective) -> Array:
+  """The macro action's advantage at each of its tokens."""
+  advantages_BM, _ = macro_gae(*args)
+  return aggregate.spread(advantages_BM, args[2])
+
+
+# Name of config.ppo.advantage -> the advantages of the policy's tokens. A
+# function of the user's own, `module:function`, has the same form.
+ADVANTAGES: dict[str, Estimator] = {
+    'shared': _shared_advantages,  # paper
+    'own': own_advantages,
+}
+# Name of config.critic.target -> what the critic regresses to.
+CRITIC_TARGETS: dict[str, Estimator] = {
+    'token': _token_returns,
+    'macro': _shared_returns,  # paper
+    'starts': _shared_returns,  # counted at `critic_mask` only
+}

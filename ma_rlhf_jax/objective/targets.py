@@ -7,57 +7,13 @@ import chex
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking, registry
-from ma_rlhf_jax.macro import aggregate
 from ma_rlhf_jax.objective import advantage as advantage_lib
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import (
+    ADVANTAGES,
+    CRITIC_TARGETS,
+    Objective,
+)
 from ma_rlhf_jax.structs import Array, MacroActions, Targets
-
-# (values_BT, rewards_BT, macro, objective) -> [B, T], one number a token.
-Estimator = Callable[[Array, Array, MacroActions, Objective], Array]
-
-
-def _token_returns(
-    values_BT: Array,
-    rewards_BT: Array,
-    macro: MacroActions,
-    objective: Objective,
-) -> Array:
-  """Each token's own lambda-return under the piecewise lambda."""
-  o = objective
-  _, returns_BT = advantage_lib.gae(
-      values_BT,
-      rewards_BT,
-      macro.mask_BT,
-      gamma=advantage_lib.DISCOUNTS[o.discount](macro, o.gamma),
-      gae_lambda=advantage_lib.piecewise(macro, o.gae_lambda),
-  )
-  return returns_BT
-
-
-def _shared_returns(*args: Array | MacroActions | Objective) -> Array:
-  """The macro action's return at each of its tokens."""
-  _, returns_BM = advantage_lib.macro_gae(*args)
-  return aggregate.spread(returns_BM, args[2])
-
-
-def _shared_advantages(*args: Array | MacroActions | Objective) -> Array:
-  """The macro action's advantage at each of its tokens."""
-  advantages_BM, _ = advantage_lib.macro_gae(*args)
-  return aggregate.spread(advantages_BM, args[2])
-
-
-# Name of config.ppo.advantage -> the advantages of the policy's tokens. A
-# function of the user's own, `module:function`, has the same form.
-ADVANTAGES: dict[str, Estimator] = {
-    'shared': _shared_advantages,  # paper
-    'own': advantage_lib.own_advantages,
-}
-# Name of config.critic.target -> what the critic regresses to.
-CRITIC_TARGETS: dict[str, Estimator] = {
-    'token': _token_returns,
-    'macro': _shared_returns,  # paper
-    'starts': _shared_returns,  # counted at `critic_mask` only
-}
 
 
 def _of_critic(
@@ -170,7 +126,9 @@ def macro_targets(
   Returns:
     float [B, T] advantages and returns; 0 on padding.
   """
-  advantages = registry.resolve(ADVANTAGES, objective.advantage)
+  advantages = registry.resolve(
+      ADVANTAGES, objective.advantage, 'ppo.advantage'
+  )
   returns = CRITIC_TARGETS[objective.critic_target]
   advantages_BT = advantages(values_BT, rewards_BT, macro, objective)
   chex.assert_equal_shape([advantages_BT, macro.mask_BT])

@@ -217,13 +217,14 @@ def _with_paths(function: Any, tree: Params) -> Params:
   )
 
 
-def param_shardings(params: Params) -> Params:
-  """Shardings of parameters under the current mesh; None without one.
+def param_shardings(params: Params, mesh: Mesh | None = None) -> Params:
+  """Shardings of parameters; None without a mesh.
 
   Args:
     params: anything with shapes, by path: a model's, or some of them.
+    mesh: whose devices need not be here; None = that of `jax.set_mesh`.
   """
-  mesh = jax.sharding.get_mesh()
+  mesh = mesh or jax.sharding.get_mesh()
   if mesh.empty:
     return jax.tree.map(lambda _: None, params)
   return _with_paths(

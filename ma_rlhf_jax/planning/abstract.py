@@ -57,17 +57,11 @@ def mesh_over(config: ConfigDict, devices: list[Any]) -> Mesh:
   return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
 
 
-def _model(
-    kind: str, config: presets.GemmaConfig
-) -> tuple[presets.GemmaConfig, Params]:
-  return config, heads.abstract_params(kind, config)
-
-
 def _learning(
-    kind: str, config: presets.GemmaConfig, frozen: Params | None
+    kind: str, config: presets.GemmaConfig, frozen: Params | None, mesh: Mesh
 ) -> tuple[presets.GemmaConfig, Params]:
   """A model that learns; its adapters share the weights of `frozen`."""
-  _, params = _model(kind, config)
+  params = heads.abstract_params(kind, config, mesh)
   if config.lora is not None and frozen is not None:
     _, adapters = lora.split(config, params)
     params = lora.join(frozen, adapters)
@@ -81,15 +75,19 @@ def _ppo(
     num_steps: int,
 ) -> ppo.Programs:
   c = spec.config
-  ref_policy, scorer = (_model(kind, frozen) for kind in ('policy', 'scalar'))
+  ref_policy, scorer = (
+      (frozen, heads.abstract_params(kind, frozen, spec.mesh))
+      for kind in ('policy', 'scalar')
+  )
   critic = (None, None)
   if not functions.has_model(c):
     scorer = (None, None)
   if BASELINES[c.ppo.baseline].has_critic:
     apart = c.ppo.critic_init or not functions.has_model(c)
-    critic = _learning('scalar', learns, None if apart else scorer[1])
+    shared = None if apart else scorer[1]
+    critic = _learning('scalar', learns, shared, spec.mesh)
   models = Models(
-      policy=_learning('policy', learns, ref_policy[1]),
+      policy=_learning('policy', learns, ref_policy[1], spec.mesh),
       ref_policy=ref_policy,
       critic=critic,
       reward_model=scorer,
@@ -120,7 +118,7 @@ def programs_of(
 ) -> dict[str, Planned]:
   """The programs of each stage of a config, of abstract parameters.
 
-  All models have the shape of `config.model`; call it under `jax.set_mesh`.
+  All models have the shape of `config.model`.
 
   Args:
     spec: of the run; its devices need not be here.
@@ -136,10 +134,11 @@ def programs_of(
       if config.sft.init
       else model_configs.trained_whole(shape, config.model)
   )
+  params = functools.partial(heads.abstract_params, mesh=spec.mesh)
   makers = {
-      'sft': lambda n: sft.Programs(spec, *_model('policy', start), n),
+      'sft': lambda n: sft.Programs(spec, start, params('policy', start), n),
       'reward_model': lambda n: reward_model.Programs(
-          spec, *_model('scalar', learns), n
+          spec, learns, params('scalar', learns), n
       ),
       'ppo': lambda n: _ppo(spec, learns, frozen, n),
   }
@@ -172,8 +171,7 @@ def stages(
       name: max(1, (rows or 10**6) * share // sum(shares))
       for name, share in zip(_STAGES, shares, strict=True)
   }
-  with jax.set_mesh(mesh):
-    return programs_of(spec, config.tokenizer.vocab_size, num_rows)
+  return programs_of(spec, config.tokenizer.vocab_size, num_rows)
 
 
 def traced(program: Program) -> Any:

@@ -18,7 +18,7 @@ import optax
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import losses, targets
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.ppo.host import HostAnswers
 from ma_rlhf_jax.ppo.method import Method, segment

@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 
 from ma_rlhf_jax.macro import termination
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.ppo.host import HostAnswers
 from ma_rlhf_jax.structs import Array, MacroActions, Models, Scored
 

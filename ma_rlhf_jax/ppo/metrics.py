@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import aggregate
 from ma_rlhf_jax.objective import advantage, losses, rewards, targets
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import Array, Experience, Rollout
 

@@ -17,7 +17,7 @@ from ma_rlhf_jax.macro import host as host_rules
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models import lora
 from ma_rlhf_jax.objective import rewards
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.parallel.mesh import abstract
@@ -118,18 +118,10 @@ class Programs:
         critic=None,
         reward_model=waiting(params.reward_model),
     )
-    # Optimizer updates of policy and critic in one step, and in all.
-    self._per_step = c.ppo_epochs * c.minibatches
-    steps = {'policy': num_steps - c.critic_warmup_updates, 'critic': num_steps}
-    trained = {'policy': c.optim, 'critic': config.critic.optim}
-    if not BASELINES[c.baseline].has_critic:
-      del trained['critic']
-    self._optimizers, self._learning_rates, self.frozen = {}, {}, {}
-    for name, fields in trained.items():
-      updates = steps[name] * self._per_step
-      self._optimizers[name] = optim.make_optimizer(fields, updates)
-      self._learning_rates[name] = optim.learning_rate(fields, updates)
-      self.frozen[name], _ = self._split(name, params)
+    self._make_optimizers(num_steps)
+    self.frozen = {
+        name: self._split(name, params)[0] for name in self._optimizers
+    }
     self.abstract_states = self.init_states(checkpoint.abstract_of(params))
     reason = why_not_fused(config)
     self.fused_models = () if reason else _FUSED[c.one_pass]
@@ -140,7 +132,23 @@ class Programs:
         if reason
         else f'{names} scored and learned in one pass',
     )
-    self._jit()
+    self._make_rollout()
+    self._make_passes()
+    self._make_updates()
+
+  def _make_optimizers(self, num_steps: int) -> None:
+    config, c = self.spec.config, self.spec.config.ppo
+    # Optimizer updates of policy and critic in one step, and in all.
+    self._per_step = c.ppo_epochs * c.minibatches
+    steps = {'policy': num_steps - c.critic_warmup_updates, 'critic': num_steps}
+    trained = {'policy': c.optim, 'critic': config.critic.optim}
+    if not BASELINES[c.baseline].has_critic:
+      del trained['critic']
+    self._optimizers, self._learning_rates = {}, {}
+    for name, fields in trained.items():
+      updates = steps[name] * self._per_step
+      self._optimizers[name] = optim.make_optimizer(fields, updates)
+      self._learning_rates[name] = optim.learning_rate(fields, updates)
 
   def _split(self, name: str, params: Models) -> tuple[Any, Any]:
     """Parameters of a model that do not learn, and those that do."""
@@ -155,9 +163,9 @@ class Programs:
       states[name] = update.init_state(learning, optimizer)
     return states
 
-  def _jit(self) -> None:
-    spec, method, c = self.spec, self.method, self.spec.config.ppo
-    self._layout = layout = spec.decode_layout(method.configs.policy)
+  def _make_rollout(self) -> None:
+    spec = self.spec
+    self._layout = layout = spec.decode_layout(self.method.configs.policy)
     self.to_decode = functools.partial(layout_lib.to_decode, layout=layout)
     # The evaluation runs the same program.
     self.rollout = functools.partial(
@@ -168,15 +176,20 @@ class Programs:
             spec.rows, spec.config.rollout.batch_size
         ),
     )
-    split = functools.partial(
-        buckets.make_buckets,
-        spec.length,
-        micro_rows=c.micro_batch_size,
+
+  def _micro_batches(self, rows: int) -> buckets.Buckets:
+    c = self.spec.config.ppo
+    return buckets.make_buckets(
+        self.spec.length,
+        rows,
+        c.micro_batch_size,
         count=c.length_buckets,
-        groups=spec.batch_devices,
+        groups=self.spec.batch_devices,
     )
-    self.split = split(spec.rows)
-    objective = method.objective
+
+  def _make_passes(self) -> None:
+    method, objective = self.method, self.method.objective
+    self.split = self._micro_batches(self.spec.rows)
     bound = {'method': method, 'split': self.split}
 
     def score(models: Shared, *rest: Any) -> Scored:
@@ -201,16 +214,19 @@ class Programs:
     self._score = jax.jit(score)
     self._experience = jax.jit(experience)
     self._score_and_learn = jax.jit(score_and_learn, donate_argnums=0)
+
+  def _make_updates(self) -> None:
+    spec, c = self.spec, self.spec.config.ppo
     self._updates = {
         name: jax.jit(
             functools.partial(
                 learn.update_model,
                 name=name,
-                method=method,
+                method=self.method,
                 optimizer=optimizer,
                 epochs=c.ppo_epochs,
                 minibatches=c.minibatches,
-                split=split(spec.rows // c.minibatches),
+                split=self._micro_batches(spec.rows // c.minibatches),
             ),
             donate_argnums=0,
         )

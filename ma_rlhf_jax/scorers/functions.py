@@ -111,7 +111,8 @@ def _scores(
   if not np.isfinite(found).all():
     row = int(np.argmin(np.isfinite(found)))
     raise RewardError(
-        f'reward={name!r} gave {found[row]} for the response '
-        f'{responses[row][:80]!r}; it must be a finite number'
+        f'reward={name!r} gave {found[row]} for row {row} of '
+        f'{len(responses)}, the response {responses[row][:80]!r}; it must be a '
+        'finite number'
     )
   return found

@@ -40,7 +40,7 @@ from ma_rlhf_jax.macro import aggregate, host, termination
 from ma_rlhf_jax.macro.spelling import Speller
 from ma_rlhf_jax.models import huggingface
 from ma_rlhf_jax.objective import rewards, targets
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.rollout import scoring
 from ma_rlhf_jax.structs import MacroActions, Scored, SequenceBatch

@@ -24,7 +24,7 @@ from configs import tiny
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.models import heads, presets
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.ppo import learn, step
 from ma_rlhf_jax.ppo.host import HostAnswers
 from ma_rlhf_jax.ppo.method import Method

@@ -1,6 +1,6 @@
 """What macro actions cost a whole PPO step, beside token PPO.
 
-  python -m tests.benchmarks.macro_step --recipe=hh_2b [--runs=10]
+  python -m tests.benchmarks.macro_step --recipe=hh_2b --set mesh.tensor=1
       [--set ppo.batch_size=16 model.num_layers=4 ...]
 
 One process holds one set of weights. In each round, one rollout is drawn, and

@@ -1,6 +1,6 @@
 """Seconds and model-FLOP utilisation of updates of SFT and reward model.
 
-  python -m tests.benchmarks.supervised_step --recipe=hh_2b [--runs=10]
+  python -m tests.benchmarks.supervised_step --recipe=hh_2b --set mesh.tensor=1
       [--set sft.batch_size=64 sft.micro_batch_size=16 ...]
 
 Random weights and rows of full length; the share is of a matrix product that is
@@ -50,7 +50,8 @@ def _seconds(config: ConfigDict, name: str, runs: int) -> tuple[float, float]:
   """Median seconds of an update and the FLOPs that it needs."""
   make, kind, sequences, head = _STAGES[name]
   spec, shape = workload.make_spec(config)
-  config, shape = spec.config, model_configs.trained(shape, config)
+  config = spec.config  # without `auto`
+  shape = model_configs.trained(shape, config)
   size = config[name].batch_size
   width = spec.prompt_len, spec.response_len
   data = _rows(size, *width, shape.vocab_size)

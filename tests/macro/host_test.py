@@ -46,11 +46,6 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     'fields,error,message',
     [
-        ({'termination': 'fixed'}, ValueError, 'macro.termination='),
-        ({'parse_cutoff': 0}, ValueError, 'macro.parse_cutoff=0'),
-        ({'parse_fallback': 'two'}, ValueError, "macro.parse_fallback='two'"),
-        ({'parse_workers': -1}, ValueError, 'macro.parse_workers=-1'),
-        ({'ngram': -1}, ValueError, 'macro.ngram=-1'),
         ({'parser': ''}, ValueError, "macro.parser=''"),
         ({'parser': 'toy'}, ValueError, "macro.parser='toy'"),
         ({'parser': 'command: '}, ValueError, "macro.parser='command: '"),

@@ -158,7 +158,7 @@ def test_lambda_one_does_not_see_the_macro_actions_at_their_starts():
   ]
 
 
-@pytest.mark.parametrize('critic_target', targets.CRITIC_TARGETS)
+@pytest.mark.parametrize('critic_target', advantage.CRITIC_TARGETS)
 def test_padding_row_order_and_jit_change_nothing(critic_target: str):
   settings = {'critic_target': critic_target}
   base = macro_targets(VALUES, REWARDS, _macro(), **settings)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax.macro.termination import TerminationSettings
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from ma_rlhf_jax.ppo import step
 from ma_rlhf_jax.ppo.host import HostAnswers
 from ma_rlhf_jax.ppo.method import Method

@@ -83,8 +83,14 @@ def test_what_cannot_be_used_is_refused_at_the_start(
     [
         (lambda *_: [1.0], r'shape \(1,\) for 2 responses'),
         (lambda *_: 1.0, r'shape \(\) for 2 responses'),
-        (lambda *_: [1.0, float('nan')], "gave nan for the response 'three'"),
-        (lambda *_: [float('inf'), 1.0], "gave inf for the response 'one'"),
+        (
+            lambda *_: [1.0, float('nan')],
+            "gave nan for row 1 of 2, the response 'three'",
+        ),
+        (
+            lambda *_: [float('inf'), 1.0],
+            "gave inf for row 0 of 2, the response 'one'",
+        ),
         (lambda *_: ['good', 'bad'], "reward='own:function' failed: ValueErr"),
         (lambda *_: None, r'shape \(\) for 2 responses'),
     ],

@@ -11,7 +11,7 @@ import pytest
 from ma_rlhf_jax import config as config_lib
 from ma_rlhf_jax.macro import termination
 from ma_rlhf_jax.objective import targets
-from ma_rlhf_jax.objective.settings import Objective
+from ma_rlhf_jax.objective.advantage import Objective
 from tests import tiny
 
 # Field -> that of the config, and a value that is not the default.
