@@ -4,11 +4,14 @@
 
 `config.base` makes the config of these. A new field is a line here; checks, the
 fields that a run may change when it is resumed, `--config.help` and
-`configuration.md` follow from it.
+`configuration.md` follow from it. Those of the trained stages stand in
+`stage_fields`. All are laid out by hand, in as few lines as they can be.
 """
 
+from ma_rlhf_jax import stage_fields
 from ma_rlhf_jax.fields import (
     SWITCH,
+    TEMPERATURE,
     TEXT,
     Block,
     Field,
@@ -27,11 +30,8 @@ STAGES = ('sft', 'reward_model', 'ppo', 'evaluate')
 
 # Far above what anyone runs: a typing error is refused before anything of its
 # size is made.
-_SIZE, _ROWS, _COUNT = within(1, 2**20), within(2, 10**8), within(1, 2**12)
+_ROWS, _COUNT = within(2, 10**8), within(1, 2**12)
 _SEED = within(0, 2**32 - 1)  # what random generators take
-# Below 1e-4 float32 divides log-probs to infinity.
-_TEMPERATURE = within(1e-4, 1e6, 0)
-_EPOCHS = above(0, 1e6)
 _DTYPE = one_of('float32', 'bfloat16', 'float64')
 
 
@@ -42,44 +42,6 @@ def _best(default: str, *names: str, only: str = '') -> Field:
 
 
 # fmt: off
-def _optim(lr: float) -> dict[str, Field]:
-  """AdamW with the authors' betas, decay and clipping."""
-  return dict(
-    lr=Field(lr, above(0), 'Peak learning rate.'),
-    schedule=Field('cosine', one_of('training.optim:SCHEDULES'),
-        'How the learning rate decays after the warm-up.'),
-    warmup_ratio=Field(0.1, within(0, 1),
-        'Share of all updates of the stage in which the rate rises to lr.'),
-    final_lr_ratio=Field(0.0, within(0, 1),
-        'Learning rate at the end of the decay, as a share of lr.'),
-    b1=Field(0.9, within(0, 1, below=True),
-        "Decay of AdamW's first moment, per update.", 'authors'),
-    b2=Field(0.95, within(0, 1, below=True),
-        "Decay of AdamW's second moment, per update.", 'authors'),
-    eps=Field(1e-8, above(0), "Added to the root of AdamW's second moment."),
-    weight_decay=Field(0.1, at_least(0),
-        'Decoupled weight decay; norm weights are never decayed.', 'authors'),
-    clip_norm=Field(1.0, at_least(0),
-        'Largest global norm of a gradient; 0 = no clipping.', 'authors'),
-    moment_dtype=Field('float32', one_of('float32', 'bfloat16'),
-        "Type of AdamW's moments; bfloat16 takes half the memory of float32."),
-  )
-
-
-def _supervised(rows: str, lr: float) -> dict:
-  """How a stage goes through its part of the rows."""
-  return dict(
-    epochs=Field(1.0, _EPOCHS, 'Passes over the part of the stage.'),
-    steps=Field(0, at_least(0), 'Updates; 0 = as many as epochs gives.'),
-    batch_size=Field(64, _SIZE, f'{rows} per update.'),
-    micro_batch_size=Field(0, at_least(0),
-        f'{rows} per gradient pass; 0 = batch_size.'),
-    eval_every=Field(50, at_least(0),
-        'Updates between evaluations; each checkpoint is evaluated too.'),
-    optim=_optim(lr),
-  )
-
-
 BLOCKS: dict[str, Block] = {}
 BLOCKS['run'] = block('Fields that stand in no block',
   seed=Field(0, _SEED, 'Seed of every random draw but those of the data.'),
@@ -146,7 +108,8 @@ BLOCKS['lora'] = block('Low-rank adapters; the base weights stay frozen',
       'Matrices of a layer that get adapters.'),
 )
 BLOCKS['tokenizer'] = block('The tokenizer',
-  path=Field('', TEXT, 'Folder or hub id; empty: that of sft.init, or new.'),
+  path=Field('', TEXT,
+      'Folder or hub id of it; empty: that of sft.init, else it is trained.'),
   vocab_size=Field(1024, within(0, 2**20),
       'Tokens of a tokenizer that is trained on the SFT part.'),
 )
@@ -171,14 +134,13 @@ BLOCKS['data'] = block('Where rows come from, and how long they may be',
   parts=Field((2, 4, 4), many('three numbers of at least 0, not all 0', 0,
           lambda v: len(v) == 3 and any(v), whole=False),
       'Shares of the rows for SFT, reward model and PPO.', 'authors'),
-  split_seed=Field(1234, _SEED,
-      'Seed of the split into parts and of held-out rows.', 'authors'),
+  split_seed=Field(1234, _SEED, 'Seed of parts and held-out rows.', 'authors'),
   max_prompt_len=Field(0, within(0, 2**20), 'Longest prompt in tokens, BOS '
       'included; 0 = as long as the rows need, up to a limit of the task.'),
   max_response_len=Field(0, within(0, 2**20), 'Longest response in tokens, EOS '
       'included; 0 = as long as the rows need, up to a limit of the task.'),
   drop_truncated=Field(True, SWITCH,
-      'Responses that are cut at the limit are kept out of SFT.'),
+      'Whether responses that are cut at the limit are kept out of SFT.'),
   cache_dir=Field('', TEXT,
       'Folder of tokenised rows; empty: WORKDIR/data.', resumable=True),
   synthetic_rows=Field(16000, within(1, 10**8), 'Rows of task=synthetic.'),
@@ -187,100 +149,7 @@ BLOCKS['data'] = block('Where rows come from, and how long they may be',
   shuffle_labels=Field(False, SWITCH,
       'Control: a coin decides which response of a pair is preferred.'),
 )
-BLOCKS['sft'] = block('Supervised fine-tuning',
-  init=Field('', TEXT, 'Model to start from: a Hugging Face folder, a hub id '
-      'or a workdir; empty: random weights.'),
-  loss_on=Field('response', one_of('training.sft:LOSS_ON'),
-      'Tokens in the loss; text adds the prompt, everything also the padding, '
-      'as the authors do.'),
-  **_supervised('Sequences', 2e-5),
-)
-BLOCKS['reward_model'] = block('Reward modelling',
-  init=Field('', TEXT, 'Model to start from: a folder, a hub id or a workdir; '
-      "empty: this run's SFT policy."),
-  loss=Field('per_token', one_of('objective.preference:PAIR_LOSSES'),
-      'Tokens of a pair whose rewards the loss compares.'),
-  num_padding_at_beginning=Field(0, at_least(0), 'Padding tokens that '
-      'loss=authors passes over before one is the end; Gemma needs 0.'),
-  **_supervised('Pairs', 1e-5),
-)
-BLOCKS['ppo'] = block('MA-PPO and its policy',
-  policy_init=Field('', TEXT, 'Policy to start from: a folder, a hub id or a '
-      "workdir; empty: this run's SFT policy."),
-  reward_model=Field('', TEXT,
-      "Reward model: a folder, a hub id or a workdir; empty: this run's."),
-  critic_init=Field('', TEXT, 'Model the critic starts from: a folder, a hub '
-      'id or a workdir; empty: the reward model.'),
-  from_run=Field('', TEXT, 'Workdir whose SFT policy and reward model are '
-      'reused; recipes spell it from_run, since from is a keyword of Python.'),
-  epochs=Field(1.0, _EPOCHS, 'Passes over the prompts of the PPO part.'),
-  steps=Field(0, at_least(0), 'Steps; 0 = as many as epochs gives.'),
-  batch_size=Field(256, _SIZE, 'Prompts per step.', 'paper'),
-  samples_per_prompt=Field(1, _COUNT, 'Responses drawn for each prompt.'),
-  ppo_epochs=Field(1, _COUNT, 'Passes over the rollouts of a step.', 'paper'),
-  minibatches=Field(1, at_least(1), 'Updates in each of them.', 'paper'),
-  micro_batch_size=Field(0, at_least(0),
-      'Full-length sequences per gradient pass; shorter ones are more to a '
-      'pass. 0 = all, or with several widths a sixteenth of them.'),
-  length_buckets=Field(0, within(0, 64), 'Widths to which rows are padded for '
-      'scoring and updates: 1 = that of the longest possible row, 0 = six from '
-      '512 tokens on, else one.', resumable=True),
-  one_pass=Field('auto', one_of('auto', 'joint', 'policy', 'off'), 'Models '
-      'scored and trained in one forward pass where that is exact: joint = '
-      'policy and critic, whose gradients exist at once.', resumable=True),
-  kl_coef=Field(0.05, within(0, 1e6), 'Weight of the KL penalty of each token '
-      'in its reward, in reward-model units per nat.', 'paper'),
-  kl_estimator=Field('k1', one_of('k1'), 'Estimator of the KL in the reward: '
-      'the log-ratio. A reward is a constant to the gradient, and k2 and k3 '
-      'have another gradient than that of the KL then; k3 is logged.'),
-  kl_target=Field(0.0, within(0, 1e6), 'KL (objective/kl) in nats per response '
-      'that kl_coef adapts to; 0 = kl_coef is fixed.'),
-  kl_horizon=Field(10_000, at_least(1),
-      'Responses in which kl_coef can change by a factor of e^0.2.'),
-  score_clip=Field(2.5, within(0, 1e6), 'Scores are clipped to +-score_clip '
-      'reward-model units; 0 = no clipping.', 'authors'),
-  clip_eps=Field(0.2, above(0),
-      'Distance from 1 at which the importance ratio is clipped.', 'paper'),
-  gamma=Field(1.0, within(0, 1),
-      'Discount of a macro action or of a token, see discount.', 'paper'),
-  discount=Field('macro', one_of('objective.advantage:DISCOUNTS'),
-      'What gamma discounts: a macro action (authors) or a token (SMDP).'),
-  gae_lambda=Field(0.95, within(0, 1),
-      'Lambda of GAE, per macro action.', 'paper'),
-  advantage=Field('shared',
-      one_of('objective.advantage:ADVANTAGES', or_own=True), 'Advantage of a '
-      'token: that of its macro action (shared), or its own.', 'paper'),
-  baseline=Field('critic', one_of('objective.targets:BASELINES'),
-      'What is subtracted from returns: values of the critic, or the mean '
-      'return of the other responses to a prompt (rloo).', 'paper'),
-  whiten_advantages=Field(False, SWITCH,
-      'Advantages of a batch are shifted to mean 0 and scaled to std 1.'),
-  ratio=Field('token', one_of('objective.losses:RATIOS'),
-      'Importance ratio: of a token (authors), of a macro action (paper), or '
-      'its geometric mean.', 'authors'),
-  loss_reduction=Field('sequence', one_of('objective.losses:REDUCTIONS'),
-      'The policy loss is a mean over sequences of their means (authors), over '
-      'all tokens or macro actions (paper), or over all columns (constant).',
-      'authors'),
-  logprob_temperature=Field(0.0, _TEMPERATURE,
-      'Temperature of the log-probs in ratio and KL; 0 = that of rollout.'),
-  critic_warmup_updates=Field(0, at_least(0),
-      'Steps at the start in which only the critic is trained.'),
-  max_kl=Field(30.0, above(0, 1e6),
-      'Largest eval/kl, in nats per response, of the best checkpoint.'),
-  eval_every=Field(10, at_least(0), 'Steps between evaluations.'),
-  optim=_optim(1.5e-5),
-)
-BLOCKS['critic'] = block('The critic of MA-PPO',
-  target=Field('token', one_of('objective.advantage:CRITIC_TARGETS'),
-      'Returns that it learns: of tokens, or of macro actions at all their '
-      'tokens (macro, paper) or at the first (starts).'),
-  gae_lambda=Field(-1.0, within(0, 1, -1),
-      'Lambda of its returns, per macro action; -1 = ppo.gae_lambda.'),
-  clip_eps=Field(0.2, at_least(0), 'Distance from the old value at which a '
-      'value is clipped, in reward-model units; 0 = no clipping.', 'authors'),
-  optim=_optim(1.5e-5),
-)
+BLOCKS |= stage_fields.BLOCKS
 BLOCKS['macro'] = block('Macro actions: where they end, how tokens are pooled',
   variant=Field('ours', one_of('switches:VARIANTS'),
       'Variant; --config=RECIPE:VARIANT sets it together with its values.'),
@@ -293,9 +162,9 @@ BLOCKS['macro'] = block('Macro actions: where they end, how tokens are pooled',
   random_lengths=Field((2, 3, 5, 10),
       many('some whole numbers of at least 1', 1, lambda v: len(v) > 0),
       'Lengths, in tokens, that randomised shuffles.', 'paper'),
-  random_repeats=Field(3, _COUNT, 'How often each of them occurs.', 'paper'),
-  random_leftover=Field('one', one_of('one', 'cycle'), 'What follows all of '
-      'them: one macro action, or the lengths again.', 'paper'),
+  random_repeats=Field(3, _COUNT, 'How often each length occurs.', 'paper'),
+  random_leftover=Field('one', one_of('one', 'cycle'), 'What follows the '
+      'random lengths: one macro action, or they again.', 'paper'),
   logprobs=Field('ref', one_of('ref', 'old'),
       'Policy whose log-probs the rules ppl, ppl_adjacent, ppl_authors and '
       'low_probability read: the reference, or the one that drew.', 'paper'),
@@ -328,7 +197,7 @@ BLOCKS['macro'] = block('Macro actions: where they end, how tokens are pooled',
       'rise (position, paper) or fall (position_reversed, authors).'),
 )
 BLOCKS['rollout'] = block('How responses are drawn',
-  temperature=Field(1.0, _TEMPERATURE, 'Divides the logits; 0 = greedy.'),
+  temperature=Field(1.0, TEMPERATURE, 'Divides the logits; 0 = greedy.'),
   top_k=Field(0, at_least(0),
       'Only this many most probable tokens can be drawn; 0 = all.'),
   top_p=Field(1.0, within(1e-6, 1), 'Only the most probable tokens that '
@@ -343,7 +212,7 @@ BLOCKS['rollout'] = block('How responses are drawn',
 )
 BLOCKS['evaluate'] = block('The final comparison', resumable=True,
   prompts=Field(256, _ROWS, 'Held-out prompts that are answered.'),
-  temperature=Field(1.0, _TEMPERATURE, 'Divides the logits; 0 = greedy.'),
+  temperature=Field(1.0, TEMPERATURE, 'Divides the logits; 0 = greedy.'),
 )
 BLOCKS['stop'] = block('Symptoms of a failed run that end it', resumable=True,
   reward_model_at_chance=Field(False, SWITCH, 'The reward model is at chance.'),
@@ -363,7 +232,7 @@ BLOCKS['mesh'] = block('Devices along each axis of the mesh', resumable=True,
       'Devices that share each matrix product; -1 = all that are left.'),
 )
 BLOCKS['checkpoint'] = block('Checkpoints', resumable=True,
-  every=Field(100, at_least(0), 'Updates between checkpoints.'),
+  every=Field(100, at_least(0), 'Updates between checkpoints; 0 = at the end.'),
   keep=Field(2, at_least(1), 'Newest checkpoints kept beside the best.'),
   best_metric=dict(
     sft=_best('-eval/loss', 'loss'),

@@ -147,6 +147,8 @@ def many(
 
 # Any text, and True or False.
 TEXT, SWITCH = Check(), Check()
+# Below 1e-4 float32 divides log-probs to infinity.
+TEMPERATURE = within(1e-4, 1e6, 0)
 
 
 @dataclasses.dataclass(frozen=True)

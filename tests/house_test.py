@@ -12,8 +12,16 @@ _PACKAGE = 'ma_rlhf_jax'
 # Data flows down this list; a module imports from its own line or above. The
 # last line is the shell, which may import anything.
 _ROOMS = (
-    ('config', 'config_fields', 'fields', 'structs', 'masking', 'switches')
-    + ('arguments', 'atomic_file', 'interrupts', 'manifest', 'registry'),
+    ('config', 'config_fields', 'stage_fields', 'fields', 'structs')
+    + (
+        'masking',
+        'switches',
+        'arguments',
+        'atomic_file',
+        'interrupts',
+        'manifest',
+        'registry',
+    ),
     ('parallel',),
     ('commands',),
     ('workdir', 'workdir_lock'),

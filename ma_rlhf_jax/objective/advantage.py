@@ -29,7 +29,7 @@ def _field(name: str) -> Any:
 class Objective:
   """The settings of rewards, estimation and losses; hashable.
 
-  `config_fields` says what each is, with unit and source. A setting of a new
+  `stage_fields` says what most are, with unit and source. A setting of a new
   estimator is a line there and a line here.
 
   Example:

@@ -66,12 +66,7 @@ class Checkpoints:
       best_metric: name of the metric that decides which is best; a leading '-'
         means that less is better. Values saved under another name count for
         nothing.
-
-    Raises:
-      ValueError: if `keep` is below 1.
     """
-    if keep < 1:
-      raise ValueError(f'checkpoint.keep is {keep}; at least 1 must be kept')
     self.folder = epath.Path(folder)
     self._sign = -1.0 if best_metric.startswith('-') else 1.0
     self._metric = best_metric.removeprefix('-')
