@@ -227,7 +227,7 @@ def test_names_are_found_in_the_current_folder(
             "my_rewards.py has no function 'gloomy'",
         ),
         ('reward', 'model+my_reward:cheerful', "no module 'my_reward' in the"),
-        ('reward', 'cheerful', "must be one of model, or module:function"),
+        ('reward', 'cheerful', 'must be one of model, or module:function'),
         ('ppo.advantage', 'vapo:', 'must be module:function'),
         ('ppo.advantage', 'vapor:adaptive', "no module 'vapor' in the current"),
         ('macro.termination', 'falls', 'or module:function'),

@@ -17,7 +17,7 @@ import importlib.util
 import json
 import math
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -62,19 +62,6 @@ def check_finite(
   bad = {k: float(v) for k, v in metrics.items() if not math.isfinite(v)}
   if bad:
     raise NonFiniteError(stage, step, bad, last_checkpoint)
-
-
-class _Sink(Protocol):
-  """Where lines go; `seal` is called before each checkpoint."""
-
-  def write(self, step: int, metrics: dict[str, float]) -> None:
-    ...
-
-  def seal(self) -> None:
-    ...
-
-  def close(self) -> None:
-    ...
 
 
 class MetricsWriter:
