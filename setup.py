@@ -48,10 +48,8 @@ setuptools.setup(
         'plan': ['libtpu==0.0.52'],
         'text': ['tensorflow-text>=2.20'],
         'wandb': ['wandb>=0.19'],
-        # Exact versions of all that judges: a linter's news is no failure, and
-        # an exact torch lets pip take a CPU build where one is on offer.
-        # The tests with the newest of everything that the bounds allow; what
-        # has no wheel for the newest Python (tensorflow-text) is left out.
+        # Tests with the newest of all that the bounds allow; without what has
+        # no wheel for the newest Python (tensorflow-text).
         'newest': [
             'libtpu==0.0.52',
             'peft',
@@ -59,6 +57,8 @@ setuptools.setup(
             'pytest-xdist>=3.6',
             'torch==2.13.0',
         ],
+        # Exact versions of all that judges: a linter's news is no failure, and
+        # an exact torch lets pip take a CPU build where one is on offer.
         'test': [
             'peft==0.21.2',
             'pyink==26.5.1',

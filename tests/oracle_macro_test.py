@@ -16,13 +16,14 @@ from ma_rlhf_jax import switches
 from ma_rlhf_jax.macro import aggregate, authors, termination
 from ma_rlhf_jax.objective import losses, rewards
 from tests import oracle
+from tests.authors import columns
 
 Case = dict[str, Any]
 _pool = jax.jit(aggregate.pool, static_argnames='weights')
 _fixed = jax.jit(termination.fixed, static_argnames='ngram')
 _from_lengths = jax.jit(termination.from_lengths)
 _ppl = jax.jit(authors.ppl)
-_counted = jax.jit(authors.counted)
+_counted = jax.jit(columns.counted)
 _last_column_alone = jax.jit(authors.last_column_alone)
 _token_rewards = jax.jit(rewards.token_rewards, static_argnames='score_clip')
 
@@ -123,7 +124,7 @@ def test_oracle_compute_rewards():
       )
       mask = np.array(case['action_mask'], bool)[:, case['start'] :]
       width = jnp.full(len(mask), mask.shape[1])
-      column = authors.score_column(jnp.asarray(mask), width) + case['start']
+      column = columns.score_column(jnp.asarray(mask), width) + case['start']
       assert column.tolist() == case['score_index'], case['id']
       everywhere = jnp.ones(logprobs.shape, bool)  # prompts and pads, as theirs
       settings = dict(

@@ -13,6 +13,7 @@ from ma_rlhf_jax.objective import advantage, losses, rewards, targets
 from ma_rlhf_jax.rollout.logprobs import token_logprobs
 from ma_rlhf_jax.structs import MacroActions
 from tests import oracle, tiny
+from tests.authors import columns
 
 Case = dict[str, Any]
 _SWITCHES = switches.VARIANTS['authors']
@@ -43,7 +44,7 @@ def _macro(
     inside = jnp.arange(mask.shape[1])[None] < width[:, None]
     starts = authors.ppl(-nll, inside)
   else:
-    starts = termination.fixed(authors.counted(mask, width), ngram=ngram)
+    starts = termination.fixed(columns.counted(mask, width), ngram=ngram)
   opens, empty = authors.last_column_alone(starts, mask, width)
   return termination.macro_actions(opens, mask).replace(empty_B=empty)
 
@@ -68,7 +69,7 @@ def _step(
       mask,
       kl_coef=x['kl_coef'],
       score_clip=_SCORE_CLIP,
-      score_column_B=authors.score_column(mask, x['width']),
+      score_column_B=columns.score_column(mask, x['width']),
   )
   objective = tiny.objective(
       gamma=x['gamma'],

@@ -8,8 +8,9 @@ the single leaf `.` joins what stands before it; with one of 3 only `on it` is:
   The old cat | sat on it .        The old cat sat | on it .
 
 Source: MA-RLHF, arXiv 2410.02743, appendix B.4. The authors' code tokenises
-leaf by leaf and adds up (`authors_parsing`); here tokens meet leaves by their
-characters, so a line break or `don't` shifts nothing, and nothing stops a run.
+leaf by leaf and adds up (tests/authors/parsing.py); here tokens meet leaves by
+their characters, so a line break or `don't` shifts nothing, and nothing stops a
+run.
 """
 
 import bisect

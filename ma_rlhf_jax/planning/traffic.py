@@ -19,7 +19,6 @@ _WIRE = {
     'collective-permute': lambda n: 1.0,
     'collective-broadcast': lambda n: 1.0,
 }
-KINDS = tuple(_WIRE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 from ma_rlhf_jax.macro import authors, termination
 from ma_rlhf_jax.objective import advantage
 from tests import tiny
+from tests.authors import columns
 
 SETTINGS = termination.TerminationSettings(
     'fixed', ngram=2, last_token_alone=True, empty_step=True
@@ -53,13 +54,13 @@ def test_without_empty_steps_the_last_token_is_still_alone():
 def test_wider_rows_have_their_last_macro_action_in_the_padding():
   # R = 6, L = 4, n = 2: columns 0 2 4 and the last, 5, a pad.
   mask, width = _mask(4, 5), jnp.array([6, 6])
-  counted = authors.counted(mask, width)
+  counted = columns.counted(mask, width)
   np.testing.assert_array_equal(counted, _mask(5, 6))
   starts = termination.fixed(counted, ngram=2)
   opens, empty = last_column_alone(starts, mask, width)
   assert opens.astype(int).tolist() == [[1, 0, 1, 0, 1, 1]] * 2
   assert empty.tolist() == [6, 6]  # before no real token
-  assert authors.score_column(mask, width).tolist() == [4, 5]
+  assert columns.score_column(mask, width).tolist() == [4, 5]
 
 
 def test_perplexity_opens_one_token_too_early():

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from ma_rlhf_jax.macro.authors_parsing import AuthorsError, boundaries
 from tests import oracle
+from tests.authors.parsing import AuthorsError, boundaries
 
 CAT = (
     'The cat sat on the mat.',
