@@ -18,7 +18,6 @@
 #
 # examples:
 #   ./launch/test.sh --slow
-#   ./launch/test.sh --newest
 #   ./launch/test.sh tests/masking_test.py -k whiten
 set -euo pipefail
 # shellcheck source=launch/setup_venv.sh

@@ -192,7 +192,11 @@ _ROWS, _RESPONSE, _CHUNK = 64, 32, 64
 def _compiled(vocab_size: int, function: Callable) -> jax.stages.Compiled:
   """The log-prob pass of a model, its entropies and its gradient."""
   shape = dataclasses.replace(
-      tiny.SHAPE, vocab_size=vocab_size, num_layers=1, num_heads=1
+      tiny.SHAPE,
+      vocab_size=vocab_size,
+      num_layers=1,
+      num_heads=1,
+      logprob_chunk=_CHUNK,
   )
   array = jax.ShapeDtypeStruct
   batch = SequenceBatch(
@@ -207,7 +211,6 @@ def _compiled(vocab_size: int, function: Callable) -> jax.stages.Compiled:
         params,
         batch,
         temperature=0.7,
-        chunk_tokens=_CHUNK,
         with_entropy=True,
     )
     return jnp.sum(jnp.sin(logprobs_BT)), entropy_BT
