@@ -154,7 +154,7 @@ BLOCKS['macro'] = block('Macro actions: where they end, how tokens are pooled',
   variant=Field('ours', one_of('switches:VARIANTS'),
       'Variant; --config=RECIPE:VARIANT sets it together with its values.'),
   termination=Field('fixed', one_of('macro.termination:RULES', 'parsing',
-          'macro.text_rules:RULES', or_own=True),
+          'macro.text_rules:RULES', or_own=('inputs', 'settings')),
       'Rule that ends macro actions. parsing, sentences, clauses and python '
       'read the text on the CPU.'),
   ngram=Field(5, at_least(0),

@@ -45,14 +45,15 @@ class Check:
     words: that follow "must be"; '' = one of the names, or anything.
     holds: whether a value is so.
     entries: names, and tables of names as `room.module:TABLE`.
-    takes_own: whether `module:function` of the user's own is a name too.
+    takes_own: what a function of the user's own, `module:function`, is called
+      with; () = no such name is allowed.
     most: the largest number; inf = as large as any number may be.
   """
 
   words: str = ''
   holds: Callable[[Any], bool] = lambda value: True
   entries: tuple[str, ...] = ()
-  takes_own: bool = False
+  takes_own: tuple[str, ...] = ()
   most: float = math.inf
 
   @property
@@ -112,8 +113,8 @@ def above(least: float, most: float = math.inf) -> Check:
   return within(least, most, above=True)
 
 
-def one_of(*entries: str, or_own: bool = False) -> Check:
-  """A check for one of the names, see `Check.entries`."""
+def one_of(*entries: str, or_own: tuple[str, ...] = ()) -> Check:
+  """A check for one of the names, see `Check.entries` and `Check.takes_own`."""
   return Check(entries=entries, takes_own=or_own)
 
 
@@ -185,7 +186,7 @@ class Field:
     value = tuple(value) if isinstance(value, list) else value
     check, kind = self.check, type(value)
     if check.takes_own:
-      return registry.problem(check.names, value, name)
+      return registry.problem(check.names, value, name, check.takes_own)
     if kind is float and not math.isfinite(value):
       return f'{name}={value!r} must be a finite number'
     if not check.holds(value) or (check.entries and value not in check.names):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import importlib
+import inspect
 import os
 import sys
 from typing import Any
@@ -36,15 +37,19 @@ def is_path(name: str) -> bool:
   return ':' in name
 
 
-def load(path: str, field: str = 'function') -> Callable[..., Any]:
+def load(
+    path: str, field: str = 'function', takes: tuple[str, ...] = ()
+) -> Callable[..., Any]:
   """The function that `module:function` names.
 
   Args:
     path: such as `my_rewards:politeness`.
     field: that holds it, for messages.
+    takes: the names of what it is called with; () = anything.
 
   Raises:
-    ValueError: if there is no such module or function, with the cure.
+    ValueError: if there is no such module or function, or it takes something
+      else, with the cure.
   """
   module_name, _, name = path.partition(':')
   if not module_name or not name:
@@ -61,16 +66,41 @@ def load(path: str, field: str = 'function') -> Callable[..., Any]:
         f'{field}={path!r}: no module {module_name!r} in the current folder, '
         "the recipe's folder or the environment"
     ) from error
+  except Exception as error:  # a module is the user's code: it may raise any
+    kind = type(error).__name__
+    raise ValueError(
+        f'{field}={path!r}: importing {module_name} failed, {kind}: {error}'
+    ) from error
   function = getattr(module, name, None)
   if not callable(function):
-    raise ValueError(
-        f'{field}={path!r}: {module.__file__} has no function {name!r}'
-    )
+    where = getattr(module, '__file__', None) or f'module {module_name}'
+    raise ValueError(f'{field}={path!r}: {where} has no function {name!r}')
+  _check_arguments(function, takes, f'{field}={path!r}')
   return function
 
 
+def _check_arguments(
+    function: Callable[..., Any], takes: tuple[str, ...], where: str
+) -> None:
+  """Raises where a function cannot be called with so many arguments."""
+  try:
+    signature = inspect.signature(function)
+  except ValueError:  # of a function in C, which says nothing
+    return
+  try:
+    if takes:
+      signature.bind(*takes)
+  except TypeError as error:
+    raise ValueError(
+        f'{where} must take ({", ".join(takes)}), and is {signature}'
+    ) from error
+
+
 def resolve(
-    table: Mapping[str, Any], name: str, field: str = 'function'
+    table: Mapping[str, Any],
+    name: str,
+    field: str = 'function',
+    takes: tuple[str, ...] = (),
 ) -> Any:
   """The entry `name` of a table, or the function that it names.
 
@@ -78,6 +108,7 @@ def resolve(
     table: by name.
     name: a key, or `module:function`.
     field: that holds it, for messages.
+    takes: see `load`.
 
   Raises:
     ValueError: if it is neither.
@@ -85,11 +116,13 @@ def resolve(
   if name in table:
     return table[name]
   if is_path(name):
-    return load(name, field)
+    return load(name, field, takes)
   raise ValueError(problem(table, name, field))
 
 
-def problem(names: Iterable[str], name: str, field: str) -> str:
+def problem(
+    names: Iterable[str], name: str, field: str, takes: tuple[str, ...] = ()
+) -> str:
   """Why a name is neither one of a table nor a function that can be loaded.
 
   Returns:
@@ -101,7 +134,7 @@ def problem(names: Iterable[str], name: str, field: str) -> str:
     known = ', '.join(names)
     return f'{field}={name!r} must be one of {known}, or module:function'
   try:
-    load(name, field)
+    load(name, field, takes)
   except ValueError as error:
     return str(error)
   return ''

@@ -17,6 +17,9 @@ from ma_rlhf_jax.fields import (
 _SIZE, _COUNT = within(1, 2**20), within(1, 2**12)
 _EPOCHS = above(0, 1e6)
 
+# What an estimator of advantages is called with.
+_ESTIMATOR = ('values_BT', 'rewards_BT', 'macro', 'objective')
+
 
 # fmt: off
 def _optim(lr: float) -> dict[str, Field]:
@@ -118,8 +121,9 @@ BLOCKS['ppo'] = block('MA-PPO and its policy',
       'What gamma discounts: a macro action (authors) or a token (SMDP).'),
   gae_lambda=Field(0.95, within(0, 1), 'GAE lambda per macro action.', 'paper'),
   advantage=Field('shared',
-      one_of('objective.advantage:ADVANTAGES', or_own=True), 'Advantage of a '
-      'token: that of its macro action (shared), or its own.', 'paper'),
+      one_of('objective.advantage:ADVANTAGES', or_own=_ESTIMATOR),
+      'Advantage of a token: that of its macro action (shared), or one of its '
+      'own (own).', 'paper'),
   baseline=Field('critic', one_of('objective.targets:BASELINES'),
       'What is subtracted from returns: values of the critic, or the mean '
       'return of the other responses to a prompt (rloo).', 'paper'),

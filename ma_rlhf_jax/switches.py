@@ -339,15 +339,18 @@ def _without_critic(f: Values) -> Iterator[str]:
     return
   for name, holds, need in (
       ('ppo.samples_per_prompt', f['ppo.samples_per_prompt'] > 1, 'at least 2'),
-      ('ppo.gae_lambda', f['ppo.gae_lambda'] == 1, '1: no value bootstraps'),
+      ('ppo.gae_lambda', f['ppo.gae_lambda'] == 1, '1'),
       (
           'ppo.critic_warmup_updates',
           f['ppo.critic_warmup_updates'] == 0,
-          '0: there is no critic',
+          '0',
       ),
   ):
     if not holds:
-      yield f'{name}={f[name]!r} must be {need} with ppo.baseline={baseline!r}'
+      yield (
+          f'{name}={f[name]!r} must be {need} with ppo.baseline={baseline!r}, '
+          'which has no critic'
+      )
 
 
 def _of_variant(f: Values) -> Iterator[str]:
@@ -384,6 +387,12 @@ def problems(flat: Values) -> list[str]:
 def warnings(config: ConfigDict) -> list[str]:
   """What is allowed and may not be what was meant, one line each."""
   m, found = config.macro, []
+  if ':' in config.ppo.advantage and config.ppo.ratio != 'token':
+    found.append(
+        f'ppo.ratio={config.ppo.ratio!r} is one for a macro action: of the '
+        f'advantages of {config.ppo.advantage} only that of its first token '
+        'counts; one number for a macro action at all its tokens serves both'
+    )
   if m.variant == 'authors' and m.termination in ('ppl', 'ppl_adjacent'):
     found.append(
         f"macro.termination={m.termination!r} is the paper's; the authors' "

@@ -313,7 +313,8 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
   return (
       f'the devices have too little memory{where}; make micro_batch_size of '
       'the stage, rollout.batch_size or model.logprob_chunk smaller, spread '
-      'the weights by mesh.fsdp, or train adapters (:lora): '
+      'the weights by mesh.fsdp, or train adapters (:lora), in a new '
+      '--workdir; --config.ppo.from=WORKDIR takes over what is trained: '
       f'{str(error).splitlines()[0]}'
   )
 

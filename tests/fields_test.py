@@ -105,7 +105,7 @@ def test_numbers_without_a_bound_have_a_size(
 
 
 def test_a_function_of_ones_own_is_a_name_where_that_is_said() -> None:
-  check = one_of('a', or_own=True)
+  check = one_of('a', or_own=('x',))
   assert check.need == 'one of a, or module:function'
   assert Field('a', check, '.').problem('x', 'math:sqrt') == ''
   assert 'no function' in Field('a', check, '.').problem('x', 'math:no')

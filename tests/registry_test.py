@@ -66,3 +66,38 @@ def test_a_name_that_cannot_be_used_says_why(name: str, message: str) -> None:
 @pytest.mark.parametrize('name', ['one', 'mine:double', 'rooms.inner:triple'])
 def test_a_name_that_can_be_used_is_no_problem(name: str) -> None:
   assert registry.problem(_TABLE, name, 'ppo.x') == ''
+
+
+def test_what_a_function_takes_is_checked_before_it_is_called() -> None:
+  assert registry.load('mine:double', 'ppo.x', ('x',))(2) == 4
+  with pytest.raises(ValueError, match=r"mine:double' must take \(a, b\)"):
+    registry.load('mine:double', 'ppo.x', ('a', 'b'))
+  problem = registry.problem(('one',), 'mine:double', 'ppo.x', ('a', 'b'))
+  assert problem.endswith('and is (x)')
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('def f(:\n', 'SyntaxError'),
+        ('undefined\n', 'NameError'),
+        ('1 / 0\n', 'ZeroDivisionError'),
+    ],
+)
+def test_a_module_that_cannot_be_run_is_one_line(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    words: str,
+) -> None:
+  (tmp_path / 'broken_module.py').write_text(text)
+  monkeypatch.delitem(sys.modules, 'broken_module', raising=False)
+  with pytest.raises(
+      ValueError, match=f'importing broken_module failed, {words}'
+  ):
+    registry.load('broken_module:f', 'reward')
+
+
+def test_a_module_without_a_file_says_what_it_lacks() -> None:
+  with pytest.raises(ValueError, match="module sys has no function 'nothing'"):
+    registry.load('sys:nothing', 'reward')

@@ -61,13 +61,9 @@ class TerminationSettings:
 
   @property
   def asks_models(self) -> bool:
-    """Whether the rule reads what models say about the response.
-
-    A rule of the user's own may.
-    """
-    return self.termination in BY_PROBABILITY or registry.is_path(
-        self.termination
-    )
+    """Whether the rule may read what models say about the response."""
+    known = self.termination in RULES or registry.is_path(self.termination)
+    return known and self.termination not in BY_POSITION
 
 
 @struct.dataclass
@@ -339,7 +335,9 @@ RULES: dict[str, Rule] = {
 }
 
 
-# The rules that read `logprobs_BT`, for which tools need a model.
+# The rules that read positions alone; all others are told what the models say.
+BY_POSITION = ('fixed', 'randomised')
+# Those that read `logprobs_BT`, for which tools need a model.
 BY_PROBABILITY = ('ppl', 'ppl_adjacent', 'ppl_authors', 'low_probability')
 
 

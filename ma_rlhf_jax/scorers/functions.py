@@ -25,6 +25,7 @@ from ma_rlhf_jax import registry
 
 # The term that is the reward model's score.
 MODEL = 'model'
+_TAKES = ('prompts', 'responses', 'rows')
 Function = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence]
 
 
@@ -45,7 +46,7 @@ def has_model(config: ConfigDict) -> bool:
 def problems(config: ConfigDict) -> list[str]:
   """What is wrong with the terms, one line each."""
   named = terms(config.reward)
-  found = [registry.problem((MODEL,), term, 'reward') for term in named]
+  found = [registry.problem((MODEL,), term, 'reward', _TAKES) for term in named]
   if len(set(named)) < len(named):
     found.append(f'reward={config.reward!r} names a term twice')
   return [line for line in found if line]
@@ -69,7 +70,9 @@ class TextReward:
       ValueError: where one cannot be loaded.
     """
     named = [term for term in terms(config.reward) if term != MODEL]
-    found = tuple((term, registry.load(term, 'reward')) for term in named)
+    found = tuple(
+        (term, registry.load(term, 'reward', _TAKES)) for term in named
+    )
     return cls(found) if found else None
 
   def __call__(

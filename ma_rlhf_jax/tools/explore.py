@@ -227,6 +227,7 @@ def segment(
       logprobs_BT=scored.logprobs_BT if old else scored.ref_logprobs_BT,
       keys_B=jax.random.split(jax.random.key(config.seed), len(rows.ids)),
       host_starts_BT=host_starts_BT,
+      scored=scored,
   )
   settings = termination.TerminationSettings.from_config(m)
   return termination.segment(inputs, settings), note

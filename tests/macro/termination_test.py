@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -367,11 +368,12 @@ def test_rules_of_probability_and_of_the_user_ask_the_models():
 def test_a_rule_of_the_user_sees_what_the_models_said(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
-  (tmp_path / 'my_rules.py').write_text(
+  (tmp_path / 'value_rules.py').write_text(
       'def high_value(inputs, settings):\n'
       '  return inputs.scored.values_BT > settings.cut_probability\n'
   )
   monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, 'value_rules', raising=False)
   mask = jnp.array([[True, True, True, False]])
   inputs = termination.TerminationInputs(
       mask,
@@ -380,6 +382,6 @@ def test_a_rule_of_the_user_sees_what_the_models_said(
       scored=Scored(values_BT=jnp.array([[0.5, 0.8, 0.6, 0.9]])),
   )
   settings = termination.TerminationSettings(
-      'my_rules:high_value', cut_probability=0.7
+      'value_rules:high_value', cut_probability=0.7
   )
   assert segment(inputs, settings).ids_BT.tolist() == [[0, 1, 1, 4]]
