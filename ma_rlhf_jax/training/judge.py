@@ -174,6 +174,19 @@ def _texts(run: Run, rollout: Rollout) -> tuple[list[str], list[str]]:
   return text(slice(None, width)), text(slice(width, None))
 
 
+def _joined(parts: Sequence[Judged], count: int) -> Judged:
+  """The first `count` of all."""
+  join = lambda lists: [x for part in lists for x in part][:count]
+  return Judged(
+      prompts=join([part.prompts for part in parts]),
+      responses=join([part.responses for part in parts]),
+      numbers={
+          name: np.concatenate([p.numbers[name] for p in parts])[:count]
+          for name in parts[0].numbers
+      },
+  )
+
+
 def judge(
     run: Run,
     policy: Model,
@@ -217,16 +230,7 @@ def judge(
             run, prompts, run.spec.key(stream), temperature, models, reward
         )
     )
-  join = lambda lists: [x for part in lists for x in part][:count]
-  names = parts[0].numbers
-  return Judged(
-      prompts=join([part.prompts for part in parts]),
-      responses=join([part.responses for part in parts]),
-      numbers={
-          name: np.concatenate([p.numbers[name] for p in parts])[:count]
-          for name in names
-      },
-  )
+  return _joined(parts, count)
 
 
 _Models = tuple[Model, Model | None, Model | None]
