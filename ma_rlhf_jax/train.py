@@ -154,12 +154,12 @@ def train_reward_model(run: Run) -> None:
 def _ppo_models(run: Run) -> tuple[Models, Models]:
   """Shapes and parameters of the four models of PPO."""
   config, workdir = run.config, run.workdir
-  source = sources.policy_source(config, workdir)
+  source = sources.source(config, workdir, 'ppo')
   ref_policy = loading.load(run, source, 'policy')
   policy = loading.load_to_train(run, source, 'policy', 'policy', ref_policy)
   reward_model = critic = None
   if functions.has_model(config):
-    source = sources.reward_model_source(config, workdir)
+    source = sources.source(config, workdir, 'score')
     reward_model = loading.load(run, source, 'scalar')
   if BASELINES[config.ppo.baseline].has_critic:
     critic = loading.initial_critic(run, ref_policy, reward_model)

@@ -235,7 +235,7 @@ def _with_new_head(
 def initial_critic(
     run: Run, ref_policy: Loaded, reward_model: Loaded | None
 ) -> Loaded:
-  """Where the critic starts, `sources.critic_source`; adapters share weights.
+  """Where the critic starts, see `sources.source`; adapters share weights.
 
   Args:
     run: what the stages share.
@@ -243,10 +243,10 @@ def initial_critic(
     reward_model: the same; None without one.
   """
   config, workdir = run.config, run.workdir
-  start = sources.critic_source(config, workdir)
+  start = sources.source(config, workdir, 'critic')
   if sources.starts_from_policy(config):
     return _with_new_head(run, start, 'critic', ref_policy)
-  named = sources.reward_model_source(config, workdir)
+  named = sources.source(config, workdir, 'score')
   same = reward_model if reward_model and start == named else None
   return load_to_train(run, start, 'scalar', 'critic', same)
 

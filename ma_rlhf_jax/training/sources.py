@@ -53,6 +53,8 @@ OWN = {
     'score': 'reward_model',
     'critic': 'reward_model',
 }
+# Stage -> the use that a given model makes it unnecessary for.
+_TRAINED_FOR = {'sft': 'ppo', 'reward_model': 'score'}
 # What `ppo.from` takes over of another run, in each role.
 _TAKEN_OVER = {'policy': 'sft', 'reward model': 'reward_model'}
 
@@ -81,32 +83,22 @@ def named_source(config: ConfigDict, use: str) -> Source | None:
     SourceError: where the first field that is set names nothing.
   """
   found = (_named(config, *entry) for entry in _FIELDS[use])
-  return next((source for source in found if source), None)
+  return next(filter(None, found), None)
 
 
-def _source(config: ConfigDict, workdir: epath.PathLike, use: str) -> Source:
-  own = Source('', product(workdir, OWN[use]))
-  return named_source(config, use) or own
+def source(
+    config: ConfigDict, workdir: epath.PathLike, use: str
+) -> Source | None:
+  """The model for a use: what a field names, or the product of this run.
 
-
-def policy_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
-  """The SFT policy: where PPO and the reward model start."""
-  return _source(config, workdir, 'ppo')
-
-
-def reward_model_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
-  """The reward model of PPO."""
-  return _source(config, workdir, 'score')
-
-
-def critic_source(config: ConfigDict, workdir: epath.PathLike) -> Source:
-  """Where the critic starts: what is named, the reward model, or the policy.
-
-  The SFT policy, with a new head, where `config.reward` has no reward model.
+  The critic starts from the SFT policy, with a new head, where `config.reward`
+  has no reward model. SFT starts from None, random weights, by default.
   """
-  if starts_from_policy(config):
-    return policy_source(config, workdir)
-  return _source(config, workdir, 'critic')
+  if use == 'critic' and starts_from_policy(config):
+    use = 'ppo'
+  named = named_source(config, use)
+  own = OWN.get(use)
+  return Source('', product(workdir, own)) if own and not named else named
 
 
 def starts_from_policy(config: ConfigDict) -> bool:
@@ -125,33 +117,25 @@ def base(config: ConfigDict, workdir: epath.PathLike, stage: str) -> str:
   Returns:
     A hub id, a gs:// path or the absolute path of a folder.
   """
-  if stage == 'critic':
-    path = critic_source(config, workdir).path
-  elif stage != 'sft':
-    path = _source(config, workdir, stage).path
-  elif source := named_source(config, 'sft'):
-    path = source.path
-  else:
+  if not (found := source(config, workdir, stage)):
     return ''
-  folder = pathlib.Path(path)
-  return str(folder.resolve()) if folder.is_dir() else path
+  folder = pathlib.Path(found.path)
+  return str(folder.resolve()) if folder.is_dir() else found.path
 
 
 def of_stage(
     config: ConfigDict, workdir: epath.PathLike, stage: str
 ) -> dict[str, Source]:
   """Role -> source, of the models that 'sft', 'reward_model' or 'ppo' loads."""
+  uses = {'policy': stage}
   if stage == 'ppo':
-    found = {'reference policy': policy_source(config, workdir)}
+    uses = {'reference policy': 'ppo'}
     if functions.has_model(config):
-      found['reward model'] = reward_model_source(config, workdir)
+      uses['reward model'] = 'score'
     if BASELINES[config.ppo.baseline].has_critic:
-      found['critic'] = critic_source(config, workdir)
-    return found
-  if stage == 'sft':
-    source = named_source(config, 'sft')
-    return {'policy': source} if source else {}
-  return {'policy': _source(config, workdir, stage)}
+      uses['critic'] = 'critic'
+  found = {role: source(config, workdir, use) for role, use in uses.items()}
+  return {role: model for role, model in found.items() if model}
 
 
 def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
@@ -159,12 +143,10 @@ def given_stages(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
   given = {}
   if not functions.has_model(config):
     given['reward_model'] = f'reward={config.reward} asks none'
-  for stage, source in (
-      ('sft', policy_source(config, workdir)),
-      ('reward_model', reward_model_source(config, workdir)),
-  ):
-    if source.field and stage not in given:
-      given[stage] = f'{source.field} gives {source.path}'
+  for stage, use in _TRAINED_FOR.items():
+    found = source(config, workdir, use)
+    if found.field and stage not in given:
+      given[stage] = f'{found.field} gives {found.path}'
   return given
 
 
@@ -172,7 +154,7 @@ def named_stages(config: ConfigDict) -> list[str]:
   """Stages whose product a field names or `config.reward` does not ask for."""
   named = [
       stage
-      for stage, use in (('sft', 'ppo'), ('reward_model', 'score'))
+      for stage, use in _TRAINED_FOR.items()
       if any(_value(config, field) for field, _ in _FIELDS[use])
   ]
   return named if functions.has_model(config) else [*named, 'reward_model']
@@ -188,31 +170,21 @@ def stages_to_train(config: ConfigDict, workdir: epath.PathLike) -> list[str]:
   ]
 
 
-def tokenizer_source(config: ConfigDict) -> Source | None:
-  """The folder or id whose tokenizer the run uses; None = train one."""
-  return named_source(config, 'tokenizer')
-
-
 def named_models(config: ConfigDict) -> list[tuple[Source, str]]:
   """The models that the config names, and the kind each is used as."""
-  uses = [
-      ('sft', 'policy'),
-      ('reward_model', 'policy'),
-      ('ppo', 'policy'),
-  ]
+  uses = {'sft': 'policy', 'reward_model': 'policy', 'ppo': 'policy'}
   if functions.has_model(config):
-    uses.append(('score', 'scalar'))
-  if BASELINES[config.ppo.baseline].has_critic and not starts_from_policy(
-      config
-  ):
-    uses.append(('critic', 'scalar'))
-  found = [(named_source(config, use), kind) for use, kind in uses]
+    uses['score'] = 'scalar'
+  has_critic = BASELINES[config.ppo.baseline].has_critic
+  if has_critic and not starts_from_policy(config):
+    uses['critic'] = 'scalar'
+  found = [(named_source(config, use), kind) for use, kind in uses.items()]
   return list(dict.fromkeys((s, kind) for s, kind in found if s))
 
 
 def describe(config: ConfigDict) -> list[str]:
   """One line for each model and tokenizer that the config names."""
-  found = [source for source, _ in named_models(config)]
+  found = [model for model, _ in named_models(config)]
   if config.tokenizer.path:
-    found.append(tokenizer_source(config))
-  return [source.describe() for source in found]
+    found.append(named_source(config, 'tokenizer'))
+  return [model.describe() for model in found]

@@ -61,7 +61,7 @@ def load_run(
   mesh = make_mesh(config.mesh)
   if config.rollout.tensor:  # an error of it ends the run before it begins
     decode_mesh(mesh, config.rollout.tensor)
-  source, tokenizer = sources.tokenizer_source(config), None
+  source, tokenizer = sources.named_source(config, 'tokenizer'), None
   if source:
     tokenizer = _load_tokenizer(source)
     if check_models:

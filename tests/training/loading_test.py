@@ -220,7 +220,7 @@ def test_a_run_of_another_shape_is_not_reused(
     store: Store, tmp_path: pathlib.Path
 ) -> None:
   run = store_run(store, tmp_path, ppo__from_run='workdir')
-  source = sources.policy_source(run.config, tmp_path)
+  source = sources.source(run.config, tmp_path, 'ppo')
   _, params = loading.load(run, source, 'policy')
   assert params_sha256(params) == sha256('policy', 1)
   run.config.model.mlp_dim = 40

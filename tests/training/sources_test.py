@@ -58,12 +58,12 @@ def test_what_a_stage_starts_from_is_a_whole_path_or_a_hub_id(
 
 def test_nothing_given_means_the_products_of_this_run(store: Store) -> None:
   config = store_config(store)
-  assert sources.policy_source(config, '/w') == Source('', '/w/sft/hf')
+  assert sources.source(config, '/w', 'ppo') == Source('', '/w/sft/hf')
   reward_model = Source('', '/w/reward_model/hf')
-  assert sources.reward_model_source(config, '/w') == reward_model
-  assert sources.critic_source(config, '/w') == reward_model
+  assert sources.source(config, '/w', 'score') == reward_model
+  assert sources.source(config, '/w', 'critic') == reward_model
   assert sources.given_stages(config, '/w') == {}
-  assert sources.tokenizer_source(config) is None
+  assert sources.named_source(config, 'tokenizer') is None
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,11 @@ def test_the_critic_of_another_run_is_the_one_that_ppo_left(
 ) -> None:
   config = store_config(store, ppo__critic_init='finished')
   want = Source('ppo.critic_init', f'{store.finished}/ppo/critic')
-  assert sources.critic_source(config, '/w') == want
+  assert sources.source(config, '/w', 'critic') == want
   # Where PPO is not done, a critic starts from the reward model as ever.
   want = Source('ppo.critic_init', f'{store.workdir}/reward_model/hf')
-  found = sources.critic_source(
-      store_config(store, ppo__critic_init='workdir'), '/w'
+  found = sources.source(
+      store_config(store, ppo__critic_init='workdir'), '/w', 'critic'
   )
   assert found == want
 
@@ -131,16 +131,18 @@ def test_the_tokenizer_is_that_of_the_first_model_named(store: Store) -> None:
   found = []
   for name, entry in zip(order, ('scalar', 'scalar', 'workdir'), strict=True):
     given[name] = entry
-    found.append(sources.tokenizer_source(store_config(store, **given)).path)
+    found.append(
+        sources.named_source(store_config(store, **given), 'tokenizer').path
+    )
   assert found == want
   given['sft__init'] = 'foreign'
   config = store_config(store, **given)
-  assert sources.tokenizer_source(config).path == store.foreign
+  assert sources.named_source(config, 'tokenizer').path == store.foreign
   config.tokenizer.path = 'elsewhere'
   want = Source('tokenizer.path', 'elsewhere')
-  assert sources.tokenizer_source(config) == want
+  assert sources.named_source(config, 'tokenizer') == want
   alone = store_config(store, ppo__critic_init='scalar')
-  assert sources.tokenizer_source(alone).path == store.scalar
+  assert sources.named_source(alone, 'tokenizer').path == store.scalar
 
 
 def test_a_run_whose_ppo_is_done_stands_for_its_ppo_policy(
@@ -162,7 +164,7 @@ def test_a_run_whose_ppo_is_done_stands_for_its_ppo_policy(
   # ppo.from says itself which stages it takes over.
   config = store_config(store, ppo__from_run='finished')
   want = Source('ppo.from', f'{store.finished}/sft/hf')
-  assert sources.policy_source(config, '/w') == want
+  assert sources.source(config, '/w', 'ppo') == want
   assert sources.base(config, '/w', 'reward_model') == want.path
 
 
@@ -180,5 +182,5 @@ def test_a_home_folder_is_found(
 ) -> None:
   monkeypatch.setenv('HOME', str(pathlib.Path(store.workdir).parent))
   config = tiny.config(**MODEL, ppo__from_run='~/workdir')
-  source = sources.policy_source(config, '/w')
+  source = sources.source(config, '/w', 'ppo')
   assert source == Source('ppo.from', f'{store.workdir}/sft/hf')
