@@ -49,11 +49,7 @@ class _Kernels(nn.Module):
     return weight.astype(self.config.compute_dtype)
 
   def project(
-      self,
-      name: str,
-      x: Array,
-      outputs: tuple[int, ...],
-      count: int = 1,
+      self, name: str, x: Array, outputs: tuple[int, ...], count: int = 1
   ) -> Array:
     """`x` times a kernel, plus what its adapter adds.
 
@@ -79,12 +75,7 @@ class _Kernels(nn.Module):
     down = nn.initializers.variance_scaling(
         1 / 3, 'fan_in', 'uniform', in_axis=fans['in_axis'], out_axis=count
     )
-    a = self._weight(
-        name + LORA_A,
-        down,
-        (*inputs, c.lora.rank),
-        c.param_dtype,
-    )
+    a = self._weight(name + LORA_A, down, (*inputs, c.lora.rank), c.param_dtype)
     b = self._weight(
         name + LORA_B,
         nn.initializers.zeros,
@@ -355,11 +346,7 @@ def hidden_and_head(
   if wide and current_mesh() is None:
     given, head_VD = vocabulary.look_up(head_VD, tokens_BL)
   hidden_BLD, _ = Gemma(config).apply(
-      {'params': params},
-      given,
-      masking.positions(mask_BL),
-      mask_BL,
-      ends=ends,
+      {'params': params}, given, masking.positions(mask_BL), mask_BL, ends=ends
   )
   return hidden_BLD, head_VD
 

@@ -206,11 +206,7 @@ class Programs:
     def score_and_learn(states: dict, others: Shared, *rest: Any) -> Any:
       rollout, _, kl_coef, _ = rest
       new, learned, made = learn.score_and_learn(
-          states,
-          *others.tree,
-          *rest,
-          optimizers=self._optimizers,
-          **bound,
+          states, *others.tree, *rest, optimizers=self._optimizers, **bound
       )
       told = metrics.describe(rollout, *made, kl_coef, objective)
       return new, made[0], told, learned
@@ -352,11 +348,7 @@ class Programs:
   def listing(self) -> dict[str, Program]:
     """What a step runs, by name, in its order."""
     states, frozen, models = checkpoint.abstract_of(
-        (
-            self.abstract_states,
-            self.frozen,
-            self.models(self.abstract_states),
-        )
+        (self.abstract_states, self.frozen, self.models(self.abstract_states))
     )
     rows, mesh = self.spec.rows, self.spec.mesh
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -84,10 +84,7 @@ def _prefill(
 
 
 def _draw(
-    config: GemmaConfig,
-    params: Params,
-    state: DecodeState,
-    s: SamplingSettings,
+    config: GemmaConfig, params: Params, state: DecodeState, s: SamplingSettings
 ) -> DecodeState:
   """Draws response token t; ended rows get pads."""
   banned_id = None

@@ -175,10 +175,6 @@ def decode_program(
 ) -> tuple[jax.stages.Wrapped, Params]:
   """The jitted function that `to_decode` calls, and what it is given.
 
-  Args:
-    params: of a policy in training.
-    layout: to decode in.
-
   Returns:
     The function, and those of the parameters that need a copy; {} = none.
   """

@@ -81,8 +81,7 @@ class Judged:
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=('shapes', 'temperature', 'num_micro'),
+    jax.jit, static_argnames=('shapes', 'temperature', 'num_micro')
 )
 def _measure(
     shared: Shared,
@@ -286,8 +285,7 @@ def _judge_batch(
   is_eos_BT = tokens_BT == run.tokenizer.eos_token_id
   numbers['ended'] = is_eos_BT.any(axis=1)
   numbers['repeated'] = repetition(
-      gathered(tokens_BT),
-      gathered(mask_BT & ~is_eos_BT),
+      gathered(tokens_BT), gathered(mask_BT & ~is_eos_BT)
   )
   return Judged(
       texts,

@@ -141,23 +141,13 @@ def _load_params(
 
 
 def load(run: Run, source: Source, kind: str) -> Loaded:
-  """Shape and parameters of a model that does not learn, checked.
-
-  Args:
-    run: what the stages share.
-    source: where the model is.
-    kind: 'policy' or 'scalar'.
-  """
+  """Shape and parameters of a model that does not learn, checked."""
   shape = inspect(run, source, kind)
   return shape, _load_params(source, shape, kind)
 
 
 def load_to_train(
-    run: Run,
-    source: Source,
-    kind: str,
-    role: str,
-    frozen: Loaded | None = None,
+    run: Run, source: Source, kind: str, role: str, frozen: Loaded | None = None
 ) -> Loaded:
   """Shape and parameters of a model that learns, with adapters if it has any.
 
@@ -201,12 +191,7 @@ def first_shape(
 ) -> presets.GemmaConfig | None:
   """The shape of the run's models: of the first one that a field names.
 
-  Args:
-    config: of the run.
-    vocab_size: entries of the tokenizer.
-
-  Returns:
-    The shape; None where the folder holds a tokenizer alone.
+  Or None, where the folder that is named holds a tokenizer alone.
   """
   for source, _ in sources.named_models(config):
     folder = read(source, lambda folder: folder)
@@ -235,12 +220,9 @@ def _with_new_head(
 def initial_critic(
     run: Run, ref_policy: Loaded, reward_model: Loaded | None
 ) -> Loaded:
-  """Where the critic starts, see `sources.source`; adapters share weights.
+  """Where the critic starts, see `sources.source`.
 
-  Args:
-    run: what the stages share.
-    ref_policy: of PPO, as it was loaded.
-    reward_model: the same; None without one.
+  Adapters share the weights of the other two, as they were loaded.
   """
   config, workdir = run.config, run.workdir
   start = sources.source(config, workdir, 'critic')
