@@ -78,6 +78,25 @@ ARGUMENTS = {
 }
 
 
+def _field_and_value(item: str) -> tuple[str, Any]:
+  """What `name=value` sets, and to what."""
+  name, _, text = item.partition('=')
+  if name not in ARGUMENTS:
+    raise ArgumentError(
+        f'recipe argument {name!r} is unknown; known are '
+        f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5, '
+        f'and the words {", ".join(switches.WORDS)}'
+    )
+  field, parse = ARGUMENTS[name]
+  try:
+    return field, parse(text)
+  except ValueError:
+    raise ArgumentError(
+        f'recipe argument {item!r}: {text!r} is not of type '
+        f'{parse.__name__}; write for example {name}=5'
+    ) from None
+
+
 def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
   """`config` after the recipe arguments `word,name=value`.
 
@@ -106,21 +125,7 @@ def apply_arguments(config: ConfigDict, arguments: str | None) -> ConfigDict:
     if item in switches.WORDS:
       controls.append(item)
       continue
-    name, _, text = item.partition('=')
-    if name not in ARGUMENTS:
-      raise ArgumentError(
-          f'recipe argument {name!r} is unknown; known are '
-          f'{", ".join(sorted(ARGUMENTS))}, as in --config=recipe.py:ngram=5, '
-          f'and the words {", ".join(switches.WORDS)}'
-      )
-    field, parse = ARGUMENTS[name]
-    try:
-      value = parse(text)
-    except ValueError:
-      raise ArgumentError(
-          f'recipe argument {item!r}: {text!r} is not of type '
-          f'{parse.__name__}; write for example {name}=5'
-      ) from None
+    field, value = _field_and_value(item)
     if given.setdefault(field, (item, value))[1] != value:
       raise ArgumentError(
           f'{given[field][0]} and {item} contradict each other; leave one of '

@@ -28,7 +28,14 @@ from ma_rlhf_jax.evaluation import comparison, statistics
 from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.scorers import functions
-from ma_rlhf_jax.training import judge, origins, products, sources, symptoms
+from ma_rlhf_jax.training import (
+    judge,
+    loading,
+    origins,
+    products,
+    sources,
+    symptoms,
+)
 from ma_rlhf_jax.training.run import Run
 from ma_rlhf_jax.training.start import load_run
 
@@ -142,13 +149,13 @@ def compare(run: Run) -> None:
   origins.check(run, 'ppo')  # a workdir that is named may have trained on
   for stage in ('sft', 'reward_model', 'ppo'):
     products.check_unchanged(run.workdir, stage)
-  policy = sources.policy_source(c, run.workdir)
+  policy = sources.source(c, run.workdir, 'ppo')
   trained = products.Source('', products.product(run.workdir, 'ppo'))
-  load = lambda source, kind: judge.Model(*sources.load(run, source, kind))
+  load = lambda source, kind: judge.Model(*loading.load(run, source, kind))
   sft = load(policy, 'policy')
   scorer = None
   if functions.has_model(c):
-    scorer = load(sources.reward_model_source(c, run.workdir), 'scalar')
+    scorer = load(sources.source(c, run.workdir, 'score'), 'scalar')
   judged = {
       name: judge.judge(
           run,

@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from ma_rlhf_jax import interrupts
 from ma_rlhf_jax.commands import command, verbs
@@ -39,6 +40,9 @@ from ma_rlhf_jax.objective.targets import BASELINES
 from ma_rlhf_jax.publishing import card, check_rows, lineage, publish
 from ma_rlhf_jax.training import checkpoint, products, sources, symptoms
 
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
 STAGES = ('sft', 'reward_model', 'ppo', 'critic')
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9}
 
@@ -63,6 +67,32 @@ class Request:
   base: str = ''
 
 
+def _check_rows(
+    request: Request, config: ConfigDict, tokenizer: 'PreTrainedTokenizerBase'
+) -> check_rows.Rows:
+  kind = card.kind(request.stage)
+  if request.prompts:
+    return check_rows.of_file(request.prompts, tokenizer, kind)
+  return check_rows.held_out(config, tokenizer, kind)
+
+
+def _told(
+    request: Request, workdir: epath.Path, config: ConfigDict, told: str
+) -> str:
+  """`told`, and what the user should know before the folder is used."""
+  trainer = 'ppo' if request.stage == 'critic' else request.stage
+  done = workdir_lib.read_done(workdir, trainer) or {}
+  for line in symptoms.lines(done.get('symptoms', {})):
+    told += f'\nwarning: symptom of a failed run: {line}'
+  if request.adapter and not _public_base(workdir, config, request):
+    told += (
+        f'\nnote: the base is a local folder, called {lineage.NO_NAME} in the '
+        'card; publish it too and name it by --base, or export merged, without '
+        '--adapter'
+    )
+  return told
+
+
 def export(request: Request) -> str:
   """Makes the folder, and uploads it where that is asked for.
 
@@ -84,17 +114,13 @@ def export(request: Request) -> str:
   ) as draft:
     product = huggingface.resolve(products.product(workdir, request.stage))
     tokenizer = tokenizer_lib.load_tokenizer(str(product))
-    kind = card.kind(request.stage)
+    rows = _check_rows(request, config, tokenizer)
     job = publish.Job(
         config,
         workdir,
         request.stage,
         tokenizer,
-        rows=(
-            check_rows.of_file(request.prompts, tokenizer, kind)
-            if request.prompts
-            else check_rows.held_out(config, tokenizer, kind)
-        ),
+        rows=rows,
         model_path=request.push_to_hub or output.name,
         draft=draft,
         base=request.base,
@@ -105,17 +131,7 @@ def export(request: Request) -> str:
       receipt = publish.write_model(
           job, dtype=request.dtype, max_shard_bytes=shard_bytes
       )
-  told = f'{output}: {_summary(receipt)}'
-  trainer = 'ppo' if request.stage == 'critic' else request.stage
-  done = workdir_lib.read_done(workdir, trainer) or {}
-  for line in symptoms.lines(done.get('symptoms', {})):
-    told += f'\nwarning: symptom of a failed run: {line}'
-  if request.adapter and not _public_base(workdir, config, request):
-    told += (
-        f'\nnote: the base is a local folder, called {lineage.NO_NAME} in the '
-        'card; publish it too and name it by --base, or export merged, without '
-        '--adapter'
-    )
+  told = _told(request, workdir, config, f'{output}: {_summary(receipt)}')
   if request.push_to_hub:
     told += f'\nuploaded to {hub.upload(output, request.push_to_hub)}'
   return told

@@ -58,6 +58,7 @@ from ma_rlhf_jax.training import (
     automatic,
     checkpoint,
     health,
+    loading,
     metrics,
     origins,
     product_digests,
@@ -81,7 +82,7 @@ _ERRORS = (
     health.RuinedError,
     checkpoint.CheckpointError,
     folders.NoSpaceError,
-    sources.SourceError,
+    products.SourceError,
     functions.RewardError,
     processes.ProcessError,
 )
@@ -133,7 +134,7 @@ def _say_learning(name: str, shape: GemmaConfig, params: Any) -> None:
 def train_sft(run: Run) -> None:
   """SFT, from `sft.init` or random weights to `sft/hf`."""
   origins.check(run, 'sft')
-  stage = SFT(run, *sources.initial_policy(run))
+  stage = SFT(run, *loading.initial_policy(run))
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   exports = {'sft': ('policy', stage.shape, stage.params(states))}
@@ -143,7 +144,7 @@ def train_sft(run: Run) -> None:
 def train_reward_model(run: Run) -> None:
   """The reward model, from the SFT policy to `reward_model/hf`."""
   origins.check(run, 'reward_model')
-  stage = RewardModel(run, *sources.initial_reward_model(run))
+  stage = RewardModel(run, *loading.initial_reward_model(run))
   _say_learning(stage.name, stage.shape, stage.params(stage.states))
   states, step = run_stage(stage)
   exports = {'reward_model': ('scalar', stage.shape, stage.params(states))}
@@ -153,15 +154,15 @@ def train_reward_model(run: Run) -> None:
 def _ppo_models(run: Run) -> tuple[Models, Models]:
   """Shapes and parameters of the four models of PPO."""
   config, workdir = run.config, run.workdir
-  source = sources.policy_source(config, workdir)
-  ref_policy = sources.load(run, source, 'policy')
-  policy = sources.load_to_train(run, source, 'policy', 'policy', ref_policy)
+  source = sources.source(config, workdir, 'ppo')
+  ref_policy = loading.load(run, source, 'policy')
+  policy = loading.load_to_train(run, source, 'policy', 'policy', ref_policy)
   reward_model = critic = None
   if functions.has_model(config):
-    source = sources.reward_model_source(config, workdir)
-    reward_model = sources.load(run, source, 'scalar')
+    source = sources.source(config, workdir, 'score')
+    reward_model = loading.load(run, source, 'scalar')
   if BASELINES[config.ppo.baseline].has_critic:
-    critic = sources.initial_critic(run, ref_policy, reward_model)
+    critic = loading.initial_critic(run, ref_policy, reward_model)
   none = (None, None)
   loaded = Models(policy, ref_policy, critic or none, reward_model or none)
   shapes, params = zip(*loaded, strict=True)

@@ -85,6 +85,16 @@ def place(path: epath.PathLike) -> epath.Path:
   return workdir
 
 
+def _make_folder(workdir: epath.Path) -> None:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise WorkdirError(
+        f'--workdir={workdir} cannot be made a folder ({error.strerror}); '
+        'give one that may be written to'
+    ) from error
+
+
 def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
   """Creates a workdir or takes up the one there, and records this start.
 
@@ -108,13 +118,7 @@ def open_workdir(path: epath.PathLike, config: ConfigDict) -> epath.Path:
     return workdir
   stored = _stored_config(workdir)
   if stored is None:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise WorkdirError(
-          f'--workdir={workdir} cannot be made a folder ({error.strerror}); '
-          'give one that may be written to'
-      ) from error
+    _make_folder(workdir)
     manifest.write_sealed(workdir / 'config.json', config_lib.flatten(config))
   elif fields := config_lib.differences(stored, config):
     raise WorkdirError(

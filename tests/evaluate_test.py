@@ -128,7 +128,7 @@ def judging(monkeypatch: pytest.MonkeyPatch) -> _Judge:
   found = _Judge()
   monkeypatch.setattr(evaluate.judge, 'judge', found)
   monkeypatch.setattr(evaluate.origins, 'check', lambda *_: None)
-  monkeypatch.setattr(evaluate.sources, 'load', lambda *_: ('shape', 'params'))
+  monkeypatch.setattr(evaluate.loading, 'load', lambda *_: ('shape', 'params'))
   return found
 
 

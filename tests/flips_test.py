@@ -20,7 +20,7 @@ from ma_rlhf_jax import export, manifest, train
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.generation import finished
 from ma_rlhf_jax.ppo.stage import PPO
-from ma_rlhf_jax.training import sources
+from ma_rlhf_jax.training.products import SourceError
 from ma_rlhf_jax.training.sft import SFT
 from tests import products, whole_run
 
@@ -64,7 +64,7 @@ def test_a_damaged_product_is_neither_served_nor_exported(
   # One bit of a name, a letter or a weight, where no parser looks twice.
   at = text.rindex(b'a') if file.endswith('.json') else len(text) - 2
   path.write_bytes(text[:at] + bytes([text[at] ^ 2]) + text[at + 1 :])
-  with pytest.raises(sources.SourceError) as caught:
+  with pytest.raises(SourceError) as caught:
     finished.find('model', str(workdir), 'float32').load()
   assert f'{path} is damaged' in str(caught.value)
   assert f'run the train command of {workdir} again' in str(caught.value)

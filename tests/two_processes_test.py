@@ -321,15 +321,15 @@ def test_an_error_of_one_process_ends_both_with_its_words(
 ) -> None:
   code = """
 import jax
-from ma_rlhf_jax.training import sources
-check = sources.check
+from ma_rlhf_jax.training import loading
+check = loading.check
 
 def fails(run):
   if jax.process_index() == 1:
     raise OSError('the disk of this host is full')
   check(run)
 
-sources.check = fails
+loading.check = fails
 """
   printed = machine.train(
       'error', processes=2, devices=1, code=code, restarts=1, returncode=1

@@ -43,12 +43,22 @@ def _prefill(work: workload.Workload, policy: Any, prompts: Any) -> Any:
   )
 
 
+class _Taken:
+  """Seconds of each phase; the first of each, which compiles, stands apart."""
+
+  def __init__(self):
+    self.first: dict[str, float] = {}
+    self.times: dict[str, list[float]] = {}
+
+  def note(self, name: str, seconds: float) -> None:
+    if name in self.first:
+      self.times.setdefault(name, []).append(seconds)
+    else:
+      self.first[name] = seconds
+
+
 def measure(
-    config: ConfigDict,
-    *,
-    spread: str,
-    runs: int,
-    say: Callable[[str], None],
+    config: ConfigDict, *, spread: str, runs: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
   """What one shape takes; call it under `jax.set_mesh`.
 
@@ -67,67 +77,82 @@ def measure(
   say('random weights')
   work = workload.make(config, spread)
   p, states = work.programs, work.states
-  times: dict[str, list[float]] = {}
-  first: dict[str, float] = {}
-
-  def note(name: str, taken: float) -> None:
-    if name in first:
-      times.setdefault(name, []).append(taken)
-    else:
-      first[name] = taken
-
+  seconds = _Taken()
   for index in range(runs + 1):
     begun = time.perf_counter()
     prompts = work.prompts(index)
     taken, rollout = _seconds(lambda: step.respond(p, states, prompts, index))  # noqa: B023
-    note('rollout', taken)
+    seconds.note('rollout', taken)
     taken, (states, _) = _seconds(
         lambda: step.learn(p, states, prompts, rollout, index)  # noqa: B023
     )
-    note('learn', taken)
-    note('iteration', time.perf_counter() - begun)
+    seconds.note('learn', taken)
+    seconds.note('iteration', time.perf_counter() - begun)
     say(f'iteration {index}: {time.perf_counter() - begun:.2f} s')
   policy = p.to_decode(p.models(states).policy)
   prefill = _prefill(work, policy, prompts)
   for _ in range(runs + 1):
-    note('prefill', _seconds(prefill)[0])
+    seconds.note('prefill', _seconds(prefill)[0])
   del policy
   gc.collect()
   memory = peak_gib()
   for _ in range(runs + 1):
-    note('score', _seconds(lambda: p.score(states, rollout))[0])
-  return _report(work, config, top, times, first, memory, spread)
+    seconds.note('score', _seconds(lambda: p.score(states, rollout))[0])
+  return _report(work, config, top, seconds, memory, spread)
 
 
-def _report(
-    work: workload.Workload,
-    config: ConfigDict,
-    top: ceilings.Ceilings,
-    times: dict[str, list[float]],
-    first: dict[str, float],
-    memory: float,
-    spread: str,
-) -> dict[str, Any]:
-  p, devices = work.programs, jax.device_count()
-  spec = p.spec
+def _phases(
+    work: workload.Workload, top: ceilings.Ceilings, median: dict[str, float]
+) -> dict[str, dict[str, float]]:
+  """Seconds, tokens a second and share of a ceiling, of each phase."""
   prompts, responses = work.prompt_lengths, work.response_lengths
-  shape = p.method.configs.policy
+  shape, devices = work.programs.method.configs.policy, jax.device_count()
   passes = lambda head: costs.forward(shape, prompts, responses, head)
   scoring = 2 * passes(True) + 2 * passes(False)
   # Policy and critic forward and backward, the two others forward. Scoring what
   # learns in a pass of its own is more, and counts as lost.
   learning = 4 * passes(True) + 4 * passes(False)
   decode_flops, decode_bytes = costs.decode(shape, prompts, responses)
-  median = {name: statistics.median(x) for name, x in times.items()}
   decode = max(median['rollout'] - median['prefill'], 1e-9)
   floor = max(decode_bytes / top.memory, decode_flops / top.matmul) / devices
-  share = lambda flops, taken: flops / taken / top.matmul / devices
   tokens = int(prompts.sum() + responses.sum())
-  lengths = (prompts + responses).tolist()
-  computed = buckets.computed_tokens(p.split, lengths, spec.batch_devices)
-  device = jax.devices()[0]
+
+  def phase(count: float, taken: float, **share: float) -> dict[str, float]:
+    return {'seconds': taken, 'tokens_s': count / taken, **share}
+
+  def in_matmuls(flops: float, taken: float) -> dict[str, float]:
+    share = flops / taken / top.matmul / devices
+    return phase(tokens, taken, share_of_matmul=share)
+
   return {
-      'device': f'{devices} x {device.device_kind}',
+      'prefill': phase(float(prompts.sum()), median['prefill']),
+      'decode': phase(
+          float(responses.sum()), decode, share_of_roofline=floor / decode
+      ),
+      'score': in_matmuls(scoring, median['score']),
+      'learn': in_matmuls(learning, median['learn']),
+      'iteration': in_matmuls(learning + decode_flops, median['iteration']),
+  }
+
+
+def _report(
+    work: workload.Workload,
+    config: ConfigDict,
+    top: ceilings.Ceilings,
+    taken: _Taken,
+    memory: float,
+    spread: str,
+) -> dict[str, Any]:
+  p, spec = work.programs, work.programs.spec
+  shape = p.method.configs.policy
+  lengths = work.prompt_lengths + work.response_lengths
+  tokens = int(lengths.sum())
+  computed = buckets.computed_tokens(
+      p.split, lengths.tolist(), spec.batch_devices
+  )
+  median = {name: statistics.median(x) for name, x in taken.times.items()}
+  return {
+      'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
       'versions': {'jax': jax.__version__, 'python': platform.python_version()},
       'shape': {
           'preset': config.model.preset,
@@ -144,37 +169,10 @@ def _report(
           'memory_gb_s': top.memory / 1e9,
       },
       'seconds': {
-          name: [round(x, 4) for x in xs] for name, xs in times.items()
+          name: [round(x, 4) for x in xs] for name, xs in taken.times.items()
       },
-      'first_seconds': {name: round(x, 2) for name, x in first.items()},
-      'phases': {
-          'prefill': {
-              'seconds': median['prefill'],
-              'tokens_s': float(prompts.sum()) / median['prefill'],
-          },
-          'decode': {
-              'seconds': decode,
-              'tokens_s': float(responses.sum()) / decode,
-              'share_of_roofline': floor / decode,
-          },
-          'score': {
-              'seconds': median['score'],
-              'tokens_s': tokens / median['score'],
-              'share_of_matmul': share(scoring, median['score']),
-          },
-          'learn': {
-              'seconds': median['learn'],
-              'tokens_s': tokens / median['learn'],
-              'share_of_matmul': share(learning, median['learn']),
-          },
-          'iteration': {
-              'seconds': median['iteration'],
-              'tokens_s': tokens / median['iteration'],
-              'share_of_matmul': share(
-                  learning + decode_flops, median['iteration']
-              ),
-          },
-      },
+      'first_seconds': {name: round(x, 2) for name, x in taken.first.items()},
+      'phases': _phases(work, top, median),
       'tokens': {
           'useful': tokens,
           'computed': computed,

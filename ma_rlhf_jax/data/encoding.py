@@ -105,6 +105,18 @@ class EncodedSet:
     )
 
 
+def _encode(
+    examples: Sequence[tasks.Example], tokenizer: 'PreTrainedTokenizerBase'
+) -> list[list[list[int]]]:
+  """The ids of all prompts, chosen and rejected responses, none added."""
+  return [
+      tokenizer_lib.encode_batch(
+          tokenizer, [getattr(x, name) for x in examples]
+      )
+      for name in tasks.Example._fields
+  ]
+
+
 def encode_examples(
     examples: Sequence[tasks.Example],
     tokenizer: 'PreTrainedTokenizerBase',
@@ -125,12 +137,7 @@ def encode_examples(
     The set, and counts: rows given, kept, dropped by reason, and responses cut
     among the rows kept.
   """
-  prompts, chosen, rejected = (
-      tokenizer_lib.encode_batch(
-          tokenizer, [getattr(x, name) for x in examples]
-      )
-      for name in tasks.Example._fields
-  )
+  prompts, chosen, rejected = _encode(examples, tokenizer)
   fit = lambda ids: [*ids, tokenizer.eos_token_id][:response_len]
   prompts = [[tokenizer.bos_token_id, *ids] for ids in prompts]
   pairs = [(fit(a), fit(b)) for a, b in zip(chosen, rejected, strict=True)]

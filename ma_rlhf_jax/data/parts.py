@@ -152,6 +152,19 @@ def _check_cache(folder: str) -> None:
     ) from error
 
 
+def _dealt(
+    config: ConfigDict, rows: Sequence[tasks.Example | None]
+) -> dict[str, list[tasks.Example]]:
+  """Stage -> its rows, without those that are None."""
+  indices = tasks.split_parts(
+      len(rows), config.data.parts, config.data.split_seed
+  )
+  return {
+      name: [rows[i] for i in part if rows[i] is not None]
+      for name, part in zip(STAGES, indices, strict=True)
+  }
+
+
 def prepare(
     config: ConfigDict,
     tokenizer: 'PreTrainedTokenizerBase | None',
@@ -176,13 +189,7 @@ def prepare(
   workdir = epath.Path(workdir)
   _check_cache(config.data.cache_dir)
   train, held_out, read = tasks.load_examples(config)
-  indices = tasks.split_parts(
-      len(train), config.data.parts, config.data.split_seed
-  )
-  parts = {
-      name: [train[i] for i in rows if train[i] is not None]
-      for name, rows in zip(STAGES, indices, strict=True)
-  }
+  parts = _dealt(config, train)
   if tokenizer is None:
     tokenizer = _tokenizer(config, parts['sft'], workdir)
   prompt_len, response_len = config_lib.lengths(config)

@@ -137,11 +137,7 @@ def fingerprint(tokenizer: 'PreTrainedTokenizerBase') -> str:
   backend = json.loads(tokenizer.backend_tokenizer.to_str())
   # Left behind by the last call, whatever it was.
   backend.update(padding=None, truncation=None)
-  ids = [
-      tokenizer.pad_token_id,
-      tokenizer.eos_token_id,
-      tokenizer.bos_token_id,
-  ]
+  ids = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
   text = json.dumps([backend, ids], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -200,13 +196,7 @@ def _build(
     pieces: Sequence[str], merges: Sequence[tuple[str, str]]
 ) -> 'tokenizers.Tokenizer':
   """BPE in Gemma's layout that adds BOS, as Gemma's does."""
-  from tokenizers import (
-      AddedToken,
-      Tokenizer,
-      decoders,
-      models,
-      processors,
-  )
+  from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
   names = [*SPECIAL_TOKENS, *BYTE_TOKENS, *pieces]
   tokenizer = Tokenizer(

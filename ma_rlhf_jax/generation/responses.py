@@ -132,12 +132,9 @@ def respond(
     made = batching.prompt_batch(
         batch, prompts, keys, rows=rows, pad_id=settings.pad_id
     )
+    made = place(made, models.mesh)
     sequences, logprobs_B = _draw(
-        params,
-        place(made, models.mesh),
-        stream_key,
-        shape=shape,
-        settings=settings,
+        params, made, stream_key, shape=shape, settings=settings
     )
     scores_B = None
     if models.reward_model is not None:

@@ -47,9 +47,6 @@ def spread(x_BM: Array, macro: MacroActions) -> Array:
 def places(macro: MacroActions) -> tuple[Array, Array]:
   """Where each token stands in its macro action.
 
-  Args:
-    macro: the macro actions.
-
   Returns:
     offset_BT: int32, tokens of the macro action before this one; 0 on padding.
     length_BT: int32, tokens in the macro action; 1 on padding.
@@ -145,9 +142,6 @@ def pool(x_BT: Array, macro: MacroActions, *, weights: str) -> Array:
 
 def statistics(macro: MacroActions) -> dict[str, Array]:
   """How long and how many the macro actions of a batch are.
-
-  Args:
-    macro: the macro actions.
 
   Returns:
     float32 scalars, 0 where there is no macro action: `length_mean` and

@@ -266,7 +266,7 @@ def low_probability(
 def bounded(
     starts_BT: Array, mask_BT: Array, *, min_len: int, max_len: int
 ) -> Array:
-  """The starts, thinned and filled until every length is within bounds.
+  """bool [B, T]: the starts, with macro actions of lengths within bounds.
 
   From left to right, a start too early is dropped, one too late is put in, and
   so is one without which the rest would not come out. A response shorter than
@@ -278,9 +278,6 @@ def bounded(
     min_len: tokens, >= 1.
     max_len: tokens, >= 2 * min_len - 1, so that every length from `min_len` on
       is a sum of allowed ones; 0 = no bound.
-
-  Returns:
-    bool [B, T], true where a macro action opens.
 
   Raises:
     ValueError: if the bounds contradict each other.

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models import gemma, heads
+from ma_rlhf_jax.models import gemma, heads, vocabulary
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.parallel.mesh import matmul_precision
 from ma_rlhf_jax.structs import Array, Params
@@ -77,7 +77,7 @@ def _forward(
     scores_BL = heads.token_scores(config, params, tokens_BL, mask_BL)
     return masking.end_scores(scores_BL, mask_BL)
   hidden_BLD = gemma.hidden_states(config, params, tokens_BL, mask_BL)
-  return gemma.head_logits(
+  return vocabulary.head_logits(
       hidden_BLD[:, -LAST_TOKENS:],
       params['embedding'],
       softcap=config.final_softcap,

@@ -12,10 +12,8 @@ def of_folder(folder: str | os.PathLike[str]) -> str:
   """SHA-256 (hex) of the names and contents of config.json and safetensors.
 
   Every byte is read, several files at a time; a process reads a file once (see
-  `manifest.sha256`). Neither the place of the folder nor times count.
-
-  Args:
-    folder: local.
+  `manifest.sha256`). Neither the place of the folder, which is local, nor times
+  count.
 
   Raises:
     OSError, ValueError: as `weight_files.open_folder`.

@@ -33,6 +33,21 @@ class NoSpaceError(OSError):
     return self.strerror
 
 
+def _beside(
+    target: epath.Path, local: bool, overwrite: bool
+) -> dict[str, epath.Path | str]:
+  """Where the draft of a target, found free, is made; {} = anywhere."""
+  with processes.together():
+    if processes.is_first():
+      if local and target.parent.is_dir():
+        _sweep(target)
+      _check_free(target, overwrite)
+      if local:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return {'dir': target.parent, 'prefix': f'.{target.name}-'}
+  return {}
+
+
 @contextlib.contextmanager
 def whole(
     folder: str | os.PathLike[str], *, marker: str, overwrite: bool = False
@@ -57,15 +72,7 @@ def whole(
   """
   target = epath.Path(folder)
   local = '://' not in os.fspath(folder)
-  beside = {}
-  with processes.together():
-    if processes.is_first():
-      if local and target.parent.is_dir():
-        _sweep(target)
-      _check_free(target, overwrite)
-      if local:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = {'dir': target.parent, 'prefix': f'.{target.name}-'}
+  beside = _beside(target, local, overwrite)
   with (
       interrupts.temporary_folder(**beside) as scratch,
       _locked(pathlib.Path(scratch)),

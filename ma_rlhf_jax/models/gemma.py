@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models.attention import Masks, rotate, soft_capped
+from ma_rlhf_jax.models import vocabulary
+from ma_rlhf_jax.models.attention import Masks, rotate
 from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.contraction import PRODUCT, contract
 from ma_rlhf_jax.models.kernels import SAVED
@@ -48,11 +49,7 @@ class _Kernels(nn.Module):
     return weight.astype(self.config.compute_dtype)
 
   def project(
-      self,
-      name: str,
-      x: Array,
-      outputs: tuple[int, ...],
-      count: int = 1,
+      self, name: str, x: Array, outputs: tuple[int, ...], count: int = 1
   ) -> Array:
     """`x` times a kernel, plus what its adapter adds.
 
@@ -78,12 +75,7 @@ class _Kernels(nn.Module):
     down = nn.initializers.variance_scaling(
         1 / 3, 'fan_in', 'uniform', in_axis=fans['in_axis'], out_axis=count
     )
-    a = self._weight(
-        name + LORA_A,
-        down,
-        (*inputs, c.lora.rank),
-        c.param_dtype,
-    )
+    a = self._weight(name + LORA_A, down, (*inputs, c.lora.rank), c.param_dtype)
     b = self._weight(
         name + LORA_B,
         nn.initializers.zeros,
@@ -218,6 +210,19 @@ class Gemma(nn.Module):
 
   config: GemmaConfig
 
+  @nn.nowrap
+  def _embed(self, tokens_BL: Array) -> Array:
+    c, x = self.config, tokens_BL
+    if x.ndim == 2:
+      init = nn.initializers.normal(c.embed_dim**-0.5)
+      shape = c.vocab_size, c.embed_dim
+      dtype = jnp.dtype(c.kernel_dtype or c.param_dtype)
+      x = self.param('embedding', init, shape, dtype)[tokens_BL]
+    # The factor is rounded to the compute dtype, as in the reference.
+    factor = jnp.asarray(c.embed_dim**0.5, c.compute_dtype)
+    x = x.astype(c.compute_dtype) * factor
+    return constrain(x, ('batch', 'length', 'width'))
+
   @nn.compact
   def __call__(
       self,
@@ -243,53 +248,48 @@ class Gemma(nn.Module):
         others.
 
     Returns:
-      float [B, L, D] (or [B, ends, D]) in the compute dtype, and the new cache
-      (or None).
+      float [B, L, D] (or [B, ends, D]) in the compute dtype; the cache or None.
     """
     chex.assert_rank([tokens_BL, positions_BL, mask], [{2, 3}, 2, {2, 3}])
-    c, x = self.config, tokens_BL
-    if x.ndim == 2:
-      embedding_VD = self.param(
-          'embedding',
-          nn.initializers.normal(c.embed_dim**-0.5),
-          (c.vocab_size, c.embed_dim),
-          jnp.dtype(c.kernel_dtype or c.param_dtype),
-      )
-      x = embedding_VD[tokens_BL]
-    # The factor is rounded to the compute dtype, as in the reference.
-    factor = jnp.asarray(c.embed_dim**0.5, c.compute_dtype)
-    x = x.astype(c.compute_dtype) * factor
-    x = constrain(x, ('batch', 'length', 'width'))
+    c, x = self.config, self._embed(tokens_BL)
     slides = c.sliding_layers or (False,) * c.num_layers
     rows = positions_BL, Masks.of(c, mask, slot), slot
+    carry = x, cache
     if c.unrolled:
       for layer in range(c.num_layers):
         last = layer == c.num_layers - 1
         block = Layer(c, ends if last else 0, name=layer_name(layer))
-        (x, cache), _ = block((x, cache), layer, slides[layer], *rows)
+        carry, _ = block(carry, layer, slides[layer], *rows)
     elif c.unroll or self.is_initializing():
-      block, policy = Layer, REMAT[c.remat]
-      if policy is not None:
-        # Between turns of a loop nothing is found to be computed twice.
-        block = nn.remat(Layer, prevent_cse=c.unroll != 1, policy=policy)
-      layers = nn.scan(
-          block,
-          variable_axes={'params': 0},
-          split_rngs={'params': True},
-          in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-          length=c.num_layers,
-          unroll=min(c.unroll or 1, c.num_layers),
-      )(c, name='layers')
-      (x, cache), _ = layers(
-          (x, cache),
-          jnp.arange(c.num_layers, dtype=jnp.int32),
-          jnp.asarray(slides),
-          *rows,
-      )
+      carry = _in_turns(c, carry, slides, rows)
     else:
       stack = self.get_variable('params', 'layers')
-      x, cache = _one_by_one(c, stack, (x, cache), slides, rows, ends)
+      carry = _one_by_one(c, stack, carry, slides, rows, ends)
+    x, cache = carry
     return RMSNorm(c, name='final_norm')(x[:, -ends:]), cache
+
+
+def _in_turns(
+    config: GemmaConfig,
+    carry: tuple[Array, Cache | None],
+    slides: tuple[bool, ...],
+    rows: tuple[Any, ...],
+) -> tuple[Array, Cache | None]:
+  """All layers in a loop, `unroll` of them in a turn."""
+  block, policy = Layer, REMAT[config.remat]
+  if policy is not None:
+    # Between turns of a loop nothing is found to be computed twice.
+    block = nn.remat(Layer, prevent_cse=config.unroll != 1, policy=policy)
+  layers = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=config.num_layers,
+      unroll=min(config.unroll or 1, config.num_layers),
+  )(config, name='layers')
+  numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
+  return layers(carry, numbers, jnp.asarray(slides), *rows)[0]
 
 
 def _one_by_one(
@@ -329,32 +329,6 @@ def layer_name(layer: int) -> str:
   return f'layer_{layer}'
 
 
-@jax.custom_vjp
-def _look_up(embedding_VD: Array, tokens_BL: Array) -> tuple[Array, Array]:
-  """Rows [B, L, D] of the table, and the table, for the head.
-
-  The gradient that comes back through the latter is added to in place: apart,
-  that of the rows would be a second array as large as the table.
-  """
-  return embedding_VD[tokens_BL], embedding_VD
-
-
-def _look_up_forward(
-    embedding_VD: Array, tokens_BL: Array
-) -> tuple[tuple[Array, Array], Array]:
-  return _look_up(embedding_VD, tokens_BL), tokens_BL
-
-
-def _look_up_backward(
-    tokens_BL: Array, grads: tuple[Array, Array]
-) -> tuple[Array, None]:
-  rows_BLD, table_VD = grads
-  return table_VD.at[tokens_BL].add(rows_BLD), None
-
-
-_look_up.defvjp(_look_up_forward, _look_up_backward)
-
-
 def hidden_and_head(
     config: GemmaConfig,
     params: Params,
@@ -370,13 +344,9 @@ def hidden_and_head(
   wide = head_VD.dtype == masking.wide(head_VD.dtype)
   # On a mesh the table is in parts; a sum in bfloat16 would lose small terms.
   if wide and current_mesh() is None:
-    given, head_VD = _look_up(head_VD, tokens_BL)
+    given, head_VD = vocabulary.look_up(head_VD, tokens_BL)
   hidden_BLD, _ = Gemma(config).apply(
-      {'params': params},
-      given,
-      masking.positions(mask_BL),
-      mask_BL,
-      ends=ends,
+      {'params': params}, given, masking.positions(mask_BL), mask_BL, ends=ends
   )
   return hidden_BLD, head_VD
 
@@ -386,58 +356,6 @@ def hidden_states(
 ) -> Array:
   """Hidden states [B, L, D] of whole padded rows, without a cache."""
   return hidden_and_head(config, params, tokens_BL, mask_BL)[0]
-
-
-@jax.custom_vjp
-def _head(hidden_xD: Array, embedding_VD: Array) -> Array:
-  """[..., V]: products of hidden states and rows, summed in float32 or wider.
-
-  Its own gradient: by default that of a float32 result multiplies in float32,
-  at a fraction of the speed. As everywhere else in the model, gradients enter
-  matmuls in the compute dtype; the sums over tokens stay wide.
-  """
-  return jnp.einsum(
-      '...d,vd->...v',
-      hidden_xD,
-      embedding_VD.astype(hidden_xD.dtype),
-      preferred_element_type=masking.wide(hidden_xD.dtype),
-  )
-
-
-def _head_forward(
-    hidden_xD: Array, embedding_VD: Array
-) -> tuple[Array, tuple[Array, Array]]:
-  return _head(hidden_xD, embedding_VD), (hidden_xD, embedding_VD)
-
-
-def _head_backward(
-    inputs: tuple[Array, Array], grad_xV: Array
-) -> tuple[Array, Array]:
-  hidden_xD, embedding_VD = inputs
-  grad_xV = grad_xV.astype(hidden_xD.dtype)
-  rows_VD = embedding_VD.astype(hidden_xD.dtype)
-  return jnp.einsum('...v,vd->...d', grad_xV, rows_VD), jnp.einsum(
-      '...v,...d->vd',
-      grad_xV,
-      hidden_xD,
-      preferred_element_type=masking.wide(hidden_xD.dtype),
-  ).astype(embedding_VD.dtype)
-
-
-_head.defvjp(_head_forward, _head_backward)
-
-
-def head_logits(
-    hidden_xD: Array, embedding_VD: Array, *, softcap: float
-) -> Array:
-  """Logits [..., V] of the tied head, at least in float32.
-
-  Args:
-    hidden_xD: hidden states.
-    embedding_VD: the embedding.
-    softcap: `final_softcap` of the config; 0 = off.
-  """
-  return soft_capped(_head(hidden_xD, embedding_VD), softcap)
 
 
 def dummy_inputs() -> tuple[Any, ...]:

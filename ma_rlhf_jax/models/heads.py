@@ -32,11 +32,7 @@ class ScalarGemma(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens_BL: Array,
-      positions_BL: Array,
-      mask: Array,
-      ends: int = 0,
+      self, tokens_BL: Array, positions_BL: Array, mask: Array, ends: int = 0
   ) -> Array:
     hidden_BLD, _ = Gemma(self.config, name='backbone')(
         tokens_BL, positions_BL, mask, ends=ends
@@ -66,11 +62,7 @@ def token_scores(
   With `ends` only at those of so many columns, [B, ends].
   """
   return ScalarGemma(config).apply(
-      {'params': params},
-      tokens_BL,
-      masking.positions(mask_BL),
-      mask_BL,
-      ends,
+      {'params': params}, tokens_BL, masking.positions(mask_BL), mask_BL, ends
   )
 
 

@@ -45,14 +45,10 @@ def check(repo: str) -> None:
 
 
 def upload(folder: str | os.PathLike[str], repo: str) -> str:
-  """Uploads a folder as one commit and returns its address.
+  """Uploads a whole local folder to `user/name`, one commit; its address.
 
   A repository that does not exist is made, private. Weights and configs of an
   earlier upload go; other files stay.
-
-  Args:
-    folder: local and whole.
-    repo: user/name.
 
   Raises:
     HubError: in one line; the folder is untouched.

@@ -251,14 +251,7 @@ def attend_rows(
   Compilers cannot split a kernel, so it runs inside `jax.shard_map`.
 
   Args:
-    kernel: of `KERNELS`.
-    queries_BLNH: see `splash`.
-    keys_BLKH: see `splash`.
-    values_BLKH: see `splash`.
-    real_BL: see `splash`.
-    scale: see `splash`.
-    softcap: see `splash`.
-    window: see `splash`.
+    kernel: of `KERNELS`. All others: see `splash`.
   """
   kernel = functools.partial(
       kernel, scale=scale, softcap=softcap, window=window

@@ -131,14 +131,7 @@ def _windows(
 def _theirs(
     window: Window, extent: Extent, sizes: tuple[int, ...], tensor: Tensor
 ) -> tuple[slice, ...]:
-  """What a window of a shard is of their tensor.
-
-  Args:
-    window: in the shard.
-    extent: of the shard.
-    sizes: of the whole parameter.
-    tensor: theirs.
-  """
+  """What a window of a shard is of their tensor."""
   spans = [
       (start + a, start + a + n)
       for (start, _), a, n in zip(extent, window.at, window.shape, strict=True)

@@ -93,12 +93,7 @@ def _ppo(
       reward_model=scorer,
   )
   configs, params = zip(*models, strict=True)
-  return ppo.Programs(
-      spec,
-      Models(*configs),
-      Models(*params),
-      num_steps,
-  )
+  return ppo.Programs(spec, Models(*configs), Models(*params), num_steps)
 
 
 class Planned(NamedTuple):

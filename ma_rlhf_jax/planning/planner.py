@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 import functools
 import json
+import math
 import time
 from typing import Any
 
@@ -218,6 +219,32 @@ class Planner:
         self._program_key(config, name) not in self._compiled for name in names
     )
 
+  def _programs(
+      self,
+      config: ConfigDict,
+      survey: dict[str, Any],
+      resident: dict[str, int],
+      most: float,
+  ) -> dict[str, Compiled]:
+    """The programs of all stages, up to one that needs more than `most`."""
+    found: dict[str, Compiled] = {}
+    if self.topology.platform == 'gpu':
+      for stage in survey['stages'].values():
+        for name, facts in stage['programs'].items():
+          found[name] = self._by_formula(config, name, facts)
+      return found
+
+    def take(name: str, compiled: Compiled) -> bool:
+      found[name] = compiled
+      return plans.need(compiled, resident[name.partition('/')[0]]) <= most
+
+    weight = lambda n: next(
+        (i for i, w in enumerate(_HEAVY) if n.endswith(w)), len(_HEAVY)
+    )
+    names = [n for s in survey['stages'].values() for n in s['programs']]
+    self._compile(config, sorted(names, key=weight), take)
+    return found
+
   def plan(
       self, config: ConfigDict, *, stop_at_misfit: bool = False
   ) -> plans.Plan:
@@ -229,27 +256,12 @@ class Planner:
         to need too much.
     """
     survey = self.survey(config)
-    found: dict[str, Compiled] = {}
     resident = {
         name: sum(stage['resident'].values())
         for name, stage in survey['stages'].items()
     }
-    names = [n for s in survey['stages'].values() for n in s['programs']]
-
-    def take(name: str, compiled: Compiled) -> bool:
-      found[name] = compiled
-      need = plans.need(compiled, resident[name.partition('/')[0]])
-      return not (stop_at_misfit and need > plans.MARGIN * self.hbm)
-
-    if self.topology.platform == 'gpu':
-      for stage in survey['stages'].values():
-        for name, facts in stage['programs'].items():
-          found[name] = self._by_formula(config, name, facts)
-    else:
-      weight = lambda n: next(
-          (i for i, w in enumerate(_HEAVY) if n.endswith(w)), len(_HEAVY)
-      )
-      self._compile(config, sorted(names, key=weight), take)
+    most = plans.MARGIN * self.hbm if stop_at_misfit else math.inf
+    found = self._programs(config, survey, resident, most)
     stages = [
         plans.StagePlan(
             name,

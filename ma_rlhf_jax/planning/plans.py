@@ -116,10 +116,6 @@ def need(compiled: Compiled, resident: int) -> int:
 
   What their tiles pad is what the compiler counts of arguments beyond their
   sizes.
-
-  Args:
-    compiled: the program.
-    resident: bytes of what stays.
   """
   if compiled.memory is None:
     return resident + max(0, compiled.required - compiled.resident_args)

@@ -55,44 +55,29 @@ def warnings(
   is_weight = lambda c: is_table(c) or _matches(c.arrays, layers, tensor)
   early = lambda c: c.in_decode_loop
   inner = lambda c: c.loops and c.loops[-1].trips != passes
-  gathers = [c for c in program.collectives if c.kind == 'all-gather']
+  of = lambda kind: [c for c in program.collectives if c.kind == kind]
+  gathers = of('all-gather')
   decode = [c for c in program.collectives if early(c)]
-  rules = (
-      (
-          [c for c in gathers if early(c) and is_weight(c)],
-          'weights are gathered for every token of the decode loop; shard them '
-          'over tensor only there',
-      ),
-      (
-          [
-              c
-              for c in program.collectives
-              if c.kind == 'collective-permute' and early(c)
-          ],
-          'weights or activations are passed around for every token of the '
-          'decode loop',
-      ),
-      (
-          [c for c in gathers if is_table(c) and inner(c) and not early(c)],
-          'the embedding table is gathered in the loop over chunks of tokens; '
-          'gather it once before the loop',
-      ),
-      (
-          [
-              c
-              for c in program.collectives
-              if c.kind == 'all-reduce' and c.loops and is_weight(c)
-          ],
-          'gradients of weights are all-reduced in a loop; a reduce-scatter '
-          'sends half as much',
-      ),
-  )
+  found = {
+      'weights are gathered for every token of the decode loop; shard them '
+      'over tensor only there': [
+          c for c in gathers if early(c) and is_weight(c)
+      ],
+      'weights or activations are passed around for every token of the '
+      'decode loop': [c for c in of('collective-permute') if early(c)],
+      'the embedding table is gathered in the loop over chunks of tokens; '
+      'gather it once before the loop': [
+          c for c in gathers if is_table(c) and inner(c) and not early(c)
+      ],
+      'gradients of weights are all-reduced in a loop; a reduce-scatter '
+      'sends half as much': [
+          c for c in of('all-reduce') if c.loops and is_weight(c)
+      ],
+  }
   lines = []
-  for found, words in rules:
-    if sum(c.total for c in found) > _WORTH * program.wire:
-      lines.append(f'{_gib(found)} of {program.wire / GIB:.3g} sent: {words}')
-  if decode and not lines:
-    lines += [f'the decode loop sends {_gib(decode)}'] * (
-        sum(c.total for c in decode) > 25 * GIB
-    )
+  for words, sent in found.items():
+    if sum(c.total for c in sent) > _WORTH * program.wire:
+      lines.append(f'{_gib(sent)} of {program.wire / GIB:.3g} sent: {words}')
+  if not lines and sum(c.total for c in decode) > 25 * GIB:
+    lines.append(f'the decode loop sends {_gib(decode)}')
   return lines

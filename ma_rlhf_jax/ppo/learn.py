@@ -67,14 +67,7 @@ def score(
     method: Method,
     split: buckets.Buckets,
 ) -> Scored:
-  """What the four models say about finished responses.
-
-  Args:
-    params: parameters of each model.
-    sequences: prompts and responses.
-    method: of the run.
-    split: the micro-batches.
-  """
+  """What the four models say about finished responses."""
   params = partition.on_device(params)
 
   def one(rows: SequenceBatch, width: int | None) -> tuple[tuple, Scored]:

@@ -101,7 +101,7 @@ class Programs:
       num_steps: updates in all.
       host: what is asked of it; not for compiling.
     """
-    config, c = spec.config, spec.config.ppo
+    config = spec.config
     self.spec, self._host = spec, host
     self.method = Method(
         configs,
@@ -123,8 +123,15 @@ class Programs:
         name: self._split(name, params)[0] for name in self._optimizers
     }
     self.abstract_states = self.init_states(checkpoint.abstract_of(params))
+    self._choose_fused()
+    self._make_rollout()
+    self._make_passes()
+    self._make_updates()
+
+  def _choose_fused(self) -> None:
+    config = self.spec.config
     reason = why_not_fused(config)
-    self.fused_models = () if reason else _FUSED[c.one_pass]
+    self.fused_models = () if reason else _FUSED[config.ppo.one_pass]
     names = ' and '.join(self.fused_models)
     _log.info(
         'ppo: %s',
@@ -132,9 +139,6 @@ class Programs:
         if reason
         else f'{names} scored and learned in one pass',
     )
-    self._make_rollout()
-    self._make_passes()
-    self._make_updates()
 
   def _make_optimizers(self, num_steps: int) -> None:
     config, c = self.spec.config, self.spec.config.ppo
@@ -202,11 +206,7 @@ class Programs:
     def score_and_learn(states: dict, others: Shared, *rest: Any) -> Any:
       rollout, _, kl_coef, _ = rest
       new, learned, made = learn.score_and_learn(
-          states,
-          *others.tree,
-          *rest,
-          optimizers=self._optimizers,
-          **bound,
+          states, *others.tree, *rest, optimizers=self._optimizers, **bound
       )
       told = metrics.describe(rollout, *made, kl_coef, objective)
       return new, made[0], told, learned
@@ -348,11 +348,7 @@ class Programs:
   def listing(self) -> dict[str, Program]:
     """What a step runs, by name, in its order."""
     states, frozen, models = checkpoint.abstract_of(
-        (
-            self.abstract_states,
-            self.frozen,
-            self.models(self.abstract_states),
-        )
+        (self.abstract_states, self.frozen, self.models(self.abstract_states))
     )
     rows, mesh = self.spec.rows, self.spec.mesh
     key = jax.eval_shape(lambda: jax.random.key(0))

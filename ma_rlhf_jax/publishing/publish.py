@@ -199,11 +199,7 @@ def write_adapter(job: Job) -> dict[str, Any]:
   readers = {'ma_rlhf_jax': export_check.difference(job.kind, want, got, share)}
   sums = {'ma_rlhf_jax': 'float32'}
   found = export_check.by_transformers(
-      base,
-      job.kind,
-      job.rows,
-      num_params=shape.num_params,
-      adapter=job.draft,
+      base, job.kind, job.rows, num_params=shape.num_params, adapter=job.draft
   )
   _add_reader('peft', job.kind, want, found, readers, sums, share)
   receipt = _receipt(job, 'float32', want, readers, sums)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from ma_rlhf_jax import masking
 from ma_rlhf_jax.models.cache import Cache
-from ma_rlhf_jax.models.gemma import Gemma, head_logits
+from ma_rlhf_jax.models.gemma import Gemma
 from ma_rlhf_jax.models.presets import GemmaConfig
+from ma_rlhf_jax.models.vocabulary import head_logits
 from ma_rlhf_jax.rollout import live_rows
 from ma_rlhf_jax.rollout.live_rows import DecodeState
 from ma_rlhf_jax.rollout.sampling import sample
@@ -83,10 +84,7 @@ def _prefill(
 
 
 def _draw(
-    config: GemmaConfig,
-    params: Params,
-    state: DecodeState,
-    s: SamplingSettings,
+    config: GemmaConfig, params: Params, state: DecodeState, s: SamplingSettings
 ) -> DecodeState:
   """Draws response token t; ended rows get pads."""
   banned_id = None

@@ -175,10 +175,6 @@ def decode_program(
 ) -> tuple[jax.stages.Wrapped, Params]:
   """The jitted function that `to_decode` calls, and what it is given.
 
-  Args:
-    params: of a policy in training.
-    layout: to decode in.
-
   Returns:
     The function, and those of the parameters that need a copy; {} = none.
   """
@@ -268,6 +264,12 @@ def abstract_params(params: Params, layout: DecodeLayout) -> Params:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
+def _rows_over(mesh: Mesh, tree: Any) -> Any:
+  """Arrays of rows, these over the devices of a mesh that hold rows."""
+  rows = NamedSharding(mesh, PartitionSpec(partition.RULES['batch']))
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), tree)
+
+
 @functools.partial(
     jax.jit, static_argnames=('layout', 'settings', 'num_rollouts')
 )
@@ -297,11 +299,11 @@ def draw(
   """
   if layout.mesh is not None:
     # Traced values belong to a mesh; these move to that of the layout.
-    rows = NamedSharding(layout.mesh, PartitionSpec(partition.RULES['batch']))
+    prompts = _rows_over(layout.mesh, prompts)
     whole = NamedSharding(layout.mesh, PartitionSpec())
-    move = jax.lax.with_sharding_constraint
-    prompts = jax.tree.map(lambda x: move(x, rows), prompts)
-    stream_key, step = move((stream_key, jnp.asarray(step)), whole)
+    stream_key, step = jax.lax.with_sharding_constraint(
+        (stream_key, jnp.asarray(step)), whole
+    )
   with jax.named_scope('rollout'), decoding_on(layout):
     keys_B = sampling.row_keys(
         stream_key, step, prompts.prompt_ids_B, prompts.sample_ids_B
@@ -313,12 +315,7 @@ def draw(
     )
   if layout.train_mesh is None:
     return rollout
-  rows = NamedSharding(
-      layout.train_mesh, PartitionSpec(partition.RULES['batch'])
-  )
-  return jax.tree.map(
-      lambda x: jax.lax.with_sharding_constraint(x, rows), rollout
-  )
+  return _rows_over(layout.train_mesh, rollout)
 
 
 def sample_responses(params: Params, *args: Any, **how: Any) -> Rollout:

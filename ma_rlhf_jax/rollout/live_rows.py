@@ -87,6 +87,34 @@ def _take(x: Array, place_GR: Array, axis: int) -> Array:
   return _merged(take(grouped, place_GR), axis)
 
 
+def _on_first(
+    size: int,
+    function: Callable[[DecodeState], DecodeState],
+    groups: int,
+    *,
+    whole: bool,
+) -> Callable[[DecodeState], DecodeState]:
+  """`function` on the first `size` rows of each group; `whole`: on all."""
+  if whole:
+    return function
+
+  def first(x: Array, axis: int) -> Array:
+    grouped = _grouped(x, axis, groups)
+    return _merged(jax.lax.slice_in_dim(grouped, 0, size, axis=axis + 1), axis)
+
+  def put(x: Array, new: Array, axis: int) -> Array:
+    at = (slice(None),) * (axis + 1) + (slice(0, size),)
+    grouped = _grouped(x, axis, groups)
+    return _merged(grouped.at[at].set(_grouped(new, axis, groups)), axis)
+
+  def branch(state: DecodeState) -> DecodeState:
+    over = _rows_axis(state)
+    new = function(over(first))
+    return over(put, new).replace(t=new.t)
+
+  return branch
+
+
 def run(
     function: Callable[[DecodeState], DecodeState],
     state: DecodeState,
@@ -114,30 +142,12 @@ def run(
   state = _rows_axis(state)(lambda x, axis: _take(x, place_GR, axis))
   live = jnp.max(jnp.sum(~done_GR, axis=1, dtype=jnp.int32))
 
-  def on_first(size: int) -> Callable[[DecodeState], DecodeState]:
-    def first(x: Array, axis: int) -> Array:
-      grouped = _grouped(x, axis, groups)
-      return _merged(
-          jax.lax.slice_in_dim(grouped, 0, size, axis=axis + 1), axis
-      )
-
-    def put(x: Array, new: Array, axis: int) -> Array:
-      at = (slice(None),) * (axis + 1) + (slice(0, size),)
-      grouped = _grouped(x, axis, groups)
-      return _merged(grouped.at[at].set(_grouped(new, axis, groups)), axis)
-
-    def branch(state: DecodeState) -> DecodeState:
-      if size == rows:
-        return function(state)
-      over = _rows_axis(state)
-      new = function(over(first))
-      return over(put, new).replace(t=new.t)
-
-    return branch
-
+  branches = [
+      _on_first(size, function, groups, whole=size == rows) for size in sizes
+  ]
   smaller = jnp.array(sizes[1:], jnp.int32)
   index = jnp.sum(live <= smaller, dtype=jnp.int32)
-  return jax.lax.switch(index, [on_first(size) for size in sizes], state)
+  return jax.lax.switch(index, branches, state)
 
 
 def _powers(most: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ma_rlhf_jax.models.gemma import head_logits
+from ma_rlhf_jax.models.vocabulary import head_logits
 from ma_rlhf_jax.structs import Array
 
 # Blocks are multiples of this, the width of a vector unit, where they can be.

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ma_rlhf_jax.models.gemma import head_logits
+from ma_rlhf_jax.models.vocabulary import head_logits
 from ma_rlhf_jax.parallel import partition
 from ma_rlhf_jax.rollout.logprob_blocks import Settings, block_logprobs
 from ma_rlhf_jax.structs import Array

@@ -126,27 +126,26 @@ def score_rows(
   logprobs = functools.partial(
       response_logprobs, sequences=rows, temperature=temperature, width=width
   )
-  scored = Scored()
+  found = {}
   if asked('policy'):
-    logprobs_BT, entropy_BT = logprobs(
+    found['logprobs_BT'], entropy_BT = logprobs(
         configs.policy, params.policy, with_entropy=everything
     )
-    scored = scored.replace(logprobs_BT=logprobs_BT)
     if everything:  # without a critic every value is 0
-      values_BT = jnp.zeros_like(logprobs_BT)
-      scored = scored.replace(entropy_BT=entropy_BT, values_BT=values_BT)
+      found['entropy_BT'] = entropy_BT
+      found['values_BT'] = jnp.zeros_like(found['logprobs_BT'])
   if asked('ref_policy'):
-    ref_BT, _ = logprobs(configs.ref_policy, params.ref_policy)
-    scored = scored.replace(ref_logprobs_BT=ref_BT)
+    found['ref_logprobs_BT'], _ = logprobs(
+        configs.ref_policy, params.ref_policy
+    )
   if asked('critic'):
     values_BT = response_values(configs.critic, params.critic, rows, width)
-    scored = scored.replace(values_BT=values_BT)
+    found['values_BT'] = values_BT
   if asked('reward_model'):
-    score_B = sequence_scores(
+    found['score_B'] = sequence_scores(
         configs.reward_model, params.reward_model, rows, width
     )
-    scored = scored.replace(score_B=score_B)
-  return scored
+  return Scored(**found)
 
 
 def sampler_statistics(

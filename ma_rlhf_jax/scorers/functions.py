@@ -76,10 +76,7 @@ class TextReward:
     return cls(found) if found else None
 
   def __call__(
-      self,
-      prompts: list[str],
-      responses: list[str],
-      rows: list[dict[str, Any]],
+      self, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]
   ) -> np.ndarray:
     """float32 [B], reward-model units.
 

@@ -284,17 +284,52 @@ def _ref_logprobs(rows: Rows, config: ConfigDict, pad: int) -> np.ndarray:
   return rows.array('ref_logprobs', 0.0)
 
 
+def _check(config: ConfigDict, name: str) -> None:
+  if found := validation.problems(config):
+    raise ValueError(f'--{name}: ' + '\n  '.join(found))
+  if targets.BASELINES[config.ppo.baseline].min_samples > 1:
+    raise ValueError(
+        f'--{name}: ppo.baseline={config.ppo.baseline} needs several samples'
+    )
+
+
+def _ruled(
+    config: ConfigDict,
+    rows: Rows,
+    scored: Scored,
+    tokenizer: 'PreTrainedTokenizerBase',
+) -> Ruled:
+  """What the rule of a config makes of the rows."""
+  macro, note = segment(config, rows, scored, tokenizer)
+  objective = Objective.from_config(config)
+  rewards_BT = rewards.token_rewards(
+      scored.logprobs_BT,
+      scored.ref_logprobs_BT,
+      scored.score_B,
+      macro.mask_BT,
+      kl_coef=config.ppo.kl_coef,
+      score_clip=objective.score_clip,
+  )
+  aims = targets.estimate(scored.values_BT, rewards_BT, macro, objective)
+  lengths = np.asarray(aggregate.lengths(macro))
+  numbers = jax.device_get(aggregate.statistics(macro))
+  described = switches.describe(config).splitlines()[0]
+  return Ruled(
+      name=described.removeprefix('macro actions: '),
+      ids=np.asarray(macro.ids_BT),
+      advantages=np.asarray(aims.advantages_BT),
+      lengths=lengths[lengths > 0],
+      statistics={name: float(x) for name, x in numbers.items()},
+      note=note,
+  )
+
+
 def explore(config: ConfigDict, other: ConfigDict) -> Told:
   """Reads, segments and estimates; raises what a user can mend."""
   if flags.FLAGS.html:
     outputs.check_place('html', flags.FLAGS.html)
   for name, c in (('config', config), ('other', other)):
-    if found := validation.problems(c):
-      raise ValueError(f'--{name}: ' + '\n  '.join(found))
-    if targets.BASELINES[c.ppo.baseline].min_samples > 1:
-      raise ValueError(
-          f'--{name}: ppo.baseline={c.ppo.baseline} needs several samples'
-      )
+    _check(c, name)
   given = [{'text': text} for text in flags.FLAGS.text]
   if flags.FLAGS.input:
     given += read_rows(
@@ -309,31 +344,7 @@ def explore(config: ConfigDict, other: ConfigDict) -> Told:
   ruled = []
   for c in (config, other):
     scored = _scored(rows, _ref_logprobs(rows, c, tokenizer.pad_token_id))
-    macro, note = segment(c, rows, scored, tokenizer)
-    objective = Objective.from_config(c)
-    rewards_BT = rewards.token_rewards(
-        scored.logprobs_BT,
-        scored.ref_logprobs_BT,
-        scored.score_B,
-        macro.mask_BT,
-        kl_coef=c.ppo.kl_coef,
-        score_clip=objective.score_clip,
-    )
-    aims = targets.estimate(scored.values_BT, rewards_BT, macro, objective)
-    lengths = np.asarray(aggregate.lengths(macro))
-    numbers = jax.device_get(aggregate.statistics(macro))
-    ruled.append(
-        Ruled(
-            name=switches.describe(c)
-            .splitlines()[0]
-            .removeprefix('macro actions: '),
-            ids=np.asarray(macro.ids_BT),
-            advantages=np.asarray(aims.advantages_BT),
-            lengths=lengths[lengths > 0],
-            statistics={name: float(x) for name, x in numbers.items()},
-            note=note,
-        )
-    )
+    ruled.append(_ruled(c, rows, scored, tokenizer))
   pieces = []
   for ids in rows.ids:
     spelt = speller(ids)

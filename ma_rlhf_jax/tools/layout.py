@@ -188,6 +188,22 @@ def _macro_actions(run: Run, rows: SequenceBatch) -> MacroActions | None:
   return termination.segment(inputs, rule)
 
 
+def _macro_column(
+    run: Run, macro: MacroActions | None, mask_T: np.ndarray
+) -> tuple[str, list[str]]:
+  """A note on the rule, and words for each response token, if it is known."""
+  rule = f'macro.termination={run.config.macro.termination}'
+  if macro is None:
+    asks = 'asks a model for log-probs, which tools.explore --model=FOLDER does'
+    return f'{rule} {asks}', []
+  ids, starts = np.asarray(macro.ids_BT)[0], np.asarray(macro.starts_BT)[0]
+  said = [
+      f'{i}{" opens" if s else ""}' if m else ''
+      for i, s, m in zip(ids, starts, mask_T, strict=True)
+  ]
+  return f'{rule}: {int(starts.sum())} macro actions', said
+
+
 def ppo_table(run: Run, row: int) -> Table:
   """Macro actions and rewards of one row, its chosen response as rollout."""
   rows = _first(_batch(run, batches.sft_batch, 'ppo', row))
@@ -214,19 +230,9 @@ def ppo_table(run: Run, row: int) -> Table:
       'value': _marks(reads_L, 'value'),
       'kl': spread(_marks(mask_T, '-kl')),
   }
-  rule = f'macro.termination={run.config.macro.termination}'
-  if macro is None:
-    rule += (
-        ' asks a model for log-probs, which tools.explore --model=FOLDER does'
-    )
-  else:
-    ids, starts = np.asarray(macro.ids_BT)[0], np.asarray(macro.starts_BT)[0]
-    said = [
-        f'{i}{" opens" if s else ""}' if m else ''
-        for i, s, m in zip(ids, starts, mask_T, strict=True)
-    ]
+  rule, said = _macro_column(run, macro, mask_T)
+  if said:
     columns['macro action'] = spread(said)
-    rule += f': {int(starts.sum())} macro actions'
   columns['score'] = _marks(np.arange(length) == end, 'score')
   columns['reward'] = _marks(np.isin(np.arange(length), lands), '+ score')
   notes = [

@@ -88,16 +88,20 @@ def _heading(found: plans.Plan) -> str:
   return 'a set-up that fits (--search looks for the cheapest)'
 
 
-def plan() -> plans.Plan:
-  """The plan that the flags ask for; prints it on the way."""
-  topology = topology_lib.parse(flags.FLAGS.topology or '')
-  _check_libtpu(topology)
+def _check_flags() -> None:
   for name in 'price', 'seconds':
     value = flags.FLAGS[name].value
     if value is not None and not math.isfinite(value):
       raise ValueError(f'--{name}={value} must be a finite number')
   if flags.FLAGS.json:
     outputs.check_place('json', flags.FLAGS.json)
+
+
+def plan() -> plans.Plan:
+  """The plan that the flags ask for; prints it on the way."""
+  topology = topology_lib.parse(flags.FLAGS.topology or '')
+  _check_libtpu(topology)
+  _check_flags()
   shares, given = _shares(), automatic.fixed(recipe_flag.CONFIG.value)
   validation.refuse(validation.problems(given, 1, topology.machine))
   config = abstract.with_preset(given)

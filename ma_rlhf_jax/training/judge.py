@@ -81,8 +81,7 @@ class Judged:
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=('shapes', 'temperature', 'num_micro'),
+    jax.jit, static_argnames=('shapes', 'temperature', 'num_micro')
 )
 def _measure(
     shared: Shared,
@@ -174,6 +173,19 @@ def _texts(run: Run, rollout: Rollout) -> tuple[list[str], list[str]]:
   return text(slice(None, width)), text(slice(width, None))
 
 
+def _joined(parts: Sequence[Judged], count: int) -> Judged:
+  """The first `count` of all."""
+  join = lambda lists: [x for part in lists for x in part][:count]
+  return Judged(
+      prompts=join([part.prompts for part in parts]),
+      responses=join([part.responses for part in parts]),
+      numbers={
+          name: np.concatenate([p.numbers[name] for p in parts])[:count]
+          for name in parts[0].numbers
+      },
+  )
+
+
 def judge(
     run: Run,
     policy: Model,
@@ -217,16 +229,7 @@ def judge(
             run, prompts, run.spec.key(stream), temperature, models, reward
         )
     )
-  join = lambda lists: [x for part in lists for x in part][:count]
-  names = parts[0].numbers
-  return Judged(
-      prompts=join([part.prompts for part in parts]),
-      responses=join([part.responses for part in parts]),
-      numbers={
-          name: np.concatenate([p.numbers[name] for p in parts])[:count]
-          for name in names
-      },
-  )
+  return _joined(parts, count)
 
 
 _Models = tuple[Model, Model | None, Model | None]
@@ -282,8 +285,7 @@ def _judge_batch(
   is_eos_BT = tokens_BT == run.tokenizer.eos_token_id
   numbers['ended'] = is_eos_BT.any(axis=1)
   numbers['repeated'] = repetition(
-      gathered(tokens_BT),
-      gathered(mask_BT & ~is_eos_BT),
+      gathered(tokens_BT), gathered(mask_BT & ~is_eos_BT)
   )
   return Judged(
       texts,

@@ -21,6 +21,7 @@ from ma_rlhf_jax.parallel import processes
 from ma_rlhf_jax.structs import Array, TrainState
 from ma_rlhf_jax.training import checkpoint, console, health, symptoms
 from ma_rlhf_jax.training import metrics as metrics_lib
+from ma_rlhf_jax.training.checkpoint import Checkpoints
 from ma_rlhf_jax.training.run import Run
 
 _log = logging.getLogger(__name__)
@@ -114,14 +115,14 @@ class _Trace:
 
 
 class _Log:
-  """Brings metrics to the host one update late, so the device never waits."""
+  """Tells of updates, each one update late, so that no device ever waits."""
 
   def __init__(
       self,
       stage: Stage,
       writer: metrics_lib.MetricsWriter,
       progress: console.Progress,
-      checkpoints: checkpoint.Checkpoints,
+      checkpoints: Checkpoints,
   ):
     self._stage, self._writer = stage, writer
     self._progress, self._checkpoints = progress, checkpoints
@@ -147,6 +148,32 @@ class _Log:
         stage=self._stage.name,
         last_checkpoint=self._checkpoints.describe_latest(),
     )
+
+  def evaluate(self, step: int, states: States) -> dict[str, float]:
+    """Metrics on held-out rows, told and written; stops on a symptom."""
+    stage = self._stage
+    self.flush()
+    metrics = stage.evaluate(states)
+    self.check(step, metrics)
+    self._writer.write(step, metrics)
+    self._progress.message(f'{stage.name} step {step}: {_words(metrics)}')
+    if stage.run.config.log.samples:
+      self._progress.message(stage.samples(states))
+    stage.watch.note(metrics)
+    for line in stage.watch.check(step == stage.num_steps):
+      self._progress.message(f'symptom at {stage.name} step {step}: {line}')
+    stage.watch.stops(step, self._checkpoints.describe_latest())
+    self.restart_clock()
+    return metrics
+
+  def save(self, step: int, states: States, best: float | None) -> None:
+    """A checkpoint of sound states, behind the metrics that led to it."""
+    self.flush()
+    _check_states(self._stage, step, states, self._checkpoints)
+    self._writer.seal()
+    meta = _meta(self._stage, step)
+    self._checkpoints.save(step, states, meta, metric=best)
+    self.restart_clock()
 
   def flush(self) -> None:
     """Writes what is pending; stops the run on a value that is not finite."""
@@ -196,6 +223,18 @@ def _due(step: int, every: int, last: int) -> bool:
   return step == last or bool(every) and step % every == 0
 
 
+def _best(
+    stage: Stage, last: States, abstract: States, checkpoints: Checkpoints
+) -> tuple[States, int]:
+  """States and step of the best checkpoint; the last ones where none may be."""
+  best = checkpoints.restore_best(abstract)
+  if best is None:
+    print(f'{stage.name}: no checkpoint may be best; the last is exported')
+    return last, stage.num_steps
+  stage.watch.restore_best(best.meta.get('symptoms', {}))
+  return best.state, best.step
+
+
 def run_stage(stage: Stage) -> tuple[States, int]:
   """Trains a stage from its newest checkpoint, or from the start, to its end.
 
@@ -235,21 +274,14 @@ def run_stage(stage: Stage) -> tuple[States, int]:
       traceback.clear_frames(error.__traceback__)  # they hold the states
       states = _go_on_from_before(stage, error, abstract, checkpoints)
     step = stage.num_steps
-    if c.export.which == 'best':
-      best = checkpoints.restore_best(abstract)
-      if best is None:
-        print(f'{stage.name}: no checkpoint may be best; the last is exported')
-      else:
-        states, step = best.state, best.step
-        stage.watch.restore_best(best.meta.get('symptoms', {}))
+    if stage.run.config.export.which == 'best':
+      states, step = _best(stage, states, abstract, checkpoints)
     _check_states(stage, step, states, checkpoints)
   return states, step
 
 
 def _go_on(
-    stage: Stage,
-    restored: checkpoint.Restored | None,
-    checkpoints: checkpoint.Checkpoints,
+    stage: Stage, restored: checkpoint.Restored | None, checkpoints: Checkpoints
 ) -> States:
   """Trains to the end, after a checkpoint or from the start."""
   first, states = 0, stage.states
@@ -266,7 +298,7 @@ def _go_on_from_before(
     stage: Stage,
     error: metrics_lib.NonFiniteError | health.RuinedError,
     abstract: States,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: Checkpoints,
 ) -> States:
   """Trains on after the checkpoint before the newest, which has led nowhere.
 
@@ -290,10 +322,7 @@ def _go_on_from_before(
 
 
 def _check_states(
-    stage: Stage,
-    step: int,
-    states: States,
-    checkpoints: checkpoint.Checkpoints,
+    stage: Stage, step: int, states: States, checkpoints: Checkpoints
 ) -> None:
   """Stops the run before states that are not sound are saved or handed on."""
   if problem := health.problem(states):
@@ -304,7 +333,7 @@ def _check_states(
 
 @contextlib.contextmanager
 def _step_named(
-    stage: Stage, step: int, checkpoints: checkpoint.Checkpoints
+    stage: Stage, step: int, checkpoints: Checkpoints
 ) -> Iterator[None]:
   """What the device reports, out of memory say, is told with the step."""
   try:
@@ -318,10 +347,7 @@ def _step_named(
 
 
 def _train(
-    stage: Stage,
-    states: States,
-    first: int,
-    checkpoints: checkpoint.Checkpoints,
+    stage: Stage, states: States, first: int, checkpoints: Checkpoints
 ) -> States:
   """The updates first + 1 .. num_steps."""
   c = stage.run.config
@@ -341,24 +367,8 @@ def _train(
       interrupts.at_end(writer.seal),
   ):
     log = _Log(stage, writer, progress, checkpoints)
-
-    def evaluate(step: int) -> dict[str, float]:
-      log.flush()
-      metrics = stage.evaluate(states)
-      log.check(step, metrics)
-      writer.write(step, metrics)
-      progress.message(f'{stage.name} step {step}: {_words(metrics)}')
-      if c.log.samples:
-        progress.message(stage.samples(states))
-      stage.watch.note(metrics)
-      for line in stage.watch.check(step == stage.num_steps):
-        progress.message(f'symptom at {stage.name} step {step}: {line}')
-      stage.watch.stops(step, checkpoints.describe_latest())
-      log.restart_clock()
-      return metrics
-
     if first == 0:
-      evaluate(0)
+      log.evaluate(0, states)
     else:
       progress.message(f'{stage.name}: goes on after step {first}')
     for index in range(first, stage.num_steps):
@@ -371,13 +381,9 @@ def _train(
       save = _due(step, c.checkpoint.every, stage.num_steps)
       stop, best = processes.preempted(), None
       if save or _due(step, stage.config.eval_every, stage.num_steps):
-        best = stage.best_value(evaluate(step))
+        best = stage.best_value(log.evaluate(step, states))
       if save or stop:
-        log.flush()
-        _check_states(stage, step, states, checkpoints)
-        writer.seal()
-        checkpoints.save(step, states, _meta(stage, step), metric=best)
-        log.restart_clock()
+        log.save(step, states, best)
       if stop:
         checkpoints.finish()
         raise processes.Preempted(f'{stage.name} has saved step {step}')

@@ -45,11 +45,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def check_finite(
-    step: int,
-    metrics: Mapping[str, float],
-    *,
-    stage: str,
-    last_checkpoint: str,
+    step: int, metrics: Mapping[str, float], *, stage: str, last_checkpoint: str
 ) -> None:
   """Raises NonFiniteError if a metric is nan or infinite.
 

@@ -9,12 +9,7 @@ from ma_rlhf_jax.models.presets import GemmaConfig, Lora
 
 
 def trained_whole(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
-  """`shape` as a model all of which learns, with the dtypes of this run.
-
-  Args:
-    shape: of any model.
-    model: `config.model`.
-  """
+  """`shape` as a model all of which learns, with the dtypes of this run."""
   return dataclasses.replace(
       shape,
       dtype=model.dtype,
@@ -36,12 +31,7 @@ def frozen(shape: GemmaConfig, model: ConfigDict) -> GemmaConfig:
 
 
 def trained(shape: GemmaConfig, config: ConfigDict) -> GemmaConfig:
-  """`shape` as a model that learns: whole, or by the adapters of `lora`.
-
-  Args:
-    shape: of any model.
-    config: the whole config.
-  """
+  """`shape` as a model that learns: whole, or by the adapters of `lora`."""
   c = config.lora
   if not c.rank:
     return trained_whole(shape, config.model)

@@ -13,7 +13,8 @@ import jax
 
 from ma_rlhf_jax import manifest
 from ma_rlhf_jax.models import fingerprint
-from ma_rlhf_jax.training import sources
+from ma_rlhf_jax.training import loading, sources
+from ma_rlhf_jax.training.products import Source, SourceError
 from ma_rlhf_jax.training.run import Run
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def check(run: Run, stage: str) -> None:
         if stored.get(role, {}).get(_DIGEST, entry[_DIGEST]) != entry[_DIGEST]
     ]
     if changed:
-      raise sources.SourceError(
+      raise SourceError(
           f'stage {stage!r} cannot go on after step {step}: these are not the '
           f'weights that it started with: {"; ".join(changed)}; restore what '
           f'was there, or start in a new --workdir, or remove {folder} to '
@@ -72,8 +73,8 @@ def newest(folder: epath.Path) -> int:
   return max(steps, default=0)
 
 
-def _fingerprint(source: sources.Source) -> str:
-  return sources.read(source, fingerprint.of_folder)
+def _fingerprint(source: Source) -> str:
+  return loading.read(source, fingerprint.of_folder)
 
 
 def _read(path: epath.Path) -> dict[str, dict[str, str]] | None:

@@ -10,7 +10,7 @@ from ma_rlhf_jax.data import batch_sizes, held_out, parts, tasks
 from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.models import huggingface
 from ma_rlhf_jax.parallel.mesh import decode_mesh, make_mesh
-from ma_rlhf_jax.training import automatic, choice, sources
+from ma_rlhf_jax.training import automatic, choice, loading, sources
 from ma_rlhf_jax.training.products import Source, SourceError
 from ma_rlhf_jax.training.run import Run, Setup
 
@@ -57,17 +57,17 @@ def load_run(
       a row is read.
   """
   if check_models:
-    sources.check_shapes(config)
+    loading.check_shapes(config)
   mesh = make_mesh(config.mesh)
   if config.rollout.tensor:  # an error of it ends the run before it begins
     decode_mesh(mesh, config.rollout.tensor)
-  source, tokenizer = sources.tokenizer_source(config), None
+  source, tokenizer = sources.named_source(config, 'tokenizer'), None
   if source:
     tokenizer = _load_tokenizer(source)
     if check_models:
       # What auto becomes follows from sizes, and decides no name or shape.
       setup = Setup(automatic.fixed(config), workdir, mesh, tokenizer)
-      sources.check(setup)
+      loading.check(setup)
   to_train = sources.stages_to_train(config, workdir)
   data, tokenizer = parts.prepare(config, tokenizer, workdir, to_train)
   config = batch_sizes.fitted(config, data.num_rows)
@@ -76,7 +76,7 @@ def load_run(
   prompt_len, response_len = parts.widths(config, data)
   config = automatic.resolve(
       config,
-      sources.first_shape(config, len(tokenizer)),
+      loading.first_shape(config, len(tokenizer)),
       prompt_len=prompt_len,
       response_len=response_len,
       platform=mesh.devices.flat[0].platform,
@@ -94,5 +94,5 @@ def load_run(
       gold=tasks.GOLD.get(config.data.task),
   )
   if check_models and not source:
-    sources.check(run)
+    loading.check(run)
   return run

@@ -11,7 +11,7 @@ import pytest
 from ma_rlhf_jax import manifest
 from ma_rlhf_jax import workdir as workdir_lib
 from ma_rlhf_jax.generation import finished
-from ma_rlhf_jax.training.sources import SourceError
+from ma_rlhf_jax.training.products import SourceError
 from tests import served, tiny
 from tests.models.drawn import draw
 

@@ -11,8 +11,9 @@ import pytest
 
 from ma_rlhf_jax.generation import batching, responses
 from ma_rlhf_jax.generation.responses import Models, Response
-from ma_rlhf_jax.models.gemma import head_logits, hidden_states
+from ma_rlhf_jax.models.gemma import hidden_states
 from ma_rlhf_jax.models.heads import token_scores
+from ma_rlhf_jax.models.vocabulary import head_logits
 from ma_rlhf_jax.rollout import decode, sampling
 from ma_rlhf_jax.structs import Params
 from tests import tiny, tolerance

@@ -10,7 +10,7 @@ from ma_rlhf_jax.data import tokenizer as tokenizer_lib
 from ma_rlhf_jax.generation import session as session_lib
 from ma_rlhf_jax.generation.request import Request
 from ma_rlhf_jax.generation.session import Session
-from ma_rlhf_jax.training.sources import SourceError
+from ma_rlhf_jax.training.products import SourceError
 from tests import served, tiny
 
 PROMPT = '\n\nHuman: né?\n\nAssistant:'

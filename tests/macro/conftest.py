@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ma_rlhf_jax.macro import parsers
+from ma_rlhf_jax.macro import parser_process, parsers
 from tests.macro.toys import TOY
 
 
@@ -18,7 +18,7 @@ def toy(
   path.write_text(TOY)
   monkeypatch.syspath_prepend(str(tmp_path))
   monkeypatch.delitem(sys.modules, 'toy', raising=False)
-  monkeypatch.setattr(parsers, 'ANSWER_SECONDS', 1.0)
-  monkeypatch.setattr(parsers, 'START_SECONDS', 20.0)
+  monkeypatch.setattr(parser_process, 'ANSWER_SECONDS', 1.0)
+  monkeypatch.setattr(parser_process, 'START_SECONDS', 20.0)
   monkeypatch.setattr(parsers, 'BATCH_SECONDS', 0.5)
   return path

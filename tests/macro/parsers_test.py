@@ -4,13 +4,21 @@ from collections.abc import Callable
 import json
 import pathlib
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.macro import parsers
-from tests.macro.toys import ABCD, DCBA, batch, ones, termination_of, told
+from ma_rlhf_jax.macro import parser_process
+from tests.macro.toys import (
+    ABCD,
+    DCBA,
+    batch,
+    command,
+    ones,
+    talker,
+    termination_of,
+    told,
+)
 
 pytestmark = pytest.mark.usefixtures('toy')
 
@@ -54,12 +62,8 @@ def test_wrong_answers_are_failures(function: str) -> None:
   assert told(counts) == {'macro/sentences': 1.0, 'macro/fallback': 1.0}
 
 
-def _command(toy: pathlib.Path, function: str) -> str:
-  return f'command: {sys.executable} {toy} {function}'
-
-
 PROCESSES: dict[str, Callable[[pathlib.Path, str], str]] = {
-    'command': _command,
+    'command': command,
     'function': lambda toy, function: f'toy:{function}',
 }
 
@@ -89,7 +93,7 @@ def test_a_process_that_fails_does_not_stop_a_call(
   with termination_of(parser=parser, parse_workers=1) as termination:
     starts, counts = termination(*batch(ABCD, DCBA, [3, 4]))
   if function == 'hangs':  # who is late is not asked again
-    assert f'no answer in {parsers.ANSWER_SECONDS:.0f} s' in caplog.text
+    assert f'no answer in {parser_process.ANSWER_SECONDS:.0f} s' in caplog.text
   # The text behind the one that failed is parsed by the next process.
   assert told(counts) == {
       'macro/sentences': 1.0,
@@ -103,76 +107,9 @@ def test_a_process_that_fails_does_not_stop_a_call(
   assert len(caplog.records) == 1
 
 
-# Parsers that talk; MODE says what is printed for each text.
-_TALKER = """
-import json, os, subprocess, sys, time
-print(json.dumps({'event': 'loaded'}), flush=True)
-for line in sys.stdin:
-  text = json.loads(line)['text']
-  tree = f'(S (N {text[:1]}) (N {text[1:]}))'
-  answer = json.dumps({'trees': [tree]})
-  print(json.dumps({'progress': 1}), flush=True)
-  MODE
-"""
-
-
-def _talker(toy: pathlib.Path, mode: str) -> str:
-  script = toy.with_name('talker.py')
-  script.write_text(_TALKER.replace('MODE', mode))
-  return f'command: {sys.executable} {script}'
-
-
-def test_answers_to_other_texts_are_passed_over(toy: pathlib.Path) -> None:
-  other = "print(json.dumps({'text': 'no', 'trees': []}), flush=True)"
-  mine = "print(json.dumps({'text': text, **json.loads(answer)}), flush=True)"
-  parser = _talker(toy, f'{mine}; {mine}; {other}')
-  with termination_of(parser=parser, parse_cutoff=9) as termination:
-    rows = [[3 + i, 4 + i, 5 + i, 1] for i in range(4)]
-    starts, counts = termination(*batch(*rows))
-  assert told(counts)['macro/fallback'] == 0.0
-  assert ones(starts) == [[1, 0, 0, 0, 0]] * 4
-
-
-def test_what_is_said_after_an_answer_does_not_answer_the_next_text(
-    toy: pathlib.Path,
-) -> None:
-  parser = _talker(toy, 'print(answer, flush=True); print(answer, flush=True)')
-  with termination_of(parser=parser, parse_cutoff=9) as termination:
-    (process,) = termination._parser._processes
-    for row in ([3, 4, 5, 1], [9, 8, 7, 1]):
-      while process._lines.empty():  # the second answer to the text before
-        time.sleep(0.01)
-      _, counts = termination(*batch(row))
-      assert told(counts)['macro/fallback'] == 0.0
-
-
 def test_a_command_that_gives_no_trees_is_refused(toy: pathlib.Path) -> None:
   with pytest.raises(ValueError, match="'command: cat' gives no trees"):
     termination_of(parser='command: cat')
-
-
-def test_a_child_that_holds_the_pipe_is_not_waited_for(
-    toy: pathlib.Path,
-) -> None:
-  outlived = toy.with_name('outlived')
-  child = ['sh', '-c', f'sleep 30; touch {outlived}']
-  start = f'subprocess.Popen({child}, start_new_session=True)'
-  hang = (
-      f"{start}; sys.exit() if text != 'A test.' else print(answer, flush=True)"
-  )
-  with termination_of(parser=_talker(toy, hang)) as rule:
-    _, counts = rule(*batch(ABCD))
-  assert not outlived.exists()
-  assert told(counts)['macro/fallback'] == 1.0
-
-
-def test_a_process_that_keeps_dying_is_given_up(toy: pathlib.Path) -> None:
-  parser = _command(toy, 'dies')
-  with termination_of(parser=parser) as termination:
-    rows = [[6, i, 1] for i in range(3, 9)]
-    _, counts = termination(*batch(*rows))
-    assert told(counts)['macro/fallback'] == 1.0
-    assert termination._parser._processes[0]._deaths == parsers.MAX_DEATHS
 
 
 def test_one_that_keeps_dying_takes_no_text_from_another(
@@ -185,7 +122,7 @@ def test_one_that_keeps_dying_takes_no_text_from_another(
       "and str(os.getpid()) != open('HELD').read() and os._exit(3); "
       'time.sleep(0.02); print(answer, flush=True)'
   ).replace('HELD', str(held))
-  parser = _talker(toy, mode)
+  parser = talker(toy, mode)
   with termination_of(parser=parser, parse_workers=2) as termination:
     first, second = termination._parser._processes
     held.write_text(str(first._process.pid))
@@ -196,16 +133,8 @@ def test_one_that_keeps_dying_takes_no_text_from_another(
   assert told(counts)['macro/fallback'] == pytest.approx(2 / 60)
 
 
-def test_long_lines_do_not_block(toy: pathlib.Path) -> None:
-  # Longer than the pipe of either side.
-  row = [3 + i % 17 for i in range(90_000)]
-  with termination_of(parser=_command(toy, 'count')) as termination:
-    _, counts = termination(*batch(row))
-  assert told(counts) == {'macro/sentences': 1.0, 'macro/fallback': 0.0}
-
-
 def test_closing_ends_the_processes(toy: pathlib.Path) -> None:
-  termination = termination_of(parser=_command(toy, 'count'), parse_workers=2)
+  termination = termination_of(parser=command(toy, 'count'), parse_workers=2)
   running = [p._process for p in termination._parser._processes]
   assert [process.poll() for process in running] == [None, None]
   termination.close()

@@ -1,5 +1,7 @@
 """A toy parser, and the rule of the host that asks it."""
 
+import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -92,3 +94,28 @@ def batch(*rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 def ones(starts: np.ndarray) -> list[list[int]]:
   return starts.astype(int).tolist()
+
+
+def command(toy: pathlib.Path, function: str) -> str:
+  """`macro.parser` that runs a function of the module `toy`."""
+  return f'command: {sys.executable} {toy} {function}'
+
+
+# Parsers that talk; MODE says what is printed for each text.
+_TALKER = """
+import json, os, subprocess, sys, time
+print(json.dumps({'event': 'loaded'}), flush=True)
+for line in sys.stdin:
+  text = json.loads(line)['text']
+  tree = f'(S (N {text[:1]}) (N {text[1:]}))'
+  answer = json.dumps({'trees': [tree]})
+  print(json.dumps({'progress': 1}), flush=True)
+  MODE
+"""
+
+
+def talker(toy: pathlib.Path, mode: str) -> str:
+  """`macro.parser` of one that talks."""
+  script = toy.with_name('talker.py')
+  script.write_text(_TALKER.replace('MODE', mode))
+  return f'command: {sys.executable} {script}'

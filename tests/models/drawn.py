@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ma_rlhf_jax.models import gemma
+from ma_rlhf_jax.models import gemma, vocabulary
 from ma_rlhf_jax.models.heads import abstract_params
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import list_tensors, to_theirs
@@ -103,7 +103,7 @@ def loss(
   """A sum over the logits at real tokens; id v counts sin(v), so 0 nothing."""
   hidden = gemma.hidden_states(config, params, tokens, mask)
   softcap = config.final_softcap
-  logits = gemma.head_logits(hidden, params['embedding'], softcap=softcap)
+  logits = vocabulary.head_logits(hidden, params['embedding'], softcap=softcap)
   weights_V = jnp.sin(jnp.arange(config.vocab_size, dtype=logits.dtype))
   return jnp.sum(jnp.where(mask[..., None], jnp.sin(logits), 0) @ weights_V)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models import gemma
+from ma_rlhf_jax.models import gemma, vocabulary
 from ma_rlhf_jax.models.cache import Cache
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.planning import flops
@@ -145,18 +145,6 @@ def test_remat_and_loops_change_no_value_and_no_gradient(
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads))
 
 
-def test_the_gradient_of_a_look_up_is_added_to_that_of_the_head() -> None:
-  @functools.partial(jax.jit, static_argnums=1)
-  @jax.grad
-  def grads(params: Params, given: bool) -> jax.Array:
-    hidden, head = gemma.hidden_and_head(TINY, params, TOKENS, MASK)
-    head = head if given else params['embedding']
-    return jnp.sum(jnp.sin(hidden[:, -1] @ head.T))
-
-  bounds = tolerance.of_sums(lambda p: grads(p, False), (PARAMS,), 50)
-  tolerance.assert_close(grads(PARAMS, True), grads(PARAMS, False), bounds)
-
-
 def test_layers_go_round_in_turns_or_one_after_the_other() -> None:
   def loops(unroll: int) -> tuple[int, list[str]]:
     """Loops that run, and layers in a turn of each that is written."""
@@ -237,7 +225,7 @@ def test_bfloat16_runs_close_to_float32() -> None:
   params = draw('policy', half, seed=0)
   hidden = states(half, params, TOKENS, MASK)
   assert hidden.dtype == jnp.bfloat16
-  head = functools.partial(gemma.head_logits, softcap=30.0)
+  head = functools.partial(vocabulary.head_logits, softcap=30.0)
   logits = jax.eval_shape(head, hidden, params['embedding'])
   assert logits.dtype == jnp.float32
   exact = _states()[MASK]
@@ -257,16 +245,3 @@ def test_embedding_factor_is_rounded_to_the_compute_dtype() -> None:
   # rounds to 5.03125, but 1.0234375 * 4.89898 = 5.01380 would round to 5.
   found = np.asarray(hidden).astype(np.float32)
   np.testing.assert_array_equal(found * 1024, 5.03125)
-
-
-def test_head_logits_by_hand() -> None:
-  hidden = np.array([[1.0, 2.0], [0.5, -1.0]])
-  embedding = np.array([[3.0, 4.0], [5.0, 6.0], [-1.0, 0.25]])
-  head = jax.jit(gemma.head_logits, static_argnames='softcap')
-  logits = head(hidden, embedding, softcap=0.0)
-  # 3 + 8, 5 + 12, -1 + .5; 1.5 - 4, 2.5 - 6, -.5 - .25
-  by_hand = np.array([[11.0, 17.0, -0.5], [-2.5, -3.5, -0.75]])
-  np.testing.assert_allclose(logits, by_hand)
-  capped = head(hidden, embedding, softcap=4.0)
-  want = 4 * np.tanh(by_hand / 4)
-  np.testing.assert_allclose(capped, want, rtol=20 * 2.0**-24)  # roundings

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from ma_rlhf_jax.models import gemma, heads, huggingface
+from ma_rlhf_jax.models import gemma, heads, huggingface, vocabulary
 from ma_rlhf_jax.parallel.mesh import make_mesh
 from ma_rlhf_jax.structs import Array, Params
 from tests.models.drawn import LENGTHS, TINY, draw, left_padded, states
@@ -168,7 +168,7 @@ def test_oracle_tied_head() -> None:
   params = huggingface.load_params(path, huggingface.read_shape(path), 'scalar')
   for case in cases('reward_model/cases.json'):
     if case['kind'] == 'backbone':
-      logits = gemma.head_logits(
+      logits = vocabulary.head_logits(
           jnp.asarray(tensor(case['f64']['last_hidden_state']), jnp.float32),
           params['backbone']['embedding'],
           softcap=0.0,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models import exporting, gemma, heads, huggingface
+from ma_rlhf_jax.models import exporting, gemma, heads, huggingface, vocabulary
 from ma_rlhf_jax.models.presets import GemmaConfig
 from ma_rlhf_jax.models.tensor_names import CAPS, SIZES
 from ma_rlhf_jax.structs import Array, Params
@@ -168,7 +168,7 @@ def _apply(
 ) -> Array:
   model = gemma.Gemma(config)
   hidden, _ = model.apply({'params': params}, tokens, positions, attend)
-  return gemma.head_logits(
+  return vocabulary.head_logits(
       hidden, params['embedding'], softcap=config.final_softcap
   )
 

@@ -18,10 +18,10 @@ from ma_rlhf_jax.config_fields import KERNELS
 from ma_rlhf_jax.models import (
     exporting,
     folders,
-    gemma,
     heads,
     lora,
     peft_folder,
+    vocabulary,
 )
 from ma_rlhf_jax.models.presets import GemmaConfig, Lora
 from ma_rlhf_jax.structs import Params
@@ -146,7 +146,7 @@ def _rounding(
 
 def _our_logits(config: GemmaConfig, params: Params) -> np.ndarray:
   hidden = states(config, params, TOKENS, MASK)
-  logits = gemma.head_logits(
+  logits = vocabulary.head_logits(
       hidden, params['embedding'], softcap=config.final_softcap
   )
   return np.asarray(logits)[MASK]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ma_rlhf_jax import masking
-from ma_rlhf_jax.models.gemma import head_logits, hidden_states
+from ma_rlhf_jax.models.gemma import hidden_states
+from ma_rlhf_jax.models.vocabulary import head_logits
 from ma_rlhf_jax.rollout import decode, layout, sampling, scoring
 from ma_rlhf_jax.structs import Array, PromptBatch, Rollout
 from tests import tiny

@@ -8,8 +8,8 @@ import pytest
 from ma_rlhf_jax import manifest
 from ma_rlhf_jax.models import exporting
 from ma_rlhf_jax.training import origins
+from ma_rlhf_jax.training.products import SourceError
 from ma_rlhf_jax.training.run import Run
-from ma_rlhf_jax.training.sources import SourceError
 from tests import products, tiny
 from tests.models.drawn import draw
 

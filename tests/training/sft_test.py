@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from ma_rlhf_jax.models.gemma import head_logits, hidden_states
+from ma_rlhf_jax.models.gemma import hidden_states
+from ma_rlhf_jax.models.vocabulary import head_logits
 from ma_rlhf_jax.structs import Params, SequenceBatch
 from ma_rlhf_jax.training import sft, update
 from ma_rlhf_jax.training.sft import LOSS_ON, SFT
