@@ -337,20 +337,15 @@ def _without_critic(f: Values) -> Iterator[str]:
   baseline = f['ppo.baseline']
   if baseline == 'critic':
     return
-  for name, holds, need in (
-      ('ppo.samples_per_prompt', f['ppo.samples_per_prompt'] > 1, 'at least 2'),
-      ('ppo.gae_lambda', f['ppo.gae_lambda'] == 1, '1'),
-      (
-          'ppo.critic_warmup_updates',
-          f['ppo.critic_warmup_updates'] == 0,
-          '0',
-      ),
-  ):
-    if not holds:
-      yield (
-          f'{name}={f[name]!r} must be {need} with ppo.baseline={baseline!r}, '
-          'which has no critic'
-      )
+  needs = {
+      'ppo.samples_per_prompt': (lambda n: n > 1, 'at least 2'),
+      'ppo.gae_lambda': (lambda x: x == 1, '1'),
+      'ppo.critic_warmup_updates': (lambda n: n == 0, '0'),
+  }
+  for name, (holds, need) in needs.items():
+    if not holds(f[name]):
+      wrong = f'{name}={f[name]!r} must be {need} with ppo.baseline='
+      yield f'{wrong}{baseline!r}, which has no critic'
 
 
 def _of_variant(f: Values) -> Iterator[str]:
@@ -389,9 +384,8 @@ def warnings(config: ConfigDict) -> list[str]:
   m, found = config.macro, []
   if ':' in config.ppo.advantage and config.ppo.ratio != 'token':
     found.append(
-        f'ppo.ratio={config.ppo.ratio!r} is one for a macro action: of the '
-        f'advantages of {config.ppo.advantage} only that of its first token '
-        'counts; one number for a macro action at all its tokens serves both'
+        f'ppo.ratio={config.ppo.ratio!r}: of what {config.ppo.advantage} gives, '
+        'only the number at the first token of a macro action counts'
     )
   if m.variant == 'authors' and m.termination in ('ppl', 'ppl_adjacent'):
     found.append(
