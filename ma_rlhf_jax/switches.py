@@ -334,8 +334,7 @@ def _of_authors(f: Values) -> Iterator[str]:
 
 
 def _without_critic(f: Values) -> Iterator[str]:
-  baseline = f['ppo.baseline']
-  if baseline == 'critic':
+  if (baseline := f['ppo.baseline']) == 'critic':
     return
   needs = {
       'ppo.samples_per_prompt': (lambda n: n > 1, 'at least 2'),
@@ -384,8 +383,8 @@ def warnings(config: ConfigDict) -> list[str]:
   m, found = config.macro, []
   if ':' in config.ppo.advantage and config.ppo.ratio != 'token':
     found.append(
-        f'ppo.ratio={config.ppo.ratio!r}: of what {config.ppo.advantage} gives, '
-        'only the number at the first token of a macro action counts'
+        f'ppo.ratio={config.ppo.ratio!r}: of what {config.ppo.advantage} '
+        'gives, only the number at the first token of a macro action counts'
     )
   if m.variant == 'authors' and m.termination in ('ppl', 'ppl_adjacent'):
     found.append(
