@@ -155,7 +155,7 @@ def test_all_stages_of_every_recipe_have_their_shapes(
       512,
   )
   mesh = make_mesh(config.mesh)
-  assert mesh.shape['fsdp'] == jax.device_count()
+  assert mesh.shape['fsdp'] * mesh.shape['tensor'] == jax.device_count()
   spec = tiny.spec(
       config, mesh=mesh, prompt_len=prompt_len, response_len=response_len
   )
