@@ -57,20 +57,16 @@ def load(
   try:
     with _found_there():
       module = importlib.import_module(module_name)
-  except ModuleNotFoundError as error:
-    if error.name and not f'{module_name}.'.startswith(f'{error.name}.'):
-      raise ValueError(
-          f'{field}={path!r}: importing {module_name} failed, {error}'
-      ) from error
-    raise ValueError(
-        f'{field}={path!r}: no module {module_name!r} in the current folder, '
-        "the recipe's folder or the environment"
-    ) from error
   except Exception as error:  # a module is the user's code: it may raise any
-    kind = type(error).__name__
-    raise ValueError(
-        f'{field}={path!r}: importing {module_name} failed, {kind}: {error}'
-    ) from error
+    absent = isinstance(error, ModuleNotFoundError) and error.name
+    if absent and f'{module_name}.'.startswith(f'{absent}.'):
+      cause = (
+          f"no module {module_name!r} in the current folder, the recipe's "
+          'folder or the environment'
+      )
+    else:
+      cause = f'importing {module_name} failed, {type(error).__name__}: {error}'
+    raise ValueError(f'{field}={path!r}: {cause}') from error
   function = getattr(module, name, None)
   if not callable(function):
     where = getattr(module, '__file__', None) or f'module {module_name}'
@@ -83,13 +79,14 @@ def _check_arguments(
     function: Callable[..., Any], takes: tuple[str, ...], where: str
 ) -> None:
   """Raises where a function cannot be called with so many arguments."""
+  if not takes:
+    return
   try:
     signature = inspect.signature(function)
   except ValueError:  # of a function in C, which says nothing
     return
   try:
-    if takes:
-      signature.bind(*takes)
+    signature.bind(*takes)
   except TypeError as error:
     raise ValueError(
         f'{where} must take ({", ".join(takes)}), and is {signature}'

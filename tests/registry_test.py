@@ -50,7 +50,7 @@ _WRONG = {
     'nowhere:f': "no module 'nowhere' in the current folder",
     'nowhere.inner:f': "no module 'nowhere.inner' in the current folder",
     'rooms.outer:f': "no module 'rooms.outer' in the current folder",
-    'needy:f': "importing needy failed, No module named 'no_such_dependency'",
+    'needy:f': "ModuleNotFoundError: No module named 'no_such_dependency'",
 }
 
 

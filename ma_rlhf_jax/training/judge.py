@@ -208,7 +208,7 @@ def judge(
     run: what the stages share.
     policy: draws the responses.
     num_prompts: at most this many; fewer where fewer are held out.
-    stream: of the random keys, see `Run.key`.
+    stream: of the random keys, see `Spec.key`.
     temperature: of the sampling, and of the log-probs of `kl` (1 for greedy
       responses); at that of the rollout these are `ppo.logprob_temperature`.
     data: whose prompts; None = those that training is evaluated on.

@@ -149,7 +149,7 @@ _MODELS = {'ref': REF, 'old': OLD}
 def test_targets_are_estimated_from_token_rewards(
     fields: dict[str, Any],
 ) -> None:
-  """That each field changes them is in tests/objective/settings_test.py."""
+  """That each field changes them is in tests/objective/objective_test.py."""
   found = _experience(**fields, **{'macro.ngram': 3})
   rewards_BT = rewards.token_rewards(
       OLD, REF, SCORED.score_B, MASK, kl_coef=0.05, score_clip=2.5
